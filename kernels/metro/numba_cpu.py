@@ -1,0 +1,255 @@
+"""METRO on the CPU: count, decide the regime, choose, map and record in one call."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..assign.numba_cpu import even_share, map_padding
+from ..numba_memory import (
+    get,
+    int32_at,
+    int64_at,
+    ints_at,
+    jit,
+    num_valid_pairs,
+    put,
+)
+from ..record.layout import FIXED, Regime
+from ..record.numba_cpu import add_batch, add_physical, recording
+from .choice_cpu import collect, greedy, minimise_activated
+from .tokens_cpu import minimise_tokens
+
+_MEMORY_BOUND, _COMPUTE_BOUND = int(Regime.MEMORY_BOUND), int(Regime.COMPUTE_BOUND)
+_FIXED = FIXED
+
+
+@jit
+def count(ids, pairs, tokens_E):
+    """Adds the pairs of each expert; returns (valid pairs, active experts)."""
+    num_experts = len(tokens_E)
+    tokens_E[:] = 0
+    for i in range(pairs):
+        expert = get(ids, i)
+        if 0 <= expert < num_experts:
+            tokens_E[expert] += 1
+    total, active = np.int64(0), np.int64(0)
+    for expert in range(num_experts):
+        total += tokens_E[expert]
+        active += tokens_E[expert] > 0
+    return total, active
+
+
+@jit
+def is_compute_bound(total, active, knee):
+    """Whether the mean tokens per active expert exceed the knee (float32, as on the GPU)."""
+    return total > 0 and np.float32(total) > np.float32(knee) * np.float32(active)
+
+
+@jit
+def choose_columns(tokens_E, table, stride, replicas, num_physical, column_E, per_rank):
+    """Fills ``column_E`` (-1: inactive) and ``per_rank`` [2, S] (activated, tokens).
+
+    Returns lambda, or -1 - e if expert e has tokens but no slot."""
+    num_experts, num_ranks = len(tokens_E), per_rank.shape[1]
+    slots = num_physical // num_ranks
+    per_rank[:] = 0
+    activated_S, tokens_S = per_rank[0], per_rank[1]
+    expert_M, first_M = np.empty(num_experts, np.int32), np.empty(num_experts + 1, np.int32)
+    options = np.empty(num_physical, np.int32)
+    movable = collect(
+        tokens_E, table, stride, replicas, slots, num_physical,
+        column_E, activated_S, tokens_S, expert_M, first_M, options,
+    )  # fmt: skip
+    if movable < 0:
+        return np.int64(movable)
+    weight_M, rank_M = np.empty(movable, np.int32), np.empty(movable, np.int32)
+    next_M, previous_M = np.empty(movable, np.int32), np.empty(movable, np.int32)
+    head_S = np.full(num_ranks, -1, np.int32)
+    fixed = activated_S.max()
+    for m in range(movable):
+        weight_M[m] = tokens_E[expert_M[m]]
+    greedy(
+        movable, weight_M, first_M, options, activated_S, tokens_S, rank_M,
+        head_S, next_M, previous_M,
+    )  # fmt: skip
+    floor = max(fixed, (activated_S.sum() + num_ranks - 1) // num_ranks)
+    limit = minimise_activated(
+        floor, weight_M, first_M, options, activated_S, tokens_S, rank_M,
+        head_S, next_M, previous_M,
+    )  # fmt: skip
+    minimise_tokens(
+        limit, weight_M, first_M, options, activated_S, tokens_S, rank_M,
+        head_S, next_M, previous_M,
+    )  # fmt: skip
+    for m in range(movable):
+        column = 0
+        while options[first_M[m] + column] != rank_M[m]:
+            column += 1
+        column_E[expert_M[m]] = column
+    return np.int64(limit)
+
+
+@jit
+def map_one_replica(ids, pairs, table, stride, column_E, slot_E, out):
+    """Writes the chosen slot of each pair; padding of an inactive expert gets its first slot."""
+    num_experts = len(column_E)
+    for expert in range(num_experts):
+        slot_E[expert] = get(table, expert * stride + max(column_E[expert], 0))
+    map_padding(ids, 0, pairs, slot_E, out)
+
+
+@jit
+def map_even(ids, valid_pairs, pairs, table, stride, replicas, tokens_E, slot_E, tokens_P, out):
+    """Splits every expert's pairs evenly, by occurrence; fills ``tokens_P``.
+
+    Returns 0, or -1 - e if expert e has tokens but a replica without slot."""
+    num_experts = len(tokens_E)
+    column_E, left_E = np.empty(num_experts, np.int32), np.empty(num_experts, np.int32)
+    tokens_P[:] = 0
+    for expert in range(num_experts):
+        count = max(min(get(replicas, expert), stride), 1)
+        column_E[expert], left_E[expert] = -1, 0
+        slot_E[expert] = get(table, expert * stride)
+        for column in range(count if tokens_E[expert] > 0 else 0):
+            share = even_share(expert, np.int64(tokens_E[expert]), count, column)
+            slot = get(table, expert * stride + column)
+            if slot < 0 or slot >= len(tokens_P):
+                return np.int64(-1 - expert)
+            tokens_P[slot] += share
+            if share > 0 and column_E[expert] < 0:
+                column_E[expert], left_E[expert], slot_E[expert] = column, share, slot
+    map_padding(ids, valid_pairs, pairs, slot_E, out)
+    for i in range(valid_pairs):
+        expert = get(ids, i)
+        if expert < 0 or expert >= num_experts:
+            put(out, i, -1)
+            continue
+        while left_E[expert] == 0:
+            column = column_E[expert] + 1
+            column_E[expert] = column
+            count = min(get(replicas, expert), stride)
+            left_E[expert] = even_share(expert, np.int64(tokens_E[expert]), count, column)
+            slot_E[expert] = get(table, expert * stride + column)
+        left_E[expert] -= 1
+        put(out, i, slot_E[expert])
+    return np.int64(0)
+
+
+@jit
+def record_one_replica(tokens_E, column_E, slot_E, per_rank, num_physical, load, record, counters):
+    """Adds a batch with one replica per expert to load and counters (addresses)."""
+    if recording(load, record):
+        load_P = int32_at(load, num_physical)
+        for expert in range(len(tokens_E)):
+            if column_E[expert] >= 0:
+                load_P[slot_E[expert]] += tokens_E[expert]
+    counters_N = int64_at(counters, _FIXED + 2 * per_rank.shape[1])
+    add_batch(counters_N, per_rank[0], per_rank[1], _MEMORY_BOUND)
+
+
+@jit
+def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_replicas,
+           E, P, S, knee, load, record, valid, counters, out):  # fmt: skip
+    """The whole batch, arguments by address; returns 0 or -1 - e for an expert without slot."""
+    topk_ids, slots = ints_at(ids, pairs, wide), ints_at(out, pairs, wide)
+    table_ER = ints_at(table, E * stride, wide_table)
+    replicas_E = ints_at(replicas, E, wide_replicas)
+    tokens_E, slot_E = np.empty(E, np.int32), np.empty(E, np.int32)
+    valid_pairs = num_valid_pairs(valid, pairs, top_k)
+    total, active = count(topk_ids, valid_pairs, tokens_E)
+    if is_compute_bound(total, active, knee):
+        tokens_P = np.empty(P, np.int32)
+        status = map_even(
+            topk_ids, valid_pairs, pairs, table_ER, stride, replicas_E, tokens_E, slot_E,
+            tokens_P, slots,
+        )  # fmt: skip
+        if status == 0:
+            add_physical(tokens_P, S, load, record, counters, _COMPUTE_BOUND)
+        return status
+    column_E, per_rank = np.empty(E, np.int32), np.empty((2, S), np.int32)
+    status = choose_columns(tokens_E, table_ER, stride, replicas_E, P, column_E, per_rank)
+    if status < 0:
+        return status
+    map_one_replica(topk_ids, pairs, table_ER, stride, column_E, slot_E, slots)
+    record_one_replica(tokens_E, column_E, slot_E, per_rank, P, load, record, counters)
+    return np.int64(0)
+
+
+@jit
+def _choose(tokens, E, table, wide_table, stride, replicas, wide_replicas, P, S, out):
+    per_rank = np.empty((2, S), np.int32)
+    return choose_columns(
+        int32_at(tokens, E), ints_at(table, E * stride, wide_table), stride,
+        ints_at(replicas, E, wide_replicas), P, int32_at(out, E), per_rank,
+    )  # fmt: skip
+
+
+def _raise_without_slot(status: int) -> None:
+    raise ValueError(
+        f"logical expert {-1 - status} has tokens but logical_to_physical_ER holds no valid slot "
+        f"for one of its replicas. Every expert needs num_replicas_E slots between 0 and P - 1."
+    )
+
+
+def route(
+    topk_ids_TK: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_replicas_E: torch.Tensor,
+    num_ranks: int,
+    num_physical: int,
+    knee_tokens: float,
+    load_P: torch.Tensor | None,
+    record_enabled: torch.Tensor | None,
+    num_valid_tokens: torch.Tensor | None,
+    counters: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """As ``kernels.metro.route`` into ``out``, arguments already checked."""
+    status = _route(
+        topk_ids_TK.data_ptr(),
+        topk_ids_TK.dtype is torch.int64,
+        topk_ids_TK.numel(),
+        topk_ids_TK.shape[1],
+        logical_to_physical_ER.data_ptr(),
+        logical_to_physical_ER.dtype is torch.int64,
+        logical_to_physical_ER.stride(0),
+        num_replicas_E.data_ptr(),
+        num_replicas_E.dtype is torch.int64,
+        num_replicas_E.shape[0],
+        num_physical,
+        num_ranks,
+        float(knee_tokens),
+        0 if load_P is None else load_P.data_ptr(),
+        0 if record_enabled is None else record_enabled.data_ptr(),
+        0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
+        counters.data_ptr(),
+        out.data_ptr(),
+    )
+    if status < 0:
+        _raise_without_slot(status)
+
+
+def choose(
+    tokens_E: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_replicas_E: torch.Tensor,
+    num_ranks: int,
+    num_physical: int,
+    out: torch.Tensor,
+) -> None:
+    """As ``kernels.metro.choose`` into ``out``, arguments already checked."""
+    status = _choose(
+        tokens_E.data_ptr(),
+        tokens_E.shape[0],
+        logical_to_physical_ER.data_ptr(),
+        logical_to_physical_ER.dtype is torch.int64,
+        logical_to_physical_ER.stride(0),
+        num_replicas_E.data_ptr(),
+        num_replicas_E.dtype is torch.int64,
+        num_physical,
+        num_ranks,
+        out.data_ptr(),
+    )
+    if status < 0:
+        _raise_without_slot(status)
