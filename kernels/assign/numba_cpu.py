@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..numba_memory import get, int32_at, ints_at, jit, num_valid_pairs, put
+from ..numba_memory import entry, get, int32_at, ints_at, jit, num_valid_pairs, put
 
 
 @jit
@@ -61,7 +61,7 @@ def map_padding(ids, begin, end, first_E, out):
         put(out, i, first_E[expert] if 0 <= expert < len(first_E) else -1)
 
 
-@jit
+@entry
 def _assign(ids, wide, pairs, top_k, E, R, split, split_stride, table, wide_table, stride,
             offset, wide_offset, valid, out):  # fmt: skip
     split_ER = int32_at(split, E * split_stride).reshape(E, split_stride)[:, :R]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..numba_memory import get, int32_at, ints_at, jit, num_valid_pairs, put
+from ..numba_memory import entry, get, int32_at, ints_at, jit, num_valid_pairs, put
 from ..record.layout import Regime
 from ..record.numba_cpu import add_physical, recording
 from .reference import KNUTH_MULTIPLIER
@@ -30,7 +30,7 @@ def map_by_hash(ids, num_tokens, top_k, table, stride, replicas, num_experts, ou
             put(out, i, slot)
 
 
-@jit
+@entry
 def _map_and_record(ids, wide, num_tokens, top_k, table, wide_table, stride, replicas,
                     wide_replicas, E, P, S, load, record, valid, counters, out):  # fmt: skip
     pairs = num_tokens * top_k

@@ -7,6 +7,7 @@ import torch
 
 from ..assign.numba_cpu import even_share, map_padding
 from ..numba_memory import (
+    entry,
     get,
     int32_at,
     int64_at,
@@ -148,7 +149,7 @@ def record_one_replica(tokens_E, column_E, slot_E, per_rank, num_physical, load,
     add_batch(counters_N, per_rank[0], per_rank[1], _MEMORY_BOUND)
 
 
-@jit
+@entry
 def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_replicas,
            E, P, S, knee, load, record, valid, counters, out):  # fmt: skip
     """The whole batch, arguments by address; returns 0 or -1 - e for an expert without slot."""
@@ -176,7 +177,7 @@ def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_re
     return np.int64(0)
 
 
-@jit
+@entry
 def _choose(tokens, E, table, wide_table, stride, replicas, wide_replicas, P, S, out):
     per_rank = np.empty((2, S), np.int32)
     return choose_columns(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..numba_memory import get, int32_at, int64_at, ints_at, jit, num_valid_pairs, uint8_at
+from ..numba_memory import entry, get, int32_at, int64_at, ints_at, jit, num_valid_pairs, uint8_at
 from .layout import FIXED, Counter
 
 _EMPTY = int(Counter.EMPTY_BATCHES)
@@ -66,7 +66,7 @@ def add_physical(tokens_P, num_ranks, load, record, counters, regime):
     add_batch(int64_at(counters, _FIXED + 2 * num_ranks), per_rank[0], per_rank[1], regime)
 
 
-@jit
+@entry
 def _record(ids, wide_ids, num_pairs, top_k, P, S, load, record, valid, counters, regime):
     tokens_P = np.zeros(P, np.int32)
     physical_ids = ints_at(ids, num_pairs, wide_ids)
