@@ -1,0 +1,170 @@
+"""What happens to one batch in one layer, and the layers of one worker together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from vllm_balance.exchange import AllReduce, Way, counts_per_rank
+from vllm_balance.kernels.assign import assign
+from vllm_balance.kernels.record import counters_size
+from vllm_balance.metrics import add_load, add_plan, layer_metrics, total
+from vllm_balance.routing import LayerTables, RoutingPolicy
+from vllm_balance.types import Demand
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerBalancer:
+    """The balancer of one MoE layer on one rank.
+
+    The seams call :meth:`in_router` with this rank's logical ids and, where the dispatch gathers
+    all tokens, :meth:`after_gather` with the gathered ones.
+    """
+
+    layer_name: str
+    policy: RoutingPolicy
+    tables: LayerTables
+    way: Way
+    rank: int
+    all_reduce: AllReduce
+    decide_ns: int = 0
+    """Host time spent deciding, ns. On a GPU: the time to launch, not to compute."""
+    decisions: int = 0
+    exchanged_bytes: int = 0
+    """Bytes this rank put into count exchanges beyond vLLM's own collectives."""
+    exchange_ns: int = 0
+
+    def in_router(
+        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Slots of the pairs of this rank's tokens, or the ids as they are if mapped later."""
+        if self.way == "after_gather":
+            return topk_ids_TK
+        return self._decide(topk_ids_TK, num_valid_tokens)
+
+    def after_gather(self, topk_ids_GK: torch.Tensor) -> torch.Tensor:
+        """Slots of the pairs of all ranks' tokens; ids of padding rows are -1 already."""
+        if self.way != "after_gather":
+            return topk_ids_GK
+        return self._decide(topk_ids_GK, None)
+
+    def _decide(
+        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        start = time.perf_counter_ns()
+        topk_ids_TK = topk_ids_TK.contiguous()
+        if self.way == "all_reduce" and self.policy.counts_decide:
+            physical_TK = self._route_by_exchanged_counts(topk_ids_TK)
+        else:
+            physical_TK = self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
+        self.decisions += 1
+        self.decide_ns += time.perf_counter_ns() - start
+        return physical_TK
+
+    def _route_by_exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        tables = self.tables
+        start = time.perf_counter_ns()
+        counts_SE = counts_per_rank(
+            topk_ids_TK,
+            num_logical=tables.num_replicas_E.shape[0],
+            rank=self.rank,
+            num_ranks=tables.num_ranks,
+            all_reduce=self.all_reduce,
+        )
+        self.exchange_ns += time.perf_counter_ns() - start
+        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
+        placement = tables.placement
+        tokens_E = counts_SE.sum(0, dtype=torch.int32)
+        plan = self.policy.plan(Demand(tokens_E=tokens_E, tokens_SE=counts_SE), placement)
+        physical_TK = assign(
+            topk_ids_TK,
+            plan.split_ER,
+            placement.logical_to_physical_ER,
+            offset_E=counts_SE[: self.rank].sum(0, dtype=torch.int32),
+        )
+        add_plan(tables.counters, plan, placement)
+        if tables.load_P is not None and tables.record_enabled is not None:
+            add_load(tables.load_P, physical_TK, tables.record_enabled)
+        return physical_TK
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        self.tables.counters.zero_()
+        self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
+
+    def status(self) -> dict[str, Any]:
+        """This layer's counters by name."""
+        return {
+            "layer": self.layer_name,
+            "decisions": self.decisions,
+            "decide_us": self.decide_ns / 1e3,
+            "exchange_us": self.exchange_ns / 1e3,
+            "exchanged_bytes": self.exchanged_bytes,
+            **layer_metrics(self.tables.counters, self.tables.num_ranks),
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerBalancer:
+    """The balanced layers of one rank."""
+
+    balancer: str
+    rank: int
+    layers: list[LayerBalancer] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        for layer in self.layers:
+            layer.reset()
+
+    def status(self, *, per_layer: bool = False) -> dict[str, Any]:
+        """What this rank's balancer did since the start or the last reset."""
+        layers = [layer.status() for layer in self.layers]
+        summed = total([{k: v for k, v in layer.items() if k != "layer"} for layer in layers])
+        first = self.layers[0]
+        status: dict[str, Any] = {
+            "balancer": self.balancer,
+            "rank": self.rank,
+            "num_ranks": first.tables.num_ranks,
+            "num_layers": len(layers),
+            "num_logical_experts": first.tables.num_replicas_E.shape[0],
+            "num_physical_experts": first.tables.num_physical,
+            "exchange": first.way,
+            "counts_are_global": first.way != "all_reduce" or first.policy.counts_decide,
+            **summed,
+            "stepped_aside": self._stepped_aside(summed),
+        }
+        if per_layer:
+            status["layers"] = layers
+        return status
+
+    def _stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
+        """Batches in which the balancer did not do what its name says, by reason."""
+        policy = self.layers[0].policy
+        if not policy.counts_decide:
+            return {}
+        if self.layers[0].tables.num_physical == self.layers[0].tables.num_replicas_E.shape[0]:
+            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
+        return {
+            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
+            "no tokens": summed["empty_batches"],
+        }
+
+
+def warm_up(layer: LayerBalancer) -> None:
+    """Compiles the kernels that the layer's policy uses, so that no request waits for it.
+
+    Routes one token on scratch buffers: nothing is counted.
+    """
+    tables = replace(layer.tables, load_P=None, counters=torch.zeros_like(layer.tables.counters))
+    device = tables.counters.device
+    for dtype in (torch.int32, torch.int64):
+        layer.policy.route(torch.zeros((1, 1), dtype=dtype, device=device), tables, None)
+
+
+def new_counters(num_ranks: int, device: torch.device) -> torch.Tensor:
+    """Zeroed counters of one layer, int64."""
+    return torch.zeros(counters_size(num_ranks), dtype=torch.int64, device=device)

@@ -1,0 +1,157 @@
+"""The one door for settings: the flag, the file and ``additional_config`` end up here.
+
+``vllm serve --moe-balancer metro --moe-balancer-config FILE`` and
+``LLM(..., additional_config={"moe_balancer": {...}})`` mean the same; the merged settings travel
+to every process in ``VllmConfig.additional_config["moe_balancer"]`` and are part of vLLM's config
+hash.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay import ReplaySettings
+
+KEY = "moe_balancer"
+"""Key of our settings in ``VllmConfig.additional_config``."""
+
+BalancerName = Literal["static", "eplb", "first_copy", "metro"]
+BALANCERS: tuple[str, ...] = get_args(BalancerName)
+DEFAULT_REDUNDANCY = 1.25
+"""Physical / logical experts when a balancer that uses replicas is asked for without a number."""
+
+
+class BalancerConfig(BaseModel):
+    """Settings of one balancer; every field is a key of the configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: BalancerName
+    """Which balancer."""
+    num_redundant_experts: int | None = Field(default=None, ge=0)
+    """Physical experts beyond the logical ones, in each layer, over all ranks."""
+    redundancy: float | None = Field(default=None, ge=1.0, le=16.0)
+    """The same as a ratio, physical / logical experts, e.g. 1.5."""
+    window_size: int = Field(default=1000, ge=1)
+    """Steps of load that vLLM's EPLB looks at when it places experts."""
+    step_interval: int = Field(default=3000, ge=1)
+    """Steps between two placements by vLLM's EPLB; the first comes after a quarter of it."""
+    knee_tokens: float | None = Field(default=None, gt=0)
+    """Mean tokens per active expert above which a batch counts as compute-bound, so that metro
+    spreads tokens evenly. Default: 32 on CPU (measured), 160 on GPU (TEMPO, section 3)."""
+    exchange: Literal["auto", "after_gather", "all_reduce"] = "auto"
+    """How data-parallel ranks learn the global counts; see docs/configuration.md."""
+    replay: ReplaySettings | None = None
+    """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
+
+    @property
+    def replicates(self) -> bool:
+        """Whether this balancer can use more than one copy of an expert."""
+        return self.name != "static"
+
+
+def parse(settings: Any) -> BalancerConfig:
+    """Checked settings from a mapping, or from a bare balancer name.
+
+    Raises:
+        BalancerError: unknown balancer, unknown key (with the nearest one), wrong value.
+    """
+    if isinstance(settings, str):
+        settings = {"name": settings}
+    if not isinstance(settings, Mapping):
+        raise BalancerError(
+            f"moe_balancer was given as {type(settings).__name__}; it takes a balancer's name "
+            f"or a table of settings, e.g. {{'name': 'metro', 'redundancy': 1.5}}."
+        )
+    if "name" not in settings:
+        raise BalancerError(
+            f"The settings of the MoE balancer name no balancer. Pass --moe-balancer NAME or put "
+            f"`name` into the configuration; NAME is one of {', '.join(BALANCERS)}."
+        )
+    if settings["name"] not in BALANCERS:
+        raise BalancerError(_unknown("balancer", str(settings["name"]), BALANCERS))
+    try:
+        return BalancerConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        raise BalancerError(_explain(error)) from error
+
+
+def read(name: str | None, source: str | None) -> dict[str, Any]:
+    """Settings from ``--moe-balancer NAME`` and ``--moe-balancer-config FILE.toml | JSON``.
+
+    Raises:
+        BalancerError: the file is missing or malformed (with the line), or both name a balancer
+            and differ.
+    """
+    settings = _load(source) if source is not None else {}
+    if name is not None:
+        if settings.get("name", name) != name:
+            raise BalancerError(
+                f"--moe-balancer asks for {name!r} and --moe-balancer-config for "
+                f"{settings['name']!r}. Name one balancer: leave `name` out of the configuration "
+                f"or leave the flag away."
+            )
+        settings["name"] = name
+    return parse(settings).model_dump(mode="json", exclude_unset=True)
+
+
+def _load(source: str) -> dict[str, Any]:
+    text = source.strip()
+    if text.startswith("{"):
+        return _parse_json(text, "--moe-balancer-config")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise BalancerError(
+            f"--moe-balancer-config names {source!r}, which is not a file (looked in "
+            f"{path.resolve().parent}). It takes a .toml or .json file, or JSON that starts "
+            f"with '{{'."
+        )
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return _parse_json(content, str(path))
+    try:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise BalancerError(
+            f"{path} is not valid TOML: {error}. See docs/configuration.md for an example."
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BalancerError(
+            f"{where} is not valid JSON: {error.msg} (at line {error.lineno}, "
+            f"column {error.colno})."
+        ) from error
+    if not isinstance(settings, dict):
+        raise BalancerError(f"{where} holds a JSON {type(settings).__name__}; an object is needed.")
+    return settings
+
+
+def _unknown(what: str, found: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    near = difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {what} {found!r}.{hint} Allowed: {', '.join(allowed)}."
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            model = ReplaySettings if item["loc"][0] == "replay" else BalancerConfig
+            parts.append(_unknown("key", str(item["loc"][-1]), model.model_fields))
+        else:
+            parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")
+    return "The settings of the MoE balancer are wrong. " + " ".join(parts)

@@ -1,0 +1,116 @@
+"""What is being deployed, and the checks that need to know it. Pure: no vLLM, no device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vllm_balance.config import DEFAULT_REDUNDANCY, BalancerConfig
+from vllm_balance.errors import BalancerError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """The facts about model, ranks and memory that decide whether a balancer can run."""
+
+    model: str
+    num_experts: int
+    """Logical experts per layer; 0 for a dense model."""
+    num_moe_layers: int
+    expert_bytes: int
+    """Bytes of one expert of one layer; a lower bound for quantised models."""
+    num_ranks: int
+    """Expert-parallel ranks: tensor times data parallel."""
+    enable_expert_parallel: bool
+    free_bytes: int
+    """Memory that the experts may take: of the machine on CPU, of one device otherwise."""
+    ranks_sharing_memory: int
+    """Ranks that share ``free_bytes``."""
+
+
+def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int:
+    """Redundant experts per layer after all checks of the deployment.
+
+    Raises:
+        BalancerError: dense model, no expert parallelism, a single rank, redundancy that the
+            balancer cannot use, that does not divide over the ranks or does not fit in memory.
+    """
+    _check_layout(config, deployment)
+    redundant = _asked_for(config, deployment)
+    if redundant and not config.replicates:
+        raise BalancerError(
+            f"--moe-balancer {config.name} keeps one copy of every expert, but {redundant} "
+            f"redundant experts were asked for. Leave `num_redundant_experts` and `redundancy` "
+            f"out, or use eplb, first_copy or metro."
+        )
+    _check_divides(redundant, deployment)
+    _check_memory(redundant, deployment)
+    return redundant
+
+
+def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
+    if deployment.num_experts == 0:
+        raise BalancerError(
+            f"--moe-balancer {config.name} was asked for, but {deployment.model} is a dense model: "
+            f"it has no experts to balance. Leave the flag away for this model."
+        )
+    if not deployment.enable_expert_parallel:
+        raise BalancerError(
+            f"--moe-balancer {config.name} balances experts over expert-parallel ranks, but expert "
+            f"parallelism is off. Add --enable-expert-parallel."
+        )
+    if deployment.num_ranks < 2:
+        raise BalancerError(
+            f"--moe-balancer {config.name} needs at least two expert-parallel ranks, and there is "
+            f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away."
+        )
+
+
+def _asked_for(config: BalancerConfig, deployment: Deployment) -> int:
+    experts, ranks = deployment.num_experts, deployment.num_ranks
+    from_count, ratio = config.num_redundant_experts, config.redundancy
+    if from_count is None and ratio is None:
+        if not config.replicates:
+            return 0
+        slots = math.ceil(experts * DEFAULT_REDUNDANCY / ranks) * ranks
+        return slots - experts
+    from_ratio = None if ratio is None else round(experts * (ratio - 1.0))
+    if from_count is not None and from_ratio is not None and from_count != from_ratio:
+        raise BalancerError(
+            f"`num_redundant_experts` = {from_count} and `redundancy` = {ratio} differ: the ratio "
+            f"means {from_ratio} redundant experts for {experts} experts. Give one of the two."
+        )
+    count = from_count if from_count is not None else from_ratio
+    assert count is not None
+    return count
+
+
+def _check_divides(redundant: int, deployment: Deployment) -> None:
+    experts, ranks = deployment.num_experts, deployment.num_ranks
+    physical = experts + redundant
+    if physical % ranks == 0:
+        return
+    below, above = physical // ranks * ranks, -(-physical // ranks) * ranks
+    fitting = [slots - experts for slots in (below, above) if slots >= experts]
+    values = " or ".join(f"{n} (redundancy {1 + n / experts:.4g})" for n in fitting)
+    raise BalancerError(
+        f"{experts} experts and {redundant} redundant ones make {physical} physical experts, which "
+        f"do not divide over {ranks} ranks. The nearest numbers of redundant experts that do: "
+        f"{values}."
+    )
+
+
+def _check_memory(redundant: int, deployment: Deployment) -> None:
+    physical = deployment.num_experts + redundant
+    per_rank = physical // deployment.num_ranks * deployment.num_moe_layers
+    needed = per_rank * deployment.expert_bytes * deployment.ranks_sharing_memory
+    if needed <= deployment.free_bytes:
+        return
+    extra = needed * redundant // physical
+    raise BalancerError(
+        f"The experts of {deployment.model} with {redundant} redundant ones per layer need "
+        f"{needed:,} bytes ({needed / 2**30:.1f} GiB; {extra / 2**30:.1f} GiB of it for the "
+        f"redundant ones), and {deployment.free_bytes:,} bytes "
+        f"({deployment.free_bytes / 2**30:.1f} GiB) can be used. Lower `num_redundant_experts` or "
+        f"`redundancy`, use more ranks, or free memory."
+    )

@@ -1,0 +1,54 @@
+"""How a policy that needs the whole batch's counts gets them: three ways, chosen by the layout.
+
+====================  ==============================================  ======================
+way                   when                                            extra collectives
+====================  ==============================================  ======================
+``replicated``        tensor parallel: every rank holds all tokens    none
+``after_gather``      data parallel with vLLM's all-gather dispatch:  none
+                      ids are mapped after the gather
+``all_reduce``        data parallel otherwise                         one of S * E integers
+====================  ==============================================  ======================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+Way = Literal["replicated", "after_gather", "all_reduce"]
+
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over the expert-parallel ranks; may work in place."""
+
+
+def way_of_exchange(
+    *, data_parallel_size: int, gathers_tokens: bool, asked_for: str = "auto"
+) -> Way:
+    """The way for a layout.
+
+    Args:
+        gathers_tokens: the dispatch gives every rank all tokens (vLLM's allgather_reducescatter).
+        asked_for: the setting ``exchange``.
+    """
+    if data_parallel_size == 1:
+        return "replicated"
+    if gathers_tokens and asked_for != "all_reduce":
+        return "after_gather"
+    return "all_reduce"
+
+
+def counts_per_rank(
+    topk_ids_TK: torch.Tensor, *, num_logical: int, rank: int, num_ranks: int, all_reduce: AllReduce
+) -> torch.Tensor:
+    """(Token, choice) pairs of each expert on each rank, [S, E] int32; one all-reduce.
+
+    Every rank fills its own row, so the sum is a gather of equal size on every rank, whatever the
+    number of tokens. Ids outside 0 to E - 1 do not count; a rank without tokens takes part.
+    """
+    counts_SE = torch.zeros((num_ranks, num_logical), dtype=torch.int32, device=topk_ids_TK.device)
+    ids_N = topk_ids_TK.flatten().long()
+    is_expert_N = (ids_N >= 0) & (ids_N < num_logical)
+    counts_SE[rank].scatter_add_(0, ids_N.clamp(0, num_logical - 1), is_expert_N.to(torch.int32))
+    return all_reduce(counts_SE)

@@ -1,0 +1,1 @@
+"""How a rank computes its experts."""

@@ -1,0 +1,75 @@
+"""vLLM's own EPLB as the baseline: tokens spread over an expert's replicas by vLLM's hash."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_balance.kernels.assign import even_split
+from vllm_balance.kernels.record import Regime, record
+from vllm_balance.routing.policy import LayerTables
+from vllm_balance.types import Demand, Placement, Plan
+
+
+class EplbRouting:
+    """Even over replicas. The hash runs over the token's index in the batch it is given."""
+
+    name: ClassVar[str] = "eplb"
+    counts_decide: ClassVar[bool] = False
+
+    def plan(self, demand: Demand, placement: Placement) -> Plan:
+        """The even split that the hash approximates."""
+        width = placement.logical_to_physical_ER.shape[1]
+        return Plan(split_ER=even_split(demand.tokens_E, placement.num_replicas_E, width))
+
+    def route(
+        self,
+        topk_ids_TK: torch.Tensor,
+        tables: LayerTables,
+        num_valid_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if topk_ids_TK.is_cpu:
+            from vllm_balance.kernels.eplb_hash import map_and_record
+
+            return map_and_record(
+                topk_ids_TK,
+                logical_to_physical_ER=tables.logical_to_physical_ER,
+                num_replicas_E=tables.num_replicas_E,
+                num_ranks=tables.num_ranks,
+                num_physical=tables.num_physical,
+                load_P=tables.load_P,
+                record_enabled=tables.record_enabled,
+                num_valid_tokens=num_valid_tokens,
+                counters=tables.counters,
+            )
+        return _vllm_hash(topk_ids_TK, tables, num_valid_tokens)
+
+
+def _vllm_hash(
+    topk_ids_TK: torch.Tensor, tables: LayerTables, num_valid_tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """vLLM's own kernel for mapping and load, ours for the counters."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import (
+        eplb_map_to_physical_and_record,
+    )
+
+    physical_TK = eplb_map_to_physical_and_record(
+        topk_ids=topk_ids_TK,
+        expert_load_view=tables.load_P,
+        logical_to_physical_map=tables.logical_to_physical_ER,
+        logical_replica_count=tables.num_replicas_E,
+        record_enabled=tables.record_enabled,
+        num_unpadded_tokens=num_valid_tokens,
+    )
+    record(
+        physical_TK,
+        num_physical=tables.num_physical,
+        num_ranks=tables.num_ranks,
+        load_P=None,
+        record_enabled=None,
+        num_valid_tokens=num_valid_tokens,
+        counters=tables.counters,
+        regime=Regime.COMPUTE_BOUND,
+    )
+    return physical_TK

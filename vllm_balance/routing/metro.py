@@ -1,0 +1,58 @@
+"""METRO: one replica per active expert, so that the most activated rank has the fewest experts.
+
+arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/metro.md). In the
+compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_balance.kernels.assign import even_split
+from vllm_balance.kernels.metro import choose, route
+from vllm_balance.routing.policy import LayerTables
+from vllm_balance.types import Demand, Placement, Plan
+
+
+class MetroRouting:
+    """One replica per active expert; even above ``knee_tokens`` tokens per active expert."""
+
+    name: ClassVar[str] = "metro"
+    counts_decide: ClassVar[bool] = True
+
+    def __init__(self, knee_tokens: float) -> None:
+        self.knee_tokens = knee_tokens
+
+    def plan(self, demand: Demand, placement: Placement) -> Plan:
+        """Both answers and a choice between them on the device, without a host sync."""
+        table_ER = placement.logical_to_physical_ER
+        tokens_E = demand.tokens_E.to(torch.int32)
+        replica_E = choose(tokens_E, placement).clamp(min=0).long()
+        one_ER = torch.zeros_like(table_ER).scatter_(1, replica_E[:, None], tokens_E[:, None])
+        even_ER = even_split(tokens_E, placement.num_replicas_E, table_ER.shape[1])
+        return Plan(split_ER=torch.where(self.is_compute_bound(tokens_E), even_ER, one_ER))
+
+    def is_compute_bound(self, tokens_E: torch.Tensor) -> torch.Tensor:
+        """Whether the mean tokens per active expert exceed the knee; bool, no axes."""
+        return tokens_E.sum() > self.knee_tokens * (tokens_E > 0).sum()
+
+    def route(
+        self,
+        topk_ids_TK: torch.Tensor,
+        tables: LayerTables,
+        num_valid_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return route(
+            topk_ids_TK,
+            logical_to_physical_ER=tables.logical_to_physical_ER,
+            num_replicas_E=tables.num_replicas_E,
+            num_ranks=tables.num_ranks,
+            num_physical=tables.num_physical,
+            knee_tokens=self.knee_tokens,
+            load_P=tables.load_P,
+            record_enabled=tables.record_enabled,
+            num_valid_tokens=num_valid_tokens,
+            counters=tables.counters,
+        )

@@ -1,0 +1,157 @@
+"""From a finished ``VllmConfig`` to a checked, balanced one: reads the facts, sets what vLLM offers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from vllm_balance.config import KEY, BalancerConfig, parse
+from vllm_balance.deployment import Deployment, num_redundant_experts
+from vllm_balance.errors import BalancerError
+from vllm_balance.seams.versions import unsupported_version
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_balance.seams.worker_cpu.BalancedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_balance.seams.worker_gpu.BalancedGPUWorker",
+}
+"""vLLM's worker class -> ours, a subclass of it."""
+
+
+def settings_of(vllm_config: Any) -> BalancerConfig | None:
+    """The balancer's settings in a ``VllmConfig``, or None without a balancer."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or KEY not in additional:
+        return None
+    return parse(additional[KEY])
+
+
+def configure(vllm_config: Any) -> None:
+    """Checks a ``VllmConfig`` that asks for a balancer and sets it up; leaves others alone.
+
+    Raises:
+        BalancerError: the balancer cannot run in this deployment.
+    """
+    config = settings_of(vllm_config)
+    if config is None:
+        return
+    if (problem := unsupported_version()) is not None:
+        raise BalancerError(problem)
+    parallel = vllm_config.parallel_config
+    _check_combination(config, vllm_config)
+    if parallel.eplb_config.num_redundant_experts and config.num_redundant_experts is None:
+        count = parallel.eplb_config.num_redundant_experts
+        config = config.model_copy(update={"num_redundant_experts": count})
+    redundant = num_redundant_experts(config, read_deployment(vllm_config))
+    # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
+    settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
+    settled.pop("redundancy")
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
+    parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    if config.replicates:
+        _enable_eplb(vllm_config, config, redundant)
+    _announce(config, redundant, read_deployment(vllm_config))
+
+
+def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in _WORKERS:
+        raise BalancerError(
+            f"--moe-balancer {config.name} replaces vLLM's worker class, and --worker-cls asks for "
+            f"{parallel.worker_cls}. Supported are {', '.join(_WORKERS)}; leave --worker-cls away."
+        )
+    refused = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        "dual-batch overlap": parallel.enable_dbo,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "tensor parallelism inside data parallelism": parallel.tensor_parallel_size > 1
+        and parallel.data_parallel_size > 1,
+        "round-robin expert placement": parallel.expert_placement_strategy != "linear",
+    }
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise BalancerError(
+            f"--moe-balancer {config.name} is not supported together with {', '.join(found)}. "
+            f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
+            f"is named here, or leave --moe-balancer away."
+        )
+    if parallel.enable_eplb and not config.replicates:
+        raise BalancerError(
+            f"--moe-balancer {config.name} keeps one copy of every expert at its place, and "
+            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave --enable-eplb away."
+        )
+
+
+def read_deployment(vllm_config: Any) -> Deployment:
+    """The facts about model, ranks and memory in a ``VllmConfig``."""
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    weight_bytes = 0.5 if model.quantization else model.dtype.itemsize
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
+    local_ranks = parallel.tensor_parallel_size * (parallel.data_parallel_size_local or 1)
+    on_cpu = current_platform.is_cpu()
+    return Deployment(
+        model=model.model,
+        num_experts=model.get_num_experts(),
+        num_moe_layers=_num_moe_layers(text),
+        expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
+        num_ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        enable_expert_parallel=parallel.enable_expert_parallel,
+        free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
+        ranks_sharing_memory=local_ranks if on_cpu else 1,
+    )
+
+
+def _num_moe_layers(text: Any) -> int:
+    layers = text.num_hidden_layers - getattr(text, "first_k_dense_replace", 0)
+    layers -= len(getattr(text, "mlp_only_layers", None) or ())
+    return max(0, layers // max(1, getattr(text, "decoder_sparse_step", 1) or 1))
+
+
+def _usable_bytes(vllm_config: Any, on_cpu: bool, local_ranks: int) -> int:
+    if on_cpu:
+        import psutil
+
+        cache = vllm_config.cache_config.kv_cache_memory_bytes or 0
+        return max(0, psutil.virtual_memory().available - cache * local_ranks)
+    from vllm.platforms import current_platform
+
+    total = current_platform.get_device_total_memory()
+    return int(total * vllm_config.cache_config.gpu_memory_utilization)
+
+
+def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> None:
+    """Turns on vLLM's own EPLB: placement, load window, exchange of weights."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    eplb = copy.copy(parallel.eplb_config)
+    eplb.num_redundant_experts = redundant
+    eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
+    if current_platform.is_cpu():
+        # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
+        # works on the group it is given, which is gloo here; torch_gloo asks for an accelerator.
+        eplb.use_async, eplb.communicator = False, "torch_nccl"
+        parallel.enable_eplb, parallel.eplb_config = True, eplb
+        return
+    vllm_config.parallel_config = dataclasses.replace(parallel, enable_eplb=True, eplb_config=eplb)
+
+
+def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
+    from vllm.logger import init_logger
+
+    extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
+    init_logger("vllm_balance").info(
+        "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
+        "take %.2f GiB in all, %.2f GiB per rank.",
+        config.name,
+        deployment.num_experts,
+        redundant,
+        deployment.num_ranks,
+        extra / 2**30,
+        extra / deployment.num_ranks / 2**30,
+    )

@@ -1,0 +1,37 @@
+"""Which vLLM versions the seams were checked against."""
+
+from __future__ import annotations
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34")
+TESTED = "0.32.0"
+
+
+def installed_version() -> str:
+    """vLLM's own version string, e.g. ``0.32.0+cpu``."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def unsupported_version() -> str | None:
+    """Why the installed vLLM cannot be balanced, or None if it can."""
+    found = installed_version()
+    try:
+        release = Version(found).release
+    except InvalidVersion:
+        release = ()
+    if release and SUPPORTED.contains(".".join(map(str, release))):
+        return None
+    newer = bool(release) and Version(".".join(map(str, release))) >= Version("0.34")
+    remedy = (
+        "upgrade vllm-balance, or install a supported vLLM"
+        if newer
+        else "install a supported vLLM, e.g. pip install 'vllm-balance[cpu]' or 'vllm-balance[cuda]'"
+    )
+    return (
+        f"vllm-balance supports vLLM {SUPPORTED} (tested: {TESTED}); vLLM {found} is installed. "
+        f"To continue, {remedy}, or leave --moe-balancer off."
+    )

@@ -1,0 +1,143 @@
+"""The part of our worker classes that does not depend on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_balance.balancer import LayerBalancer, WorkerBalancer, new_counters, warm_up
+from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.exchange import way_of_exchange
+from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
+from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.router import BALANCER
+
+
+class BalancedWorker:
+    """Mixed in front of a vLLM worker class: binds the balancer to the model once it is loaded."""
+
+    balancer_config: BalancerConfig
+    worker_balancer: WorkerBalancer
+
+    def read_settings(self, vllm_config: Any) -> None:
+        """Takes the balancer's settings out of the config that reached this process."""
+        config = settings_of(vllm_config)
+        if config is None:
+            raise BalancerError(
+                f"{type(self).__name__} was asked for without settings of a MoE balancer. "
+                f"Use --moe-balancer NAME instead of --worker-cls."
+            )
+        self.balancer_config = config
+
+    def bind(self, vllm_config: Any, model: torch.nn.Module) -> None:
+        """Gives every MoE layer of the model its balancer.
+
+        Raises:
+            BalancerError: the model has no MoE layer that can be balanced.
+        """
+        from vllm.distributed import get_ep_group
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+        runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+        if not runners:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} found no MoE layer in "
+                f"{type(model).__name__} that vLLM's MoERunner executes. This model cannot be "
+                f"balanced; leave the flag away."
+            )
+        policy = make_policy(self.balancer_config)
+        self.worker_balancer = WorkerBalancer(
+            balancer=policy.name, rank=get_ep_group().rank_in_group
+        )
+        for runner in runners:
+            layer = bind_layer(runner, policy, self.balancer_config)
+            self.worker_balancer.layers.append(layer)
+        warm_up(self.worker_balancer.layers[0])
+
+    def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
+        """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
+        return self.worker_balancer.status(per_layer=per_layer)
+
+    def moe_balancer_reset(self) -> None:
+        """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
+        self.worker_balancer.reset()
+
+
+def make_policy(config: BalancerConfig) -> RoutingPolicy:
+    """The routing policy that the settings name."""
+    policy = ROUTING[config.name]
+    if policy is MetroRouting:
+        return MetroRouting(knee_tokens=config.knee_tokens or default_knee_tokens())
+    return policy()
+
+
+def default_knee_tokens() -> float:
+    """Tokens per expert where its GEMM turns compute-bound, without a profile of the device.
+
+    CPU: measured with Qwen3-30B-A3B experts, 32 with AMX and 4 with AVX-512 (docs/log.md). GPU:
+    160, the middle of what TEMPO (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return 160.0
+    return 32.0 if torch.cpu._is_amx_tile_supported() else 4.0
+
+
+def bind_layer(runner: Any, policy: RoutingPolicy, config: BalancerConfig) -> LayerBalancer:
+    """Gives one layer's router and dispatch their balancer."""
+    from vllm.distributed import get_ep_group
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
+        MoEPrepareAndFinalizeNaiveDPEPModular,
+    )
+
+    group = get_ep_group()
+    kernel = runner.routed_experts.quant_method.moe_kernel
+    dispatch = None if kernel is None else kernel.prepare_finalize
+    gathers = isinstance(dispatch, MoEPrepareAndFinalizeNaiveDPEPModular)
+    balancer = LayerBalancer(
+        layer_name=runner.layer_name,
+        policy=policy,
+        tables=_tables(runner, group.world_size),
+        way=way_of_exchange(
+            data_parallel_size=runner.moe_config.dp_size,
+            gathers_tokens=gathers,
+            asked_for=config.exchange,
+        ),
+        rank=group.rank_in_group,
+        all_reduce=group.all_reduce,
+    )
+    setattr(runner.router, BALANCER, balancer)
+    if gathers:
+        setattr(dispatch, BALANCER, balancer)
+    return balancer
+
+
+def _tables(runner: Any, num_ranks: int) -> LayerTables:
+    state = runner.router.eplb_state
+    num_physical = runner.moe_config.num_experts
+    if state is not None:
+        device = state.logical_to_physical_map.device
+        return LayerTables(
+            logical_to_physical_ER=state.logical_to_physical_map,
+            num_replicas_E=state.logical_replica_count,
+            num_ranks=num_ranks,
+            num_physical=num_physical,
+            load_P=state.expert_load_view,
+            record_enabled=state.should_record_tensor,
+            counters=new_counters(num_ranks, device),
+        )
+    device = next(runner.routed_experts.parameters()).device
+    slots_E = torch.arange(num_physical, dtype=torch.int64, device=device)
+    return LayerTables(
+        logical_to_physical_ER=slots_E[:, None],
+        num_replicas_E=torch.ones_like(slots_E),
+        num_ranks=num_ranks,
+        num_physical=num_physical,
+        load_P=None,
+        record_enabled=None,
+        counters=new_counters(num_ranks, device),
+    )

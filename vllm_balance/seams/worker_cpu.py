@@ -1,0 +1,44 @@
+"""vLLM's CPU worker with a balancer: expert parallelism and EPLB on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_balance.seams import install
+from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.router import ROUTER_SEAMS
+from vllm_balance.seams.worker import BalancedWorker
+
+
+class BalancedCPUWorker(BalancedWorker, CPUWorker):
+    """A CPU rank whose MoE layers are balanced."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.read_settings(vllm_config)
+        install((*ROUTER_SEAMS, *CPU_SEAMS))
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def init_device(self) -> None:
+        # An idle data-parallel rank may run experts before any other AMX kernel has asked for it.
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+        super().init_device()
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        if self.parallel_config.enable_eplb:
+            self._attach_eplb()
+        self.bind(self.vllm_config, self.model_runner.get_model())
+
+    def _attach_eplb(self) -> None:
+        """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out."""
+        from vllm.distributed.eplb.eplb_state import EplbState
+        from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+
+        runner = self.model_runner
+        runner._moe_model = get_mixture_of_experts_model(runner.get_model())
+        runner.eplb_state = EplbState(self.parallel_config, self.device)
+        runner.eplb_state.add_model(runner._moe_model, runner.model_config)
