@@ -73,7 +73,9 @@ def wanted_requirements() -> list[str]:
 
 def main() -> None:
     """Resolve and replace the lock."""
-    pins = {m["name"].lower().replace("_", "-"): m["version"] for m in resolve(wanted_requirements())}
+    pins = {
+        m["name"].lower().replace("_", "-"): m["version"] for m in resolve(wanted_requirements())
+    }
     name, version = VLLM.split("==")
     pins[name] = version
     unexpected = [name for name in LEFT_OUT if name in pins]

@@ -1,0 +1,168 @@
+"""The rows that routing replay hands out: drawn from a seeded skew, or from a recorded trace."""
+
+import zipfile
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Hot(BaseModel):
+    """`fraction` of all (token, expert) pairs goes to `experts` experts, evenly; the rest too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    experts: int = Field(ge=1)
+    fraction: float = Field(ge=0, le=1)
+
+
+class ReplaySettings(BaseModel):
+    """What to replay: exactly one of `zipf`, `hot` and `trace`.
+
+    zipf: exponent s; the r-th most popular expert is drawn with weight r**-s (0: even). The K
+    experts of a token are drawn one after another without replacement.
+    trace: .npz with `topk_ids` [tokens, layers, top_k] and `num_experts`. Tokens are drawn at
+    random; a token keeps its row in all layers. Layer l of the model uses layer l modulo the
+    number of layers of the trace.
+    change_every: number of batches after which other experts become the popular ones (not for
+    traces); counted per layer from the start of the worker, warm-up batches included.
+    rows: rows of each layer's table.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    zipf: float | None = Field(default=None, ge=0)
+    hot: Hot | None = None
+    trace: Path | None = None
+    seed: int = Field(default=0, ge=0)
+    change_every: int | None = Field(default=None, ge=1)
+    rows: int = Field(default=8192, ge=1)
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> Self:
+        given = [kind for kind in ("zipf", "hot", "trace") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"routing replay needs exactly one of zipf, hot and trace, got {given}"
+            )
+        if self.trace is not None and self.change_every is not None:
+            raise ValueError("change_every goes with zipf or hot; a trace changes by itself")
+        return self
+
+
+def draw(
+    settings: ReplaySettings, num_layers: int, num_experts: int, top_k: int, rank: int
+) -> torch.Tensor:
+    """int32 [num_layers, rows, top_k], distinct within a row: experts numbered by popularity
+    (0 first), or the trace's own ids. Raises ValueError if the settings do not fit the model.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and {num_experts} experts, got {top_k}")
+    if settings.trace is not None:
+        return _draw_trace(settings, settings.trace, num_layers, num_experts, top_k, rank)
+    layers = []
+    for layer in range(num_layers):
+        random = np.random.default_rng((settings.seed, layer, rank, 1))
+        if settings.hot is not None:
+            drawn_NK = _draw_hot(settings.hot, random, settings.rows, num_experts, top_k)
+        else:
+            popularity_E = np.arange(1, num_experts + 1, dtype=np.float64) ** -(settings.zipf or 0)
+            drawn_NK = _draw_weighted(popularity_E, random, settings.rows, top_k)
+        layers.append(torch.from_numpy(drawn_NK.astype(np.int32)))
+    return torch.stack(layers)
+
+
+def _draw_weighted(
+    weight_E: np.ndarray, random: np.random.Generator, num_rows: int, top_k: int
+) -> np.ndarray:
+    """int [num_rows, top_k], drawn by weight without replacement: the Gumbel-top-k trick."""
+    noise = random.gumbel(size=(num_rows, len(weight_E)))
+    return _largest(np.log(weight_E) + noise, top_k)
+
+
+def _draw_hot(
+    hot: Hot, random: np.random.Generator, num_rows: int, num_experts: int, top_k: int
+) -> np.ndarray:
+    """int [num_rows, top_k]; experts 0 to hot.experts - 1 are the hot ones."""
+    pairs = hot.fraction * top_k
+    most_hot = int(np.ceil(pairs))
+    num_cold = num_experts - hot.experts
+    if most_hot > hot.experts or top_k - int(pairs) > num_cold:
+        raise ValueError(
+            f"hot: {hot.fraction} of {top_k} experts per token is {pairs:g} hot and "
+            f"{top_k - pairs:g} other experts, but there are {hot.experts} hot and {num_cold} "
+            f"others of {num_experts}, and a token uses an expert at most once: change "
+            f"hot.experts or hot.fraction"
+        )
+    num_hot_N = int(pairs) + (random.random(num_rows) < pairs - int(pairs))
+    noise = random.random((num_rows, num_experts))
+    # Hot experts first, in random order, then the others: token i takes its first num_hot_N[i]
+    # from the front of the first group and the rest from the front of the second.
+    hot_NH = np.argsort(noise[:, : hot.experts], axis=1)
+    cold_NC = np.argsort(noise[:, hot.experts :], axis=1) + hot.experts
+    both = np.concatenate([hot_NH, cold_NC], axis=1)
+    column_K = np.arange(top_k)
+    from_cold = column_K >= num_hot_N[:, None]
+    column_NK = column_K + from_cold * (hot.experts - num_hot_N[:, None])
+    return np.take_along_axis(both, column_NK, axis=1)
+
+
+def _largest(score_NE: np.ndarray, top_k: int) -> np.ndarray:
+    """The columns of the top_k largest scores of each row, largest first."""
+    return torch.from_numpy(score_NE).topk(top_k, dim=1).indices.numpy()
+
+
+def _draw_trace(
+    settings: ReplaySettings,
+    path: Path,
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    rank: int,
+) -> torch.Tensor:
+    topk_ids = read_trace(path, num_experts, top_k)
+    random = np.random.default_rng((settings.seed, rank, 2))
+    tokens_N = random.integers(0, len(topk_ids), settings.rows)
+    layers_L = np.arange(num_layers) % topk_ids.shape[1]
+    drawn_NLK = topk_ids[tokens_N][:, layers_L].astype(np.int32)
+    return torch.from_numpy(drawn_NLK).transpose(0, 1).contiguous()
+
+
+def read_trace(path: Path, num_experts: int, top_k: int) -> np.ndarray:
+    """`topk_ids` of a trace, [tokens, layers, top_k], checked against a model's shape.
+
+    Raises ValueError if the file is missing, malformed or recorded from a model of another shape.
+    """
+    if not path.is_file():
+        raise ValueError(f"trace {path} does not exist or is not a file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"trace {path} is not an .npz file, or only a part of one")
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = [name for name in ("topk_ids", "num_experts") if name not in arrays]
+        if missing:
+            raise ValueError(
+                f"trace {path} has no {' and no '.join(missing)}: it holds {arrays.files}"
+            )
+        topk_ids, recorded = arrays["topk_ids"], int(arrays["num_experts"])
+    if topk_ids.ndim != 3 or 0 in topk_ids.shape:
+        raise ValueError(
+            f"trace {path}: topk_ids must be [tokens, layers, top_k], got {topk_ids.shape}"
+        )
+    if (recorded, topk_ids.shape[2]) != (num_experts, top_k):
+        raise ValueError(
+            f"trace {path} was recorded with {recorded} experts and top-{topk_ids.shape[2]}, but "
+            f"the model has {num_experts} and top-{top_k}: choose a trace of a model of this shape"
+        )
+    _check_ids(path, topk_ids, num_experts)
+    return topk_ids
+
+
+def _check_ids(path: Path, topk_ids: np.ndarray, num_experts: int) -> None:
+    if topk_ids.min() < 0 or topk_ids.max() >= num_experts:
+        raise ValueError(
+            f"trace {path} has expert ids {topk_ids.min()} to {topk_ids.max()}; allowed are 0 to "
+            f"{num_experts - 1}"
+        )
+    ordered = np.sort(topk_ids, axis=2)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ValueError(f"trace {path} has a token that uses one expert twice in a layer")
