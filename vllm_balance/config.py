@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.replay import ReplaySettings
+from vllm_balance.replay import STRATEGY, ReplaySettings
 
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""
@@ -114,7 +115,10 @@ def _load(source: str) -> dict[str, Any]:
             f"{path.resolve().parent}). It takes a .toml or .json file, or JSON that starts "
             f"with '{{'."
         )
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BalancerError(f"{path} is not a text file in UTF-8: {error}.") from error
     if path.suffix == ".json":
         return _parse_json(content, str(path))
     try:
@@ -155,3 +159,14 @@ def _explain(error: ValidationError) -> str:
         else:
             parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")
     return "The settings of the MoE balancer are wrong. " + " ".join(parts)
+
+
+def route_by_replay() -> None:
+    """Lets vLLM take the experts of each token from our replay, in processes started later."""
+    os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = STRATEGY
+
+
+def plugins_allowed() -> bool:
+    """Whether vLLM's allow-list of plugins lets ours in."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is None or KEY in allowed.split(",")

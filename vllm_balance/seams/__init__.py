@@ -31,7 +31,7 @@ class Seam:
     why: str
     delete_when: str
     only_if_missing: bool = False
-    """Apply only if the class does not define the function itself: a fix that upstream will make."""
+    """Apply only if the class does not define the function itself: a fix upstream will make."""
 
     def owner(self) -> tuple[Any, str]:
         """The class or module that holds the target, and the attribute's name.

@@ -1,4 +1,4 @@
-"""From a finished ``VllmConfig`` to a checked, balanced one: reads the facts, sets what vLLM offers."""
+"""From a finished ``VllmConfig`` to a checked and balanced one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
-from vllm_balance.config import KEY, BalancerConfig, parse
+from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams.versions import unsupported_version
@@ -50,6 +50,8 @@ def configure(vllm_config: Any) -> None:
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.replicates:
         _enable_eplb(vllm_config, config, redundant)
+    if config.replay is not None:
+        route_by_replay()
     _announce(config, redundant, read_deployment(vllm_config))
 
 
@@ -80,7 +82,7 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     if parallel.enable_eplb and not config.replicates:
         raise BalancerError(
             f"--moe-balancer {config.name} keeps one copy of every expert at its place, and "
-            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave --enable-eplb away."
+            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
         )
 
 

@@ -29,7 +29,7 @@ def unsupported_version() -> str | None:
     remedy = (
         "upgrade vllm-balance, or install a supported vLLM"
         if newer
-        else "install a supported vLLM, e.g. pip install 'vllm-balance[cpu]' or 'vllm-balance[cuda]'"
+        else "install a supported vLLM (extras of this package: cpu, cuda)"
     )
     return (
         f"vllm-balance supports vLLM {SUPPORTED} (tested: {TESTED}); vLLM {found} is installed. "

@@ -48,6 +48,8 @@ class BalancedWorker:
                 f"{type(model).__name__} that vLLM's MoERunner executes. This model cannot be "
                 f"balanced; leave the flag away."
             )
+        if self.balancer_config.replay is not None:
+            self._register_replay(vllm_config, runners)
         policy = make_policy(self.balancer_config)
         self.worker_balancer = WorkerBalancer(
             balancer=policy.name, rank=get_ep_group().rank_in_group
@@ -56,6 +58,18 @@ class BalancedWorker:
             layer = bind_layer(runner, policy, self.balancer_config)
             self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+
+    def _register_replay(self, vllm_config: Any, runners: list[Any]) -> None:
+        from vllm_balance import replay
+
+        assert self.balancer_config.replay is not None
+        replay.register(
+            self.balancer_config.replay,
+            num_layers=len(runners),
+            num_experts=vllm_config.model_config.get_num_experts(),
+            top_k=runners[0].moe_config.experts_per_token,
+            rank=vllm_config.parallel_config.data_parallel_rank,
+        )
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""

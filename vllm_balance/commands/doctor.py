@@ -1,0 +1,135 @@
+"""``vllm-balance doctor``: what is installed, which seams would apply, and why not if not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_balance.config import plugins_allowed
+from vllm_balance.seams import Seam
+
+
+@dataclass(kw_only=True)
+class SeamFinding:
+    """One seam and whether it would apply."""
+
+    target: str
+    why: str
+    delete_when: str
+    state: str
+    """``applies``, ``not needed`` (this vLLM has it) or the reason why it cannot apply."""
+
+    @property
+    def is_problem(self) -> bool:
+        return self.state not in ("applies", "not needed")
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """All that doctor found."""
+
+    vllm: str
+    platform: str
+    packages: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+    seams: list[SeamFinding] = field(default_factory=list)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Print what was found, which places of vLLM would be wrapped, and what stands in the way.
+
+    Exit status 1 if --moe-balancer would be refused.
+    """
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(asdict(findings), indent=2))
+    else:
+        _print(findings)
+    if findings.problems or any(seam.is_problem for seam in findings.seams):
+        raise typer.Exit(1)
+
+
+def examine() -> Findings:
+    """Looks at the installed packages, the plugin and every seam; changes nothing."""
+    from vllm.platforms import current_platform
+
+    from vllm_balance.seams.arguments import ARGUMENT_SEAMS
+    from vllm_balance.seams.cpu import CPU_SEAMS
+    from vllm_balance.seams.router import ROUTER_SEAMS
+    from vllm_balance.seams.versions import installed_version, unsupported_version
+
+    findings = Findings(
+        vllm=installed_version(),
+        platform=_platform_name(),
+        packages={name: _version(name) for name in ("vllm-balance", "torch", "triton", "numba")},
+    )
+    if (problem := unsupported_version()) is not None:
+        findings.problems.append(problem)
+    findings.problems += _plugin_problems()
+    seams = (*ARGUMENT_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if current_platform.is_cpu() else ()))
+    findings.seams = [_examine_seam(seam) for seam in seams]
+    return findings
+
+
+def _examine_seam(seam: Seam) -> SeamFinding:
+    problem = seam.problem()
+    state = problem or ("applies" if seam.applies() else "not needed")
+    return SeamFinding(target=seam.target, why=seam.why, delete_when=seam.delete_when, state=state)
+
+
+def _plugin_problems() -> list[str]:
+    if not any(
+        point.name == "moe_balancer" for point in entry_points(group="vllm.general_plugins")
+    ):
+        return ["vLLM does not find the plugin: install vllm-balance into vLLM's environment."]
+    if not plugins_allowed():
+        return [
+            "VLLM_PLUGINS is set and does not name moe_balancer, so vLLM does not load it. Add it "
+            "to the list, or unset the variable."
+        ]
+    return []
+
+
+def _platform_name() -> str:
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return str(current_platform.get_device_name())
+    if torch.cpu._is_amx_tile_supported():
+        return "CPU with AMX"
+    return "CPU with AVX-512" if torch.cpu._is_avx512_supported() else "CPU"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _print(findings: Findings) -> None:
+    console = Console()
+    versions = ", ".join(f"{name} {found}" for name, found in findings.packages.items())
+    console.print(f"vLLM {findings.vllm} on {findings.platform}; {versions}")
+    table = Table(title="Places of vLLM that --moe-balancer wraps")
+    table.add_column("place", overflow="fold")
+    table.add_column("why", overflow="fold")
+    table.add_column("state", overflow="fold")
+    for seam in findings.seams:
+        colour = "red" if seam.is_problem else "green"
+        table.add_row(seam.target, seam.why, f"[{colour}]{escape(seam.state)}[/]")
+    console.print(table)
+    for problem in findings.problems:
+        console.print(f"[red]{escape(problem)}[/]")
+    if not findings.problems and not any(seam.is_problem for seam in findings.seams):
+        console.print("[green]--moe-balancer can be used.[/]")

@@ -1,0 +1,58 @@
+"""``GET /moe_balancer``: what the balancer of every rank did, on vLLM's own HTTP server.
+
+An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=moe_balancer``, which
+names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
+``POST /moe_balancer/reset`` sets all counters to zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+
+from vllm_balance.config import KEY
+
+ENGINE = "moe_balancer_engine"
+"""Attribute of the server's state that holds the engine client."""
+
+router = APIRouter()
+
+
+@router.get("/moe_balancer")
+async def status(request: Request, per_layer: bool = False) -> dict[str, Any]:
+    """Counters of every rank; with data parallelism the ranks of all engines."""
+    ranks = await _ask(request, "moe_balancer_status", {"per_layer": per_layer})
+    return {"ranks": sorted(ranks, key=lambda rank: rank["rank"])}
+
+
+@router.post("/moe_balancer/reset")
+async def reset(request: Request) -> dict[str, str]:
+    """Sets the counters of every rank to zero."""
+    await _ask(request, "moe_balancer_reset", {})
+    return {"status": "reset"}
+
+
+async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[Any]:
+    engine = getattr(request.app.state, ENGINE, None)
+    if engine is None:
+        raise HTTPException(
+            404, "This server runs without --moe-balancer, so there is nothing to report."
+        )
+    answers: list[Any] = await engine.collective_rpc(method, kwargs=kwargs)
+    return answers
+
+
+class MoEBalancerEndpoint:
+    """The endpoint plugin, see ``vllm.plugins.endpoint_plugins``."""
+
+    name = "moe_balancer"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        if engine_client is None or KEY not in (engine_client.vllm_config.additional_config or {}):
+            return
+        setattr(state, ENGINE, engine_client)
