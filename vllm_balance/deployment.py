@@ -92,7 +92,7 @@ def _check_divides(redundant: int, deployment: Deployment) -> None:
         return
     below, above = physical // ranks * ranks, -(-physical // ranks) * ranks
     fitting = [slots - experts for slots in (below, above) if slots >= experts]
-    values = " or ".join(f"{n} (redundancy {1 + n / experts:.4g})" for n in fitting)
+    values = " or ".join(f"{n} (redundancy {1 + n / experts:.6g})" for n in fitting)
     raise BalancerError(
         f"{experts} experts and {redundant} redundant ones make {physical} physical experts, which "
         f"do not divide over {ranks} ranks. The nearest numbers of redundant experts that do: "

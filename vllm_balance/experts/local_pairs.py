@@ -42,12 +42,12 @@ def select_local_pairs(
     local_TK = extended_map_P1[topk_ids_TK.long()]
     is_local_TK = local_TK >= 0
     token_N, _ = is_local_TK.nonzero(as_tuple=True)
-    ends_T = is_local_TK.sum(1).cumsum(0)
+    num_pairs_T = is_local_TK.sum(1)
     return LocalPairs(
         token_N=token_N,
         expert_N1=local_TK[is_local_TK].to(torch.int32).unsqueeze(1),
         weight_N1=topk_weights_TK[is_local_TK].float().unsqueeze(1),
-        first_T=torch.cat([ends_T.new_zeros(1), ends_T[:-1]]),
+        first_T=num_pairs_T.cumsum(0) - num_pairs_T,
     )
 
 
