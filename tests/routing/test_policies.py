@@ -1,0 +1,184 @@
+"""Every policy: its plan gives every token to a replica, and its routing does what it planned."""
+
+import math
+
+import pytest
+import torch
+from cases import Case, random_case
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_balance.config import BALANCERS
+from vllm_balance.kernels.assign import assign, even_split
+from vllm_balance.kernels.record import Counter, counters_size
+from vllm_balance.routing import ROUTING, LayerTables
+from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.types import Demand
+
+SEEDS = st.integers(0, 2**32 - 1)
+NAMES = sorted(ROUTING)
+KNEES = [0.0, 2.0, math.inf]
+
+
+def make(name: str, knee_tokens: float = math.inf):
+    return MetroRouting(knee_tokens) if name == "metro" else ROUTING[name]()
+
+
+def demand_of(case: Case) -> Demand:
+    ids = torch.from_numpy(case.topk_ids_TK).flatten().long()
+    tokens_E = torch.bincount(ids[ids >= 0], minlength=case.placement.num_logical)
+    return Demand(tokens_E=tokens_E.to(torch.int32))
+
+
+def tables_of(case: Case, width: int | None = None) -> LayerTables:
+    """As vLLM holds them: int64, padded with -1 to `width` columns."""
+    placement = case.placement
+    table_ER = placement.logical_to_physical_ER.long()
+    if width is not None:
+        wide = torch.full((placement.num_logical, width), -1, dtype=torch.int64)
+        wide[:, : table_ER.shape[1]] = table_ER
+        table_ER = wide
+    return LayerTables(
+        logical_to_physical_ER=table_ER,
+        num_replicas_E=placement.num_replicas_E.long(),
+        num_ranks=placement.num_ranks,
+        num_physical=placement.num_physical,
+        load_P=torch.zeros(placement.num_physical, dtype=torch.int32),
+        record_enabled=torch.tensor(True),
+        counters=torch.zeros(counters_size(placement.num_ranks), dtype=torch.int64),
+    )
+
+
+def tokens_per_slot(split_ER: torch.Tensor, case: Case) -> torch.Tensor:
+    table_ER = case.placement.logical_to_physical_ER
+    tokens_P = torch.zeros(case.placement.num_physical, dtype=torch.int64)
+    for expert, row in enumerate(table_ER.tolist()):
+        for column, slot in enumerate(row):
+            if slot >= 0:
+                tokens_P[slot] += int(split_ER[expert, column])
+    return tokens_P
+
+
+def test_every_balancer_of_the_flag_has_a_policy():
+    assert sorted(BALANCERS) == NAMES
+    assert {name: policy.name for name, policy in ROUTING.items()} == {n: n for n in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(SEEDS, st.sampled_from(KNEES))
+def test_a_plan_serves_every_token_once(name, seed, knee):
+    case = random_case(seed)
+    demand = demand_of(case)
+    split_ER = make(name, knee).plan(demand, case.placement).split_ER
+    assert split_ER.dtype is torch.int32
+    assert split_ER.shape == case.placement.logical_to_physical_ER.shape
+    assert torch.equal(split_ER.sum(1, dtype=torch.int32), demand.tokens_E)
+    assert (split_ER >= 0).all()
+    assert not split_ER[case.placement.logical_to_physical_ER < 0].any()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "eplb"])
+@given(SEEDS, st.sampled_from(KNEES))
+def test_routing_does_what_was_planned(name, seed, knee):
+    case = random_case(seed)
+    policy, tables = make(name, knee), tables_of(case)
+    ids_TK = torch.from_numpy(case.topk_ids_TK)
+    slots_TK = policy.route(ids_TK.clone(), tables, None)
+    split_ER = policy.plan(demand_of(case), case.placement).split_ER
+    assert torch.equal(slots_TK < 0, ids_TK < 0)
+    used = slots_TK[slots_TK >= 0].long()
+    assert torch.equal(
+        case.placement.physical_to_logical_P[used], ids_TK[ids_TK >= 0].to(torch.int32)
+    )
+    tokens_P = torch.bincount(used, minlength=case.placement.num_physical)
+    assert torch.equal(tokens_P, tokens_per_slot(split_ER, case))
+    assert torch.equal(tables.load_P.long(), tokens_P)
+    assert tables.counters[Counter.PAIRS] == len(used)
+
+
+@given(SEEDS, st.sampled_from(KNEES))
+def test_metro_assigns_as_its_plan_does_pair_by_pair(seed, knee):
+    """Ranks that route by exchanged counts (plan, assign) agree with ranks that see all tokens."""
+    case = random_case(seed)
+    policy = MetroRouting(knee)
+    ids_TK = torch.from_numpy(case.topk_ids_TK)
+    split_ER = policy.plan(demand_of(case), case.placement).split_ER
+    planned_TK = assign(ids_TK, split_ER, case.placement.logical_to_physical_ER)
+    assert torch.equal(policy.route(ids_TK.clone(), tables_of(case), None), planned_TK)
+
+
+@given(SEEDS)
+def test_eplb_uses_replicas_of_the_right_expert_and_plans_an_even_split(seed):
+    case = random_case(seed)
+    ids_TK, tables, placement = torch.from_numpy(case.topk_ids_TK), tables_of(case), case.placement
+    slots_TK = make("eplb").route(ids_TK.clone(), tables, None)
+    assert torch.equal(slots_TK < 0, ids_TK < 0)
+    used = slots_TK[slots_TK >= 0].long()
+    assert torch.equal(placement.physical_to_logical_P[used], ids_TK[ids_TK >= 0].to(torch.int32))
+    demand = demand_of(case)
+    split_ER = make("eplb").plan(demand, placement).split_ER
+    replicas_E = placement.num_replicas_E
+    for expert, row in enumerate(split_ER.tolist()):
+        served = row[: int(replicas_E[expert])]
+        assert max(served) - min(served) <= 1
+    assert torch.equal(split_ER, even_split(demand.tokens_E, replicas_E, split_ER.shape[1]))
+
+
+@given(SEEDS)
+def test_metro_activates_as_few_experts_on_the_worst_rank_as_any_policy(seed):
+    case = random_case(seed)
+    demand, placement = demand_of(case), case.placement
+
+    def worst_rank(name: str) -> int:
+        tokens_P = tokens_per_slot(make(name).plan(demand, placement).split_ER, case)
+        return int((tokens_P > 0).view(placement.num_ranks, -1).sum(1).max())
+
+    assert worst_rank("metro") <= min(worst_rank("first_copy"), worst_rank("eplb"))
+
+
+def test_metro_is_better_than_the_first_copy_where_it_can_be():
+    """Two ranks, experts 0 to 3 first on rank 0 and again on rank 1: two there, two here."""
+    from vllm_balance.types import Placement
+
+    placement = Placement.from_physical_to_logical(
+        torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), num_logical=4, num_ranks=2
+    )
+    demand = Demand(tokens_E=torch.tensor([5, 1, 1, 1], dtype=torch.int32))
+    split_ER = MetroRouting(math.inf).plan(demand, placement).split_ER
+    assert (split_ER > 0).sum(0).tolist() == [2, 2]
+    first_ER = make("first_copy").plan(demand, placement).split_ER
+    assert (first_ER > 0).sum(0).tolist() == [4, 0]
+
+
+def test_the_knee_is_mean_tokens_per_active_expert():
+    policy = MetroRouting(3.0)
+    at_knee = torch.tensor([6, 0, 0, 3, 0], dtype=torch.int32)
+    assert not policy.is_compute_bound(torch.tensor([4, 0, 0, 2, 0], dtype=torch.int32))
+    assert policy.is_compute_bound(at_knee)
+    assert not policy.is_compute_bound(torch.tensor([3, 3, 3], dtype=torch.int32))
+    assert not policy.is_compute_bound(torch.zeros(4, dtype=torch.int32))
+
+
+@given(SEEDS, st.sampled_from([None, 64, 1024]))
+def test_tables_know_their_placement(seed, width):
+    case = random_case(seed)
+    if width is not None and width < case.placement.logical_to_physical_ER.shape[1]:
+        width = None
+    found, made = tables_of(case, width).placement, case.placement
+    assert torch.equal(found.physical_to_logical_P, made.physical_to_logical_P)
+    assert torch.equal(found.num_replicas_E, made.num_replicas_E)
+    assert found.num_ranks == made.num_ranks
+    used = made.logical_to_physical_ER.shape[1]
+    assert torch.equal(found.logical_to_physical_ER[:, :used], made.logical_to_physical_ER)
+    assert (found.logical_to_physical_ER[:, used:] == -1).all()
+    assert found.logical_to_physical_ER.dtype is torch.int32
+    assert found.logical_to_physical_ER.shape[1] <= made.num_physical - made.num_logical + 1
+
+
+def test_tables_see_a_rearrangement_in_place():
+    case = random_case(3)
+    tables = tables_of(case, width=1024)
+    before = tables.placement
+    slots = tables.logical_to_physical_ER
+    slots.copy_(torch.where(slots >= 0, case.placement.num_physical - 1 - slots, -1))
+    assert torch.equal(tables.placement.physical_to_logical_P, before.physical_to_logical_P.flip(0))

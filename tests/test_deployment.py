@@ -1,0 +1,118 @@
+"""The checks that need to know model, ranks and memory: each mistake has its paragraph."""
+
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from vllm_balance.config import BALANCERS, DEFAULT_REDUNDANCY, BalancerConfig
+from vllm_balance.deployment import Deployment, num_redundant_experts
+from vllm_balance.errors import BalancerError
+
+REPLICATING = [name for name in BALANCERS if name != "static"]
+
+
+def deployment(**changes) -> Deployment:
+    facts = {
+        "model": "some/model",
+        "num_experts": 128,
+        "num_moe_layers": 3,
+        "expert_bytes": 1000,
+        "num_ranks": 2,
+        "enable_expert_parallel": True,
+        "free_bytes": 2**40,
+        "ranks_sharing_memory": 2,
+    }
+    return Deployment(**(facts | changes))
+
+
+def refused(config: BalancerConfig, found: Deployment) -> str:
+    with pytest.raises(BalancerError) as raised:
+        num_redundant_experts(config, found)
+    text = str(raised.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_layouts_that_cannot_be_balanced(name):
+    config = BalancerConfig(name=name)
+    dense = refused(config, deployment(num_experts=0))
+    assert "some/model is a dense model" in dense and f"--moe-balancer {name}" in dense
+    off = refused(config, deployment(enable_expert_parallel=False))
+    assert "Add --enable-expert-parallel" in off
+    one = refused(config, deployment(num_ranks=1))
+    assert "at least two expert-parallel ranks" in one and "--tensor-parallel-size 2" in one
+
+
+def test_the_first_thing_that_is_wrong_is_named():
+    """A dense model on one rank without expert parallelism: the model is what cannot be helped."""
+    worst = deployment(num_experts=0, num_ranks=1, enable_expert_parallel=False)
+    assert "dense model" in refused(BalancerConfig(name="metro"), worst)
+
+
+@pytest.mark.parametrize("setting", [{"num_redundant_experts": 64}, {"redundancy": 1.5}])
+def test_one_redundancy_for_all_balancers(setting):
+    for name in REPLICATING:
+        assert num_redundant_experts(BalancerConfig(name=name, **setting), deployment()) == 64
+    text = refused(BalancerConfig(name="static", **setting), deployment())
+    assert "static keeps one copy" in text and "64 redundant experts were asked for" in text
+
+
+def test_static_may_say_that_it_has_no_redundancy():
+    for setting in ({}, {"num_redundant_experts": 0}, {"redundancy": 1.0}):
+        assert num_redundant_experts(BalancerConfig(name="static", **setting), deployment()) == 0
+
+
+@given(st.integers(2, 512), st.integers(2, 64), st.sampled_from(REPLICATING))
+def test_the_default_always_fits_the_ranks(num_experts, num_ranks, name):
+    found = deployment(num_experts=num_experts, num_ranks=num_ranks)
+    redundant = num_redundant_experts(BalancerConfig(name=name), found)
+    assert (num_experts + redundant) % num_ranks == 0
+    least = num_experts * (DEFAULT_REDUNDANCY - 1)
+    assert least <= redundant < least + num_ranks
+
+
+def test_count_and_ratio_must_agree():
+    both = BalancerConfig(name="eplb", num_redundant_experts=64, redundancy=1.5)
+    assert num_redundant_experts(both, deployment()) == 64
+    differ = BalancerConfig(name="eplb", num_redundant_experts=60, redundancy=1.5)
+    text = refused(differ, deployment())
+    assert "`num_redundant_experts` = 60" in text and "means 64 redundant experts" in text
+
+
+@given(st.integers(2, 512), st.integers(2, 64), st.integers(0, 7000))
+def test_the_nearest_values_named_are_valid_and_nearest(num_experts, num_ranks, redundant):
+    found = deployment(num_experts=num_experts, num_ranks=num_ranks)
+    assume(num_ranks <= num_experts and redundant / num_experts < 14)
+    assume((num_experts + redundant) % num_ranks)
+    config = BalancerConfig(name="metro", num_redundant_experts=redundant)
+    text = refused(config, found)
+    assert f"make {num_experts + redundant} physical experts" in text
+    named = re.findall(r"(\d+) \(redundancy ([\d.]+)\)", text)
+    for count, ratio in named:
+        by_count = BalancerConfig(name="metro", num_redundant_experts=int(count))
+        by_ratio = BalancerConfig(name="metro", redundancy=float(ratio))
+        assert num_redundant_experts(by_count, found) == int(count)
+        assert num_redundant_experts(by_ratio, found) == int(count)
+    fits = [n for n in range(redundant + num_ranks + 1) if (num_experts + n) % num_ranks == 0]
+    nearest = [n for n in fits if n < redundant][-1:] + [n for n in fits if n > redundant][:1]
+    assert [int(count) for count, _ in named] == nearest
+
+
+@given(st.integers(1, 16), st.sampled_from([1, 2]), st.integers(0, 64))
+def test_memory_is_refused_one_byte_too_early_and_names_the_bytes(expert_bytes, sharing, slots):
+    facts = {"num_experts": 64, "expert_bytes": expert_bytes, "ranks_sharing_memory": sharing}
+    config = BalancerConfig(name="metro", num_redundant_experts=2 * slots)
+    needed = (64 + 2 * slots) // 2 * 3 * expert_bytes * sharing
+    assert num_redundant_experts(config, deployment(**facts, free_bytes=needed)) == 2 * slots
+    text = refused(config, deployment(**facts, free_bytes=needed - 1))
+    assert f"need {needed:,} bytes" in text
+    assert f"and {needed - 1:,} bytes" in text
+    assert "Lower `num_redundant_experts` or `redundancy`" in text
+
+
+def test_memory_is_refused_for_static_too():
+    text = refused(BalancerConfig(name="static"), deployment(free_bytes=10))
+    assert f"need {128 * 3 * 1000:,} bytes" in text
