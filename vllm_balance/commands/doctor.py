@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,8 @@ class SeamFinding:
     delete_when: str
     state: str
     """``applies``, ``not needed`` (this vLLM has it) or the reason why it cannot apply."""
+    parameters: list[str] | None = None
+    """Parameters of the place in the source that was checked; None if it is not defined there."""
 
     @property
     def is_problem(self) -> bool:
@@ -44,12 +47,16 @@ class Findings:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Check the source of another vLLM instead: a wheel or a folder."),
+    ] = None,
 ) -> None:
     """Print what was found, which places of vLLM would be wrapped, and what stands in the way.
 
     Exit status 1 if --moe-balancer would be refused.
     """
-    findings = examine()
+    findings = examine() if against is None else examine_source(against)
     if as_json:
         typer.echo(json.dumps(asdict(findings), indent=2))
     else:
@@ -58,13 +65,44 @@ def doctor(
         raise typer.Exit(1)
 
 
+def examine_source(vllm: Path) -> Findings:
+    """Checks every seam against the source of a vLLM that need not be installed."""
+    from vllm_balance.seams.source import problems, signatures
+
+    seams = all_seams(cpu=True)
+    found = signatures(seams, vllm)
+    complaints = {target: c for c in problems(seams, found) for target in found if target in c}
+    return Findings(
+        vllm=vllm.name,
+        platform="source only",
+        packages={"vllm-balance": _version("vllm-balance")},
+        seams=[
+            SeamFinding(
+                target=seam.target,
+                why=seam.why,
+                delete_when=seam.delete_when,
+                state=complaints.get(seam.target)
+                or ("not needed" if seam.only_if_missing and found[seam.target] else "applies"),
+                parameters=found[seam.target],
+            )
+            for seam in seams
+        ],
+    )
+
+
+def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
+    """Every seam, with those that only a CPU needs or without."""
+    from vllm_balance.seams.arguments import ARGUMENT_SEAMS
+    from vllm_balance.seams.cpu import CPU_SEAMS
+    from vllm_balance.seams.router import ROUTER_SEAMS
+
+    return (*ARGUMENT_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if cpu else ()))
+
+
 def examine() -> Findings:
     """Looks at the installed packages, the plugin and every seam; changes nothing."""
     from vllm.platforms import current_platform
 
-    from vllm_balance.seams.arguments import ARGUMENT_SEAMS
-    from vllm_balance.seams.cpu import CPU_SEAMS
-    from vllm_balance.seams.router import ROUTER_SEAMS
     from vllm_balance.seams.versions import installed_version, unsupported_version
 
     findings = Findings(
@@ -75,7 +113,7 @@ def examine() -> Findings:
     if (problem := unsupported_version()) is not None:
         findings.problems.append(problem)
     findings.problems += _plugin_problems()
-    seams = (*ARGUMENT_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if current_platform.is_cpu() else ()))
+    seams = all_seams(cpu=current_platform.is_cpu())
     findings.seams = [_examine_seam(seam) for seam in seams]
     return findings
 

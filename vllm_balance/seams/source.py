@@ -1,0 +1,72 @@
+"""Seams checked against the source of a vLLM that is not installed: a wheel or an unpacked tree."""
+
+from __future__ import annotations
+
+import ast
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.seams import Seam
+
+Signatures = dict[str, list[str] | None]
+"""Target -> names of its parameters; None if its class does not define it."""
+
+
+def signatures(seams: Iterable[Seam], vllm: Path) -> Signatures:
+    """What the source of a vLLM says of every seam's target.
+
+    Args:
+        vllm: a wheel, or the folder that holds the package ``vllm``.
+
+    Raises:
+        BalancerError: no vLLM is found there, or a module or class of a seam is missing.
+    """
+    read = _reader(vllm)
+    return {seam.target: _parameters(seam.target, read) for seam in seams}
+
+
+def problems(seams: Iterable[Seam], found: Signatures) -> list[str]:
+    """Why seams would not apply to a vLLM with these signatures."""
+    complaints = []
+    for seam in seams:
+        parameters = found.get(seam.target)
+        if parameters is None:
+            if not seam.only_if_missing:
+                complaints.append(f"{seam.target} does not exist")
+            continue
+        missing = [name for name in seam.parameters if name not in parameters]
+        if missing:
+            complaints.append(f"{seam.target} has no parameter {', '.join(missing)}")
+    return complaints
+
+
+def _reader(vllm: Path) -> Callable[[str], str]:
+    if vllm.suffix == ".whl":
+        archive = zipfile.ZipFile(vllm)
+        return lambda name: archive.read(name).decode()
+    if (vllm / "vllm" / "version.py").is_file():
+        return lambda name: (vllm / name).read_text(encoding="utf-8")
+    raise BalancerError(f"{vllm} is neither a wheel nor a folder that holds the package vllm.")
+
+
+def _parameters(target: str, read: Callable[[str], str]) -> list[str] | None:
+    module, _, path = target.partition(":")
+    *classes, name = path.split(".")
+    file = module.replace(".", "/") + ".py"
+    try:
+        body = ast.parse(read(file)).body
+    except (KeyError, FileNotFoundError) as error:
+        raise BalancerError(f"{target}: this vLLM has no file {file}") from error
+    for class_name in classes:
+        found = [n for n in body if isinstance(n, ast.ClassDef) and n.name == class_name]
+        if not found:
+            raise BalancerError(f"{target}: this vLLM has no class {class_name} in {file}")
+        body = found[-1].body
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            arguments = node.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            return [argument.arg for argument in every]
+    return None
