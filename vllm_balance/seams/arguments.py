@@ -53,7 +53,7 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             settings = balancer_config.read(name, source)
             present = (engine_args.additional_config or {}).get(KEY, settings)
-            if present != settings:
+            if balancer_config.parse(present) != balancer_config.parse(settings):
                 raise BalancerError(
                     f"--moe-balancer and --additional-config both hold settings of the MoE "
                     f"balancer and differ: {settings} and {present}. Give them once."
