@@ -106,6 +106,8 @@ def require_out(ids_TK: torch.Tensor, out: torch.Tensor) -> None:
     """
     if out.shape != ids_TK.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, the ids {tuple(ids_TK.shape)}.")
+    if out.numel() and out.data_ptr() == ids_TK.data_ptr():
+        raise ValueError("out must not be the ids themselves: kernels read ids while they write.")
     require_dense("out", out, ids_TK.dtype, at_least=ids_TK.numel(), device=ids_TK.device)
 
 

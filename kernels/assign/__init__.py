@@ -82,7 +82,7 @@ def assign(
             None: this rank sees the batch from its first token on.
         num_valid_tokens: int32, one element: rows from here on are padding. They use up no share
             and go to the expert's first replica with a share, without one to its first replica.
-        out: [T, K] of the ids' dtype, may be the ids themselves; allocated if None.
+        out: [T, K] of the ids' dtype, not the ids themselves; allocated if None.
 
     Occurrences behind the end of an expert's split go to its last replica with a share.
 

@@ -133,7 +133,7 @@ def route(
             their expert uses, or its first slot if it is inactive, and counted nowhere. None: no
             padding.
         counters: int64 [counters_size(S)], see record/layout.py; added to without a host sync.
-        out: [T, K] of the ids' dtype, may be the ids themselves; allocated if None.
+        out: [T, K] of the ids' dtype, not the ids themselves; allocated if None.
 
     Raises:
         ValueError: a tensor has the wrong dtype, shape or device, or (on the CPU) an expert with

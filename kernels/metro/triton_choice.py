@@ -1,8 +1,10 @@
 """The choice of METRO as Triton device functions; parallel_reference.py says what they compute.
 
 One program holds everything in registers: experts along ``EB`` (E rounded up to a power of two),
-replicas along ``RB``, ranks along ``SB``. ``hosts_E`` has bit s set if the expert has a replica on
-rank s. Nothing but the maps is read from memory.
+ranks along ``SB``, replicas along ``RB``. Experts are the last axis of every table, so that a
+thread holds whole experts and not one expert many times; of experts x ranks only ``SC`` ranks
+exist at a time. ``hosts_E`` has bit s set if the expert has a replica on rank s. Nothing but the
+maps is read from memory.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from .parallel_reference import MAX_SHIFTS as _MAX_SHIFTS
 
 NONE = tl.constexpr(2**30)
 """Larger than every 32-bit key."""
-NONE64 = tl.constexpr(2**62)
+NO_RANK = tl.constexpr(255)
 ALONE = tl.constexpr(_ALONE)
 MAX_SHIFTS = tl.constexpr(_MAX_SHIFTS)
 
@@ -44,36 +46,84 @@ def _at(values, index, position):
 
 
 @triton.jit
-def load_slots(table, replicas, stride, E, P, expert_E, EB: tl.constexpr, RB: tl.constexpr):
-    """Slots of the experts, [EB, RB] int32, -1 where there is none (or beyond ``RB``)."""
+def load_ranks(table, replicas, stride, E, P, S, expert_E, RB: tl.constexpr):
+    """Ranks of each expert's replicas, 8 bits each in one int64, ``NO_RANK`` where there is none
+    (or beyond ``RB``): two registers per expert, where a table would take ``RB``."""
     inside_E = expert_E < E
     count_E = tl.load(replicas + expert_E, mask=inside_E, other=0).to(tl.int32)
-    column_R = tl.arange(0, RB)
-    usable_ER = (column_R[None, :] < count_E[:, None]) & (column_R < stride)[None, :]
-    address_ER = table + expert_E.to(tl.int64)[:, None] * stride + column_R[None, :]
-    slot_ER = tl.load(address_ER, mask=usable_ER, other=-1).to(tl.int32)
-    return tl.where((slot_ER >= 0) & (slot_ER < P), slot_ER, -1)
+    count_E = tl.minimum(count_E, stride)
+    row_E = table + expert_E.to(tl.int64) * stride
+    packed_E = tl.zeros_like(expert_E).to(tl.int64)
+    for column in tl.static_range(RB):
+        slot_E = tl.load(row_E + column, mask=column < count_E, other=-1).to(tl.int32)
+        rank_E = tl.where((slot_E >= 0) & (slot_E < P), slot_E // (P // S), NO_RANK)
+        packed_E |= rank_E.to(tl.int64) << (8 * column)
+    return packed_E
 
 
 @triton.jit
-def _claim(ranks_ER, rank_E, waiting_E, activated_S, limit, expert_E, rank_S,
-           EB: tl.constexpr, RB: tl.constexpr):  # fmt: skip
+def _unpack(packed_E, RB: tl.constexpr):
+    """The ranks again, [RB, EB] int32."""
+    shift_R = (tl.arange(0, RB) * 8).to(tl.int64)
+    return ((packed_E[None, :] >> shift_R[:, None]) & NO_RANK).to(tl.int32)
+
+
+@triton.jit
+def _lookup(values_S, ranks_RE, RB: tl.constexpr, EB: tl.constexpr, SB: tl.constexpr):
+    """``values_S`` at every rank, [RB, EB]; anything at ``NO_RANK``."""
+    index = tl.reshape(ranks_RE & (SB - 1), [RB * EB])
+    return tl.reshape(tl.gather(values_S, index, 0), [RB, EB])
+
+
+@triton.jit
+def _widen(part_C, first, rank_S, SC: tl.constexpr):
+    """[SB] with ``part_C`` at ``first`` to ``first + SC - 1`` and zero elsewhere."""
+    part_S = tl.gather(part_C, rank_S & (SC - 1), 0)
+    return tl.where((rank_S >= first) & (rank_S < first + SC), part_S, 0)
+
+
+@triton.jit
+def sum_on_ranks(rank_E, values_E, rank_S, SB: tl.constexpr, SC: tl.constexpr):
+    """Sum of the values on each rank, [SB]; ``SC`` ranks at a time, to save registers."""
+    sum_S = tl.zeros([SB], tl.int32)
+    for first in range(0, SB, SC):
+        rank_C = first + tl.arange(0, SC)
+        here_CE = rank_E[None, :] == rank_C[:, None]
+        sum_S += _widen(tl.sum(tl.where(here_CE, values_E[None, :], 0), 1), first, rank_S, SC)
+    return sum_S
+
+
+@triton.jit
+def _accept(target_E, activated_S, limit, rank_S, SB: tl.constexpr, SC: tl.constexpr):
+    """Which claims are accepted, in expert order, 0 or 1 [EB], and how many per rank [SB]."""
+    accepted_E = tl.zeros_like(target_E)
+    accepted_S = tl.zeros([SB], tl.int32)
+    for first in range(0, SB, SC):
+        rank_C = first + tl.arange(0, SC)
+        claims_CE = (target_E[None, :] == rank_C[:, None]).to(tl.int32)
+        room_C = limit - tl.gather(activated_S, rank_C, 0)
+        order_CE = tl.cumsum(claims_CE, 1)
+        accepted_CE = tl.where(order_CE <= room_C[:, None], claims_CE, 0)
+        accepted_E += tl.max(accepted_CE, 0)
+        accepted_S += _widen(tl.sum(accepted_CE, 1), first, rank_S, SC)
+    return accepted_E, accepted_S
+
+
+@triton.jit
+def _claim(packed_E, rank_E, waiting_E, activated_S, limit, expert_E, rank_S,
+           EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr):  # fmt: skip
     """One claim round: the new ranks, who still waits, activated experts, whether any claimed."""
-    safe_ER = tl.where(ranks_ER < 0, 0, ranks_ER)
-    activated_ER = tl.gather(activated_S, tl.reshape(safe_ER, [EB * RB]), 0)
-    activated_ER = tl.reshape(activated_ER, [EB, RB])
-    key_ER = activated_ER * 4096 + ((ranks_ER - expert_E[:, None]) & 63) * 64 + safe_ER
-    usable_ER = (ranks_ER >= 0) & (activated_ER < limit)
-    best_E = tl.min(tl.where(usable_ER, key_ER, NONE), 1)
-    claims_E = waiting_E & (best_E < NONE)
+    ranks_RE = _unpack(tl.where(waiting_E, packed_E, -1), RB)
+    activated_RE = _lookup(activated_S, ranks_RE, RB, EB, SB)
+    key_RE = activated_RE * 4096 + ((ranks_RE - expert_E[None, :]) & 63) * 64 + ranks_RE
+    usable_RE = (ranks_RE != NO_RANK) & (activated_RE < limit)
+    best_E = tl.min(tl.where(usable_RE, key_RE, NONE), 0)
+    claims_E = best_E < NONE
     target_E = tl.where(claims_E, best_E & 63, -1)
-    claims_ES = (target_E[:, None] == rank_S[None, :]).to(tl.int32)
-    order_ES = tl.cumsum(claims_ES, 0)
-    accepted_ES = tl.where(order_ES <= (limit - activated_S)[None, :], claims_ES, 0)
-    accepted_E = tl.max(accepted_ES, 1) > 0
-    rank_E = tl.where(accepted_E, target_E, rank_E)
-    activated_S += tl.sum(accepted_ES, 0)
-    return rank_E, waiting_E & (~accepted_E), activated_S, tl.max(claims_E.to(tl.int32), 0) > 0
+    accepted_E, accepted_S = _accept(target_E, activated_S, limit, rank_S, SB, SC)
+    rank_E = tl.where(accepted_E > 0, target_E, rank_E)
+    any_claim = tl.max(claims_E.to(tl.int32), 0) > 0
+    return rank_E, waiting_E & (accepted_E == 0), activated_S + accepted_S, any_claim
 
 
 @triton.jit
@@ -125,30 +175,42 @@ def _place(hosts_E, rank_E, waiting_E, depth_S, rank, depth, expert_E, rank_S):
 
 
 @triton.jit
-def _shift_tokens(tokens_E, ranks_ER, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
-                  expert_E, rank_S, EB: tl.constexpr, RB: tl.constexpr):  # fmt: skip
+def _partners(key_E, returns_E, rank_E, rank_S, SB: tl.constexpr, SC: tl.constexpr):
+    """Least key of the experts of each rank that may return, [SB]."""
+    partner_S = tl.zeros([SB], tl.int32)
+    for first in range(0, SB, SC):
+        rank_C = first + tl.arange(0, SC)
+        here_CE = returns_E[None, :] & (rank_E[None, :] == rank_C[:, None])
+        least_C = tl.min(tl.where(here_CE, key_E[None, :], 2147483647), 1)
+        partner_S += _widen(least_C, first, rank_S, SC)
+    return partner_S
+
+
+@triton.jit
+def _shift_tokens(tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
+                  expert_E, rank_S, EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,
+                  SC: tl.constexpr):  # fmt: skip
     """Moves or swaps experts off the rank with the most tokens; returns ranks, both loads."""
-    safe_E = tl.reshape(tl.where(ranks_ER < 0, 0, ranks_ER), [EB * RB])
     shifts = tl.zeros_like(limit)
     while shifts < MAX_SHIFTS:
         shifts += 1
         first = tl.max(tokens_S * 64 + (63 - rank_S), 0)
         most, busiest = first // 64, 63 - (first & 63)
         returns_E = movable_E & _has(hosts_E, busiest)
-        here_ES = returns_E[:, None] & (rank_E[:, None] == rank_S[None, :])
         key_E = tokens_E * 1024 + expert_E
-        partner_S = tl.min(tl.where(here_ES, key_E[:, None], 2147483647), 0)
+        partner_S = _partners(key_E, returns_E, rank_E, rank_S, SB, SC)
         partner_S = tl.where(activated_S < limit, ALONE, partner_S)
-        partner_ER = tl.reshape(tl.gather(partner_S, safe_E, 0), [EB, RB])
-        load_ER = tl.reshape(tl.gather(tokens_S, safe_E, 0), [EB, RB])
-        gain_ER = tokens_E[:, None] - partner_ER // 1024
-        larger_ER = tl.maximum(load_ER + gain_ER, most - gain_ER).to(tl.int64)
-        usable_ER = (ranks_ER >= 0) & (ranks_ER != busiest) & (gain_ER > 0)
-        usable_ER &= (movable_E & (rank_E == busiest))[:, None]
-        key_ER = (larger_ER * 1024 + expert_E[:, None]) * 64 + ranks_ER
-        best = tl.min(tl.min(tl.where(usable_ER, key_ER, NONE64), 1), 0)
-        if (best >> 16) < most:
-            expert, rank = ((best >> 6) & 1023).to(tl.int32), (best & 63).to(tl.int32)
+        ranks_RE = _unpack(tl.where(movable_E & (rank_E == busiest), packed_E, -1), RB)
+        partner_RE = _lookup(partner_S, ranks_RE, RB, EB, SB)
+        load_RE = _lookup(tokens_S, ranks_RE, RB, EB, SB)
+        gain_RE = tokens_E[None, :] - partner_RE // 1024
+        usable_RE = (ranks_RE != NO_RANK) & (ranks_RE != busiest) & (gain_RE > 0)
+        larger_RE = tl.where(usable_RE, tl.maximum(load_RE + gain_RE, most - gain_RE), NONE)
+        best = tl.min(tl.min(larger_RE, 0), 0)
+        if best < most:
+            key_RE = tl.where(larger_RE == best, expert_E[None, :] * 64 + ranks_RE, NONE)
+            first = tl.min(tl.min(key_RE, 0), 0)
+            expert, rank = first // 64, first & 63
             partner = _at(partner_S, rank_S, rank)
             gain = _at(tokens_E, expert_E, expert) - partner // 1024
             step_S = (rank_S == rank).to(tl.int32) - (rank_S == busiest).to(tl.int32)
@@ -162,20 +224,23 @@ def _shift_tokens(tokens_E, ranks_ER, hosts_E, rank_E, movable_E, activated_S, t
 
 
 @triton.jit
-def choose_columns(tokens_E, slot_ER, slots_per_rank, num_ranks, expert_E,
-                   EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr):  # fmt: skip
-    """Column per expert (-1: inactive), activated experts [SB] and tokens [SB] per rank."""
+def choose_columns(tokens_E, packed_E, num_ranks, expert_E, EB: tl.constexpr, RB: tl.constexpr,
+                   SB: tl.constexpr, SC: tl.constexpr):  # fmt: skip
+    """Column per expert (-1: inactive), activated experts [SB] and tokens [SB] per rank.
+
+    ``packed_E`` is from ``load_ranks``; ``SC``: ranks that are in registers at a time.
+    """
     rank_S = tl.arange(0, SB)
-    column_R = tl.arange(0, RB)
-    ranks_ER = tl.where(slot_ER >= 0, slot_ER // slots_per_rank, -1)
-    home_E = tl.max(tl.where(column_R[None, :] == 0, ranks_ER, -1), 1)
-    active_E = (tokens_E > 0) & (home_E >= 0)
-    differs_ER = (ranks_ER >= 0) & (ranks_ER != home_E[:, None])
-    movable_E = active_E & (tl.max(differs_ER.to(tl.int32), 1) > 0)
-    bits_ER = tl.full([1, 1], 1, tl.int64) << tl.where(ranks_ER < 0, 0, ranks_ER).to(tl.int64)
-    hosts_E = tl.reduce(tl.where(ranks_ER >= 0, bits_ER, 0), 1, _or)
+    home_E = (packed_E & NO_RANK).to(tl.int32)
+    active_E = (tokens_E > 0) & (home_E != NO_RANK)
+    hosts_E = tl.zeros_like(packed_E)
+    for column in tl.static_range(RB):
+        host_E = (packed_E >> (8 * column)) & NO_RANK
+        bit_E = tl.full([1], 1, tl.int64) << (host_E & 63)
+        hosts_E |= tl.where(host_E != NO_RANK, bit_E, 0)
+    movable_E = active_E & ((hosts_E & (hosts_E - 1)) != 0)
     rank_E = tl.where(active_E & (~movable_E), home_E, -1)
-    activated_S = tl.sum((rank_E[:, None] == rank_S[None, :]).to(tl.int32), 0)
+    activated_S = sum_on_ranks(rank_E, (rank_E >= 0).to(tl.int32), rank_S, SB, SC)
     num_active = tl.sum(active_E.to(tl.int32), 0)
     limit = tl.maximum(tl.max(activated_S, 0), (num_active + num_ranks - 1) // num_ranks)
     waiting_E = movable_E
@@ -184,8 +249,9 @@ def choose_columns(tokens_E, slot_ER, slots_per_rank, num_ranks, expert_E,
         claiming = left
         while claiming:
             rank_E, waiting_E, activated_S, claiming = _claim(
-                ranks_ER, rank_E, waiting_E, activated_S, limit, expert_E, rank_S, EB, RB
-            )
+                packed_E, rank_E, waiting_E, activated_S, limit, expert_E, rank_S,
+                EB, RB, SB, SC,
+            )  # fmt: skip
         left = tl.max(waiting_E.to(tl.int32), 0) > 0
         if left:
             target, depth, depth_S, limit = _search(
@@ -198,11 +264,14 @@ def choose_columns(tokens_E, slot_ER, slots_per_rank, num_ranks, expert_E,
                     hosts_E, rank_E, waiting_E, depth_S, rank, depth, expert_E, rank_S
                 )
                 left = tl.max(waiting_E.to(tl.int32), 0) > 0
-    tokens_S = tl.sum(tl.where(rank_E[:, None] == rank_S[None, :], tokens_E[:, None], 0), 0)
+    tokens_S = sum_on_ranks(rank_E, tokens_E, rank_S, SB, SC)
     rank_E, activated_S, tokens_S = _shift_tokens(
-        tokens_E, ranks_ER, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
-        expert_E, rank_S, EB, RB,
+        tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
+        expert_E, rank_S, EB, RB, SB, SC,
     )  # fmt: skip
-    on_rank_ER = (ranks_ER == rank_E[:, None]) & (ranks_ER >= 0)
-    column_E = tl.min(tl.where(on_rank_ER, column_R[None, :], RB), 1)
+    column_E = tl.zeros_like(expert_E)
+    for step in tl.static_range(RB):
+        column = RB - 1 - step
+        host_E = ((packed_E >> (8 * column)) & NO_RANK).to(tl.int32)
+        column_E = tl.where(host_E == rank_E, column, column_E)
     return tl.where(active_E, column_E, -1), activated_S, tokens_S

@@ -22,10 +22,10 @@ from ..record.triton_gpu import (
     require_limit,
     valid_pairs_of,
 )
-from .triton_choice import choose_columns, load_slots
+from .triton_choice import choose_columns, load_ranks, sum_on_ranks
 
 MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS, MAX_REPLICAS, MAX_PAIRS = 512, 1024, 64, 8, 2**20
-"""What one program holds in registers. The choice uses the first 8 replicas of an expert."""
+"""What one program holds in registers without spilling. The choice uses the first 8 replicas of an expert."""
 MEMORY_BOUND = tl.constexpr(int(Regime.MEMORY_BOUND))
 COMPUTE_BOUND = tl.constexpr(int(Regime.COMPUTE_BOUND))
 
@@ -52,7 +52,7 @@ def even_share(expert, tokens, count, column):
 
 @triton.jit
 def record_even(tokens_E, table, replicas, stride, E, P, S, counters, expert_E,
-                EB: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+                EB: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr):  # fmt: skip
     """Adds a batch split evenly over all replicas to the counters."""
     inside_E = expert_E < E
     count_E = tl.load(replicas + expert_E, mask=inside_E, other=1).to(tl.int32)
@@ -65,9 +65,8 @@ def record_even(tokens_E, table, replicas, stride, E, P, S, counters, expert_E,
         slot_E = tl.load(table + expert_E.to(tl.int64) * stride + column, mask=share_E > 0,
                          other=-1).to(tl.int32)  # fmt: skip
         rank_E = tl.where((slot_E >= 0) & (slot_E < P), slot_E // (P // S), -1)
-        here_ES = rank_E[:, None] == rank_S[None, :]
-        tokens_S += tl.sum(tl.where(here_ES, share_E[:, None], 0), 0)
-        activated_S += tl.sum(here_ES.to(tl.int32), 0)
+        tokens_S += sum_on_ranks(rank_E, share_E, rank_S, SB, SC)
+        activated_S += sum_on_ranks(rank_E, (rank_E >= 0).to(tl.int32), rank_S, SB, SC)
     add_batch(counters, activated_S, tokens_S, S, COMPUTE_BOUND, SB)
 
 
@@ -101,7 +100,7 @@ def split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, ex
 def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, out,
                  knee_tokens, pairs, top_k, E, P, S, stride,
                  HAS_LOAD: tl.constexpr, HAS_RECORD: tl.constexpr, HAS_VALID: tl.constexpr,
-                 EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,
+                 EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     expert_E = tl.arange(0, EB)
@@ -113,18 +112,18 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
     if compute_bound:
         if program == 0:
             write_non_experts(ids, out, pairs, E, BLOCK)
-            record_even(tokens_E, table, replicas, stride, E, P, S, counters, expert_E, EB, SB)
+            record_even(tokens_E, table, replicas, stride, E, P, S, counters, expert_E, EB, SB, SC)
         else:
             tokens = tl.sum(tl.where(expert_E == program - 1, tokens_E, 0), 0)
             split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, program - 1,
                          stride, P, record_load, BLOCK)  # fmt: skip
     elif program == 0:
-        slot_ER = load_slots(table, replicas, stride, E, P, expert_E, EB, RB)
+        packed_E = load_ranks(table, replicas, stride, E, P, S, expert_E, RB)
         column_E, activated_S, tokens_S = choose_columns(
-            tokens_E, slot_ER, P // S, S, expert_E, EB, RB, SB
+            tokens_E, packed_E, S, expert_E, EB, RB, SB, SC
         )
-        used_ER = tl.arange(0, RB)[None, :] == tl.maximum(column_E, 0)[:, None]
-        slot_E = tl.max(tl.where(used_ER, slot_ER, -1), 1)
+        address_E = table + expert_E.to(tl.int64) * stride + tl.maximum(column_E, 0)
+        slot_E = tl.load(address_E, mask=expert_E < E, other=-1).to(tl.int32)
         map_pairs(ids, out, pairs, slot_E, E, BLOCK)
         if record_load:
             uses_E = (column_E >= 0) & (slot_E >= 0)
@@ -135,27 +134,25 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
 
 @triton.jit
 def choose_kernel(tokens, table, replicas, out, E, P, S, stride,
-                  EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+                  EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,
+                  SC: tl.constexpr):  # fmt: skip
     expert_E = tl.arange(0, EB)
     tokens_E = tl.load(tokens + expert_E, mask=expert_E < E, other=0)
-    slot_ER = load_slots(table, replicas, stride, E, P, expert_E, EB, RB)
-    column_E, _, _ = choose_columns(tokens_E, slot_ER, P // S, S, expert_E, EB, RB, SB)
+    packed_E = load_ranks(table, replicas, stride, E, P, S, expert_E, RB)
+    column_E, _, _ = choose_columns(tokens_E, packed_E, S, expert_E, EB, RB, SB, SC)
     tl.store(out + expert_E, column_E, mask=expert_E < E)
 
 
 def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str, int]:
-    """Sizes that the kernels are compiled for: powers of two."""
+    """Sizes that the kernels are compiled for: powers of two, and the warps to hold them."""
+    EB, SB = bins(num_experts, 32), bins(num_ranks, 2)
     return {
-        "EB": bins(num_experts, 32),
+        "EB": EB,
         "RB": bins(min(num_columns, MAX_REPLICAS)),
-        "SB": bins(num_ranks, 2),
+        "SB": SB,
+        "SC": min(SB, 8 if EB > 256 else 16),
+        "num_warps": max(EB // 32, 4),
     }
-
-
-def num_warps(sizes: dict[str, int]) -> int:
-    """Warps of a program: enough to hold the experts x ranks tables in registers."""
-    elements = sizes["EB"] * max(sizes["RB"], sizes["SB"])
-    return 4 if elements <= 4096 else 8 if elements <= 8192 else 16
 
 
 def _require_limits(num_experts: int, num_physical: int, num_ranks: int) -> None:
@@ -208,7 +205,6 @@ def route(
         HAS_RECORD=record_enabled is not None,
         HAS_VALID=num_valid_tokens is not None,
         BLOCK=BLOCK_PAIRS,
-        num_warps=num_warps(sizes),
         **sizes,
     )
 
@@ -238,6 +234,5 @@ def choose(
         num_physical,
         num_ranks,
         logical_to_physical_ER.stride(0),
-        num_warps=num_warps(sizes),
         **sizes,
     )
