@@ -5,15 +5,17 @@ are configurations without weights.
 """
 
 import json
+import pickle
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_balance import plugin
+from vllm_balance import plugin, seams
 from vllm_balance.config import BALANCERS
 from vllm_balance.errors import BalancerError
+from vllm_balance.seams.arguments import ARGUMENT_SEAMS
 from vllm_balance.seams.deployment import configure
 
 TWO_RANKS = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
@@ -130,6 +132,24 @@ def test_one_engine_args_makes_many_configs(moe_model):
     assert arguments.eplb_config is eplb and repr(eplb) == before
     assert len({config.compute_hash() for config in configs}) == 1
     assert not arguments.enable_eplb
+
+
+def test_a_process_that_loads_plugins_late_finds_the_settings(moe_model):
+    """The API servers of a data-parallel deployment parse nothing: they get the arguments, and
+    load plugins only while the original from_cli_args runs."""
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments = parser.parse_args(
+        ["--model", moe_model, "--skip-tokenizer-init", *TWO_RANKS, "--moe-balancer", "metro"]
+    )
+    first = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    seams.uninstall(ARGUMENT_SEAMS)
+    late = AsyncEngineArgs.from_cli_args(pickle.loads(pickle.dumps(arguments)))
+    plugin.register()
+    second = late.create_engine_config()
+    assert second.additional_config == first.additional_config
+    assert second.compute_hash() == first.compute_hash()
+    again = AsyncEngineArgs.from_cli_args(arguments)
+    assert again.additional_config == {"moe_balancer": {"name": "metro"}}
 
 
 def test_the_balancer_is_part_of_vllms_config_hash(moe_model):

@@ -61,6 +61,9 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         except BalancerError as error:
             _exit(error)
         engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: settings}
+        # With several API servers each reads `args` anew in its own process, and vLLM loads
+        # plugins there only while this function runs: the original must find the settings.
+        args.additional_config = engine_args.additional_config
         setattr(engine_args, _FROM_CLI, True)
         return engine_args
 
