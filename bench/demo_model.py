@@ -74,7 +74,7 @@ def cached_folder(recipe: Recipe) -> Path:
 def build(recipe: Recipe, folder: Path, *, show_progress: bool = True) -> None:
     """Train, then save model, tokenizer, chat template and REPORT; `folder` appears in one step."""
     started = time.monotonic()
-    texts = demo_text.documents(recipe.seed)
+    texts = demo_text.documents(recipe.seed, recipe.text_characters)
     tokenizer = train_tokenizer(texts, recipe.vocabulary)
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
     tokens = torch.tensor([token for text in encoded for token in text.ids])

@@ -9,6 +9,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -62,10 +63,11 @@ def _docstrings_of(path: Path, module: str) -> Iterator[tuple[str, str]]:
                 yield f"{module}.{node.name}" if hasattr(node, "name") else module, text
 
 
-def documents(seed: int) -> list[str]:
+def documents(seed: int, max_characters: int | None = None) -> list[str]:
     """Shuffled training documents: plain prose, and the same facts as questions and answers.
 
-    Each ends with TEXT_END; a chat has the exact form that CHAT_TEMPLATE renders.
+    At most max_characters in all, by default everything there is. Each document ends with
+    TEXT_END; a chat has the exact form that CHAT_TEMPLATE renders.
     """
     rng = random.Random(seed)
     found = [f"{text}{TEXT_END}" for topic in topics.values() if (text := "\n".join(prose(topic)))]
@@ -77,7 +79,12 @@ def documents(seed: int) -> list[str]:
                 question = rng.choice(QUESTIONS).format(name=name)
                 found.append(_turn("user", question) + _turn("assistant", paragraphs[0]) + TEXT_END)
     rng.shuffle(found)
-    return found
+    if max_characters is None:
+        return found
+    total = accumulate(map(len, found))
+    return [
+        text for text, characters in zip(found, total, strict=True) if characters <= max_characters
+    ]
 
 
 def _turn(role: str, content: str) -> str:

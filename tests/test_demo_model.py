@@ -47,7 +47,7 @@ def model(folder: Path) -> Qwen3MoeForCausalLM:
 @pytest.fixture
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = ["The quick brown fox jumps over the lazy dog." + demo_text.TEXT_END] * 40
-    monkeypatch.setattr(demo_text, "documents", lambda seed: documents)
+    monkeypatch.setattr(demo_text, "documents", lambda seed, characters: documents)
 
 
 # Training takes under 4 minutes on two free cores, and longer when they are shared.
@@ -61,7 +61,8 @@ def test_training_lowered_the_loss(report: dict) -> None:
 def test_the_saved_model_predicts_text_as_well_as_training_said(
     model: Qwen3MoeForCausalLM, folder: Path, report: dict
 ) -> None:
-    text = "".join(demo_text.documents(seed=1)[:60])
+    recipe = Recipe()
+    text = "".join(demo_text.documents(recipe.seed, recipe.text_characters)[:60])
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :1024]
     windows = tokens[:, : tokens.shape[1] // 128 * 128].view(-1, 128)
     with torch.no_grad():
