@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_balance.exchange import AllReduce, Way, counts_per_rank
+from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.kernels.assign import assign
 from vllm_balance.kernels.record import counters_size
 from vllm_balance.metrics import add_load, add_plan, layer_metrics, total
@@ -30,6 +31,8 @@ class LayerBalancer:
     way: Way
     rank: int
     all_reduce: AllReduce
+    experts: LocalPairExperts | None = None
+    """What computes this rank's share on CPU; None where vLLM's kernels take global ids."""
     decide_ns: int = 0
     """Host time spent deciding, ns. On a GPU: the time to launch, not to compute."""
     decisions: int = 0
@@ -94,6 +97,8 @@ class LayerBalancer:
         """Sets all counters to zero."""
         self.tables.counters.zero_()
         self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
+        if self.experts is not None:
+            self.experts.reset()
 
     def status(self) -> dict[str, Any]:
         """This layer's counters by name."""
@@ -103,6 +108,8 @@ class LayerBalancer:
             "decide_us": self.decide_ns / 1e3,
             "exchange_us": self.exchange_ns / 1e3,
             "exchanged_bytes": self.exchanged_bytes,
+            "experts_us": self.experts.kernel_ns / 1e3 if self.experts else 0.0,
+            "experts_wrapping_us": self.experts.wrapping_ns / 1e3 if self.experts else 0.0,
             **layer_metrics(self.tables.counters, self.tables.num_ranks),
         }
 

@@ -6,6 +6,7 @@ vLLM's CPU experts take local expert ids and no map, so a rank must hand over ex
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,6 +58,10 @@ class LocalPairExperts:
     def __init__(self, expert_map_P: torch.Tensor) -> None:
         self._extended_map_P1 = extended_map(expert_map_P)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kernel_ns = 0
+        """Time in the kernel, ns."""
+        self.wrapping_ns = 0
+        """Time around it: choosing, gathering and adding back local pairs, ns."""
 
     def __call__(
         self,
@@ -70,6 +75,7 @@ class LocalPairExperts:
 
         Each pair is computed once in the input's dtype; a token's pairs are summed in float32.
         """
+        start = time.perf_counter_ns()
         pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._extended_map_P1)
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
@@ -77,9 +83,17 @@ class LocalPairExperts:
             return
         inputs_ND, outputs_ND = self._room_for(num_pairs, hidden_states_TD)
         torch.index_select(hidden_states_TD, 0, pairs.token_N, out=inputs_ND)
+        kernel_start = time.perf_counter_ns()
         kernel(outputs_ND, inputs_ND, pairs.weight_N1, pairs.expert_N1)
+        kernel_end = time.perf_counter_ns()
         every_N = torch.arange(num_pairs)
         output_TD.copy_(embedding_bag(every_N, outputs_ND, pairs.first_T, mode="sum"))
+        self.kernel_ns += kernel_end - kernel_start
+        self.wrapping_ns += time.perf_counter_ns() - kernel_end + kernel_start - start
+
+    def reset(self) -> None:
+        """Sets the times to zero."""
+        self.kernel_ns = self.wrapping_ns = 0
 
     def _room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""

@@ -8,42 +8,40 @@ from typing import Any
 
 import torch
 
-from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.seams import Seam
 
-_EXPERTS = "_moe_balancer_local_pairs"
+EXPERTS = "moe_balancer_experts"
+"""Attribute of vLLM's CPU experts that holds the layer's LocalPairExperts."""
 
 
 def _apply_experts(original: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(
-        self: Any,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        *rest: Any,
-        **named: Any,
-    ) -> None:
-        def kernel(
-            out: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
-        ) -> None:
-            original(
-                self, out, rows, w1, w2, weights, ids, activation, w1.shape[0], None, *rest, **named
-            )
+    """Hands the kernel this rank's pairs with local ids. vLLM calls it with keywords only."""
 
-        if expert_map is None:
-            kernel(output, hidden_states, topk_weights, topk_ids)
+    def apply(self: Any, **call: Any) -> None:
+        experts = getattr(self, EXPERTS, None)
+        if experts is None or call["expert_map"] is None:
+            original(self, **call)
             return
-        experts = getattr(self, _EXPERTS, None)
-        if experts is None:
-            experts = LocalPairExperts(expert_map)
-            setattr(self, _EXPERTS, experts)
-        experts(output, hidden_states, topk_weights, topk_ids, kernel)
+
+        def kernel(
+            outputs_ND: torch.Tensor,
+            inputs_ND: torch.Tensor,
+            weight_N1: torch.Tensor,
+            expert_N1: torch.Tensor,
+        ) -> None:
+            local = {
+                "output": outputs_ND,
+                "hidden_states": inputs_ND,
+                "topk_weights": weight_N1,
+                "topk_ids": expert_N1,
+                "global_num_experts": call["w1"].shape[0],
+                "expert_map": None,
+            }
+            original(self, **{**call, **local})
+
+        experts(
+            call["output"], call["hidden_states"], call["topk_weights"], call["topk_ids"], kernel
+        )
 
     return apply
 
@@ -126,7 +124,15 @@ _UPSTREAM = "vLLM serves expert parallelism on CPU itself (vllm#57837, vllm#4777
 CPU_SEAMS = (
     Seam(
         target="vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply",
-        parameters=("output", "hidden_states", "w1", "topk_weights", "topk_ids", "expert_map"),
+        parameters=(
+            "output",
+            "hidden_states",
+            "w1",
+            "topk_weights",
+            "topk_ids",
+            "global_num_experts",
+            "expert_map",
+        ),
         wrap=_apply_experts,
         why="the CPU experts ignore expert_map and read foreign ids as their own",
         delete_when=_UPSTREAM,

@@ -10,8 +10,10 @@ from vllm_balance.balancer import LayerBalancer, WorkerBalancer, new_counters, w
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
+from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.router import BALANCER
 
@@ -123,11 +125,23 @@ def bind_layer(runner: Any, policy: RoutingPolicy, config: BalancerConfig) -> La
         ),
         rank=group.rank_in_group,
         all_reduce=group.all_reduce,
+        experts=_local_experts(runner),
     )
     setattr(runner.router, BALANCER, balancer)
     if gathers:
         setattr(dispatch, BALANCER, balancer)
     return balancer
+
+
+def _local_experts(runner: Any) -> LocalPairExperts | None:
+    """On CPU: what hands vLLM's experts the pairs of this rank; otherwise None."""
+    expert_map = runner.routed_experts.expert_map
+    kernel = runner.routed_experts.quant_method.moe_kernel
+    if expert_map is None or not expert_map.is_cpu or kernel is None:
+        return None
+    experts = LocalPairExperts(expert_map)
+    setattr(kernel.fused_experts, EXPERTS, experts)
+    return experts
 
 
 def _tables(runner: Any, num_ranks: int) -> LayerTables:
