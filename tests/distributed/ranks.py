@@ -1,0 +1,332 @@
+"""One rank of a gloo group that runs many cases; started by test_ranks.py, prints its findings.
+
+    python ranks.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+
+Every assertion that needs one rank only is made here; what ranks must agree on is written to
+OUT_FILE for the test to compare.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vllm_balance.balancer import LayerBalancer, new_counters
+from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.kernels.assign import assign
+from vllm_balance.routing import ROUTING, LayerTables
+from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.seams.cpu import _all_gatherv, _reduce_scatterv
+from vllm_balance.types import Demand, Placement
+
+_spec = importlib.util.spec_from_file_location("cases", Path(__file__).parents[1] / "cases.py")
+cases = sys.modules["cases"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+WAYS = ("replicated", "after_gather", "all_reduce")
+POLICIES = {
+    "static": ROUTING["static"],
+    "eplb": ROUTING["eplb"],
+    "first_copy": ROUTING["first_copy"],
+    "metro": lambda: MetroRouting(math.inf),
+    "metro_even": lambda: MetroRouting(0.0),
+    "metro_knee": lambda: MetroRouting(2.0),
+}
+NUM_EXPERTS, TOP_K, HIDDEN, INNER = 10, 3, 6, 5
+
+
+class Batches:
+    """Tokens of all ranks, known to every rank, so that each can compute the truth."""
+
+    def __init__(self, name: str, ids_of_rank: list[np.ndarray], placement: Placement) -> None:
+        self.name, self.placement = name, placement
+        self.sizes = [len(ids) for ids in ids_of_rank]
+        self.ids_of_rank = [torch.from_numpy(ids).long() for ids in ids_of_rank]
+        self.ids_GK = torch.cat(self.ids_of_rank)
+        generator = torch.Generator().manual_seed(len(name))
+        shape = (len(self.ids_GK), HIDDEN)
+        self.hidden_GD = torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.weights_GK = torch.rand(self.ids_GK.shape, generator=generator)
+
+    def rows(self, rank: int) -> slice:
+        first = sum(self.sizes[:rank])
+        return slice(first, first + self.sizes[rank])
+
+
+class Communicator:
+    """What the seams find in vLLM's CpuCommunicator, on the whole gloo group."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank_in_group, self.world_size = rank, world_size
+        self.calls = 0
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        assert dim == 0
+        gathered = tensor.new_empty((self.world_size * len(tensor), *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor)
+        return gathered
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        dist.all_reduce(tensor)
+        return tensor
+
+    all_gatherv = _all_gatherv(lambda *_: None)
+    reduce_scatterv = _reduce_scatterv(lambda *_: None)
+
+
+class Layer:
+    """Experts of one MoE layer; rank s holds those in its slots, `dense` knows them all."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        options = {"generator": generator, "dtype": torch.float64}
+        self.w1_EDF = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
+        self.w2_EFD = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
+
+    def expert(self, rows_ND: torch.Tensor, expert: int) -> torch.Tensor:
+        return torch.tanh(rows_ND @ self.w1_EDF[expert]) @ self.w2_EFD[expert]
+
+    def dense(self, batches: Batches) -> torch.Tensor:
+        output_GD = torch.zeros_like(batches.hidden_GD)
+        for expert in range(NUM_EXPERTS):
+            all_rows_GD = self.expert(batches.hidden_GD, expert)
+            share_G = ((batches.ids_GK == expert) * batches.weights_GK.double()).sum(1)
+            output_GD += all_rows_GD * share_G[:, None]
+        return output_GD
+
+    def kernel_of(self, placement: Placement, rank: int):
+        """The kernel of one rank: local ids only, every other id is out of range."""
+        first = rank * placement.slots_per_rank
+        held = placement.physical_to_logical_P[first : first + placement.slots_per_rank].tolist()
+
+        def kernel(out, rows, weights, ids) -> None:
+            out.fill_(torch.nan)
+            for row, local in enumerate(ids.flatten().tolist()):
+                out[row] = self.expert(rows[row], held[local]) * weights[row].double()
+
+        return kernel
+
+
+def random_ids(sizes: list[int], seed: int, skew: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    weights_E = cases.popularity(NUM_EXPERTS, skew, rng)
+    return [cases.draw_topk(size, TOP_K, weights_E, rng) for size in sizes]
+
+
+def every_case(world_size: int) -> list[Batches]:
+    """Odd sizes and odd placements; the same list on every rank."""
+    rng = np.random.default_rng(world_size)
+    slots = 2 * world_size * -(-NUM_EXPERTS // world_size)
+    spread = cases.place(np.full(NUM_EXPERTS, 0.1), slots, world_size, rng)
+    # Experts 0 to 2 have all their extra replicas on the rank of slot 0, next to each other.
+    crowded_P = [e % 3 for e in range(slots // world_size)]
+    crowded_P += [e % NUM_EXPERTS for e in range(slots - len(crowded_P))]
+    crowded = Placement.from_physical_to_logical(
+        torch.tensor(crowded_P), num_logical=NUM_EXPERTS, num_ranks=world_size
+    )
+    last_only = [0] * (world_size - 1) + [5]
+    unequal = [7 * rank + 1 for rank in range(world_size)]
+    one_token = [1] + [0] * (world_size - 1)
+    to_one = [np.full_like(ids, 4) for ids in random_ids(unequal, 3)]
+    padded = random_ids([6] * world_size, 4)
+    for rank, ids in enumerate(padded):
+        ids[rank + 2 :] = -1
+    idle = random_ids([4] * world_size, 5)
+    idle[0][:] = -1
+    found = []
+    for where, placement in (("spread", spread), ("crowded", crowded)):
+        for name, ids in {
+            "no tokens": random_ids([0] * world_size, 0),
+            "one token": random_ids(one_token, 1),
+            "tokens on the last rank only": random_ids(last_only, 2),
+            "unequal ranks": random_ids(unequal, 6),
+            "all tokens to one expert": to_one,
+            "padding rows": padded,
+            "first rank idle": idle,
+            "many tokens": random_ids([40] * world_size, 7, skew=2.0),
+        }.items():
+            found.append(Batches(f"{name}, {where}", ids, placement))
+    return found
+
+
+def without_redundancy(batches: Batches, world_size: int) -> Batches:
+    """The same tokens on a layer of one copy per expert, for the static balancer."""
+    more = -NUM_EXPERTS % world_size
+    content_P = [*range(NUM_EXPERTS), *range(more)]
+    placement = Placement.from_physical_to_logical(
+        torch.tensor(content_P), num_logical=NUM_EXPERTS, num_ranks=world_size
+    )
+    return Batches(batches.name, [ids.numpy() for ids in batches.ids_of_rank], placement)
+
+
+def tables_of(placement: Placement) -> LayerTables:
+    wide_ER = torch.full((placement.num_logical, 64), -1, dtype=torch.int64)
+    table_ER = placement.logical_to_physical_ER
+    wide_ER[:, : table_ER.shape[1]] = table_ER
+    return LayerTables(
+        logical_to_physical_ER=wide_ER,
+        num_replicas_E=placement.num_replicas_E.long(),
+        num_ranks=placement.num_ranks,
+        num_physical=placement.num_physical,
+        load_P=torch.zeros(placement.num_physical, dtype=torch.int32),
+        record_enabled=torch.tensor(True),
+        counters=new_counters(placement.num_ranks, torch.device("cpu")),
+    )
+
+
+def run_case(
+    policy_name: str, way: str, batches: Batches, layer: Layer, rank: int, world_size: int
+) -> dict[str, object]:
+    """Runs one batch through one balanced layer as the seams do; returns what ranks compare."""
+    placement, link = batches.placement, Communicator(rank, world_size)
+    policy = POLICIES[policy_name]()
+    exchange = Communicator(rank, world_size)
+    balancer = LayerBalancer(
+        layer_name="layer",
+        policy=policy,
+        tables=tables_of(placement),
+        way=way,
+        rank=rank,
+        all_reduce=exchange.all_reduce,
+    )
+    mine = batches.rows(rank)
+    if way == "replicated":
+        hidden, weights = batches.hidden_GD, batches.weights_GK
+        slots_GK = balancer.after_gather(balancer.in_router(batches.ids_GK.clone(), None))
+    else:
+        ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
+        hidden, weights, ids_GK = link.all_gatherv(
+            [batches.hidden_GD[mine], batches.weights_GK[mine], ids_TK], sizes=batches.sizes
+        )
+        assert torch.equal(hidden, batches.hidden_GD)
+        slots_GK = balancer.after_gather(ids_GK)
+
+    first = rank * placement.slots_per_rank
+    map_P = torch.full((placement.num_physical,), -1, dtype=torch.int32)
+    map_P[first : first + placement.slots_per_rank] = torch.arange(placement.slots_per_rank)
+    partial = torch.full_like(hidden, torch.nan)
+    kernel = layer.kernel_of(placement, rank)
+    LocalPairExperts(map_P)(partial, hidden, weights, slots_GK, kernel)
+
+    expected = layer.dense(batches)
+    if way == "replicated":
+        output = link.all_reduce(partial)
+    else:
+        output = link.reduce_scatterv(partial, dim=0, sizes=batches.sizes)
+        expected = expected[mine]
+    where = f"{policy_name}, {way}, {batches.name}"
+    assert output.shape == expected.shape, where
+    # Weights are float32 in both; sums of at most TOP_K float64 values differ by their rounding.
+    assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12), where
+
+    is_expert_GK = batches.ids_GK >= 0
+    assert torch.equal(slots_GK >= 0, is_expert_GK), where
+    used = slots_GK[is_expert_GK]
+    logical = placement.physical_to_logical_P[used].long()
+    assert torch.equal(logical, batches.ids_GK[is_expert_GK]), where
+    if policy_name != "eplb":
+        check_plan(policy, slots_GK, batches, where)
+
+    sends = way == "all_reduce" and policy.counts_decide
+    assert exchange.calls == int(sends), where
+    sees_all = way != "all_reduce" or policy.counts_decide
+    pairs = int(is_expert_GK.sum() if sees_all else (batches.ids_GK[mine] >= 0).sum())
+    status = balancer.status()
+    assert status["decisions"] == 1 and status["pairs"] == pairs, where
+    assert status["exchanged_bytes"] == (4 * world_size * NUM_EXPERTS if sends else 0), where
+    own_pairs = int((batches.ids_GK[mine] >= 0).sum()) if way == "all_reduce" else pairs
+    assert int(balancer.tables.load_P.sum()) == own_pairs, where
+    counted = {k: v for k, v in status.items() if not k.endswith("_us")} if sees_all else None
+    return {"slots": slots_GK.tolist(), "collectives": exchange.calls, "counted": counted}
+
+
+def check_plan(policy, slots_GK: torch.Tensor, batches: Batches, where: str) -> None:
+    """What all ranks did together is what the policy planned for the global batch."""
+    ids = batches.ids_GK[batches.ids_GK >= 0]
+    tokens_E = torch.bincount(ids, minlength=NUM_EXPERTS).to(torch.int32)
+    split_ER = policy.plan(Demand(tokens_E=tokens_E), batches.placement).split_ER
+    planned_GK = assign(batches.ids_GK, split_ER, batches.placement.logical_to_physical_ER)
+    assert torch.equal(slots_GK, planned_GK), where
+
+
+def gather_and_scatter(rank: int, world_size: int) -> None:
+    """The two functions that vLLM's CPU communicator lacks, with unequal and zero sizes.
+
+    Values are small whole numbers, so that sums over ranks are exact in bfloat16 too.
+    """
+    link = Communicator(rank, world_size)
+    for sizes in (
+        [0] * world_size,
+        [3] * world_size,
+        [0] * (world_size - 1) + [1],
+        [5] + [0] * (world_size - 1),
+        [2 * other + 1 for other in range(world_size)],
+    ):
+        for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int32):
+            parts = [
+                (torch.arange(size * 2).view(size, 2) % 5 + 5 * other).to(dtype)
+                for other, size in enumerate(sizes)
+            ]
+            whole = torch.cat(parts)
+            assert torch.equal(link.all_gatherv(parts[rank], sizes=sizes), whole)
+            first, second = link.all_gatherv([parts[rank], parts[rank][:, :1]], 0, sizes)
+            assert torch.equal(first, whole) and torch.equal(second, whole[:, :1])
+            strided = parts[rank].repeat(1, 2)[:, ::2]
+            assert torch.equal(link.all_gatherv(strided, sizes=sizes), whole.repeat(1, 2)[:, ::2])
+            start = sum(sizes[:rank])
+            summed = link.reduce_scatterv(whole * (rank + 1), dim=0, sizes=sizes)
+            factor = world_size * (world_size + 1) // 2
+            assert torch.equal(summed, (whole * factor)[start : start + sizes[rank]])
+    equal = torch.full((3, 2), float(rank))
+    gathered = link.all_gatherv(equal)
+    assert gathered[::3, 0].tolist() == list(map(float, range(world_size)))
+    assert link.reduce_scatterv(gathered, dim=0).tolist() == [[rank * world_size] * 2] * 3
+    for run in (link.all_gatherv, link.reduce_scatterv):
+        refuse_dimension(run, equal)
+
+
+def refuse_dimension(run, tensor: torch.Tensor) -> None:
+    try:
+        run(tensor, dim=1, sizes=None)
+    except ValueError as error:
+        assert "dimension 0 only" in str(error)
+    else:
+        raise AssertionError("a dimension that is not served was accepted")
+
+
+def main() -> None:
+    arguments = SimpleNamespace(
+        **dict(zip(("world", "rank", "init", "out"), sys.argv[1:], strict=True))
+    )
+    rank, world_size = int(arguments.rank), int(arguments.world)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{arguments.init}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    gather_and_scatter(rank, world_size)
+    layer, findings = Layer(), {}
+    for batches in every_case(world_size):
+        for way in WAYS:
+            for policy in POLICIES:
+                used = without_redundancy(batches, world_size) if policy == "static" else batches
+                key = f"{policy} | {way} | {batches.name}"
+                findings[key] = run_case(policy, way, used, layer, rank, world_size)
+    Path(arguments.out).write_text(json.dumps(findings))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
