@@ -39,9 +39,12 @@ class Choice:
     activated_S: np.ndarray
     limit: int
     """Lambda, or what it must be at least."""
-    searches: int = 0
     rounds: int = 0
-    steps: int = 0
+    """How often each step ran: claim rounds, searches, layers of ranks in them, experts moved on
+    paths, token shifts."""
+    searches: int = 0
+    layers: int = 0
+    moves: int = 0
     shifts: int = 0
 
     def may_use_ES(self) -> np.ndarray:
@@ -86,7 +89,7 @@ def search(state: Choice) -> None:
     depth = 0
     state.searches += 1
     while True:
-        state.steps += 1
+        state.layers += 1
         free_S = (depth_S >= 0) & (state.activated_S < state.limit)
         if free_S.any():
             key_S = np.where(free_S, state.activated_S * 64 + np.arange(len(free_S)), 2**30)
@@ -107,7 +110,7 @@ def place(state: Choice, hosts_ES: np.ndarray, depth_S: np.ndarray, rank: int) -
     """Moves the experts on the path that ends at ``rank``, the lowest-numbered at each step."""
     state.activated_S[rank] += 1
     while True:
-        state.steps += 1
+        state.moves += 1
         depth = depth_S[rank]
         if depth == 0:
             expert = int(np.flatnonzero(state.waiting_E & hosts_ES[:, rank])[0])

@@ -146,12 +146,15 @@ def choose_kernel(tokens, table, replicas, out, E, P, S, stride,
 def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str, int]:
     """Sizes that the kernels are compiled for: powers of two, and the warps to hold them."""
     EB, SB = bins(num_experts, 32), bins(num_ranks, 2)
+    num_warps = max(EB // 32, 4)
     return {
         "EB": EB,
         "RB": bins(min(num_columns, MAX_REPLICAS)),
         "SB": SB,
         "SC": min(SB, 8 if EB > 256 else 16),
-        "num_warps": max(EB // 32, 4),
+        "num_warps": num_warps,
+        # One program runs alone on its multiprocessor: it may have all registers.
+        "maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255),
     }
 
 

@@ -207,7 +207,7 @@ def check_eplb_hash(seed: int, case: Case, kernel: Callable) -> None:
         placement.logical_to_physical_ER,
         out,
         load_P,
-        torch.tensor([True]),
+        torch.tensor([1], dtype=torch.int32),
         torch.tensor([len(ids_TK) if case.num_valid_tokens is None else case.num_valid_tokens]),
         placement.num_logical,
         placement.logical_to_physical_ER.shape[1],
