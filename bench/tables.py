@@ -1,0 +1,94 @@
+"""Tables of the docs from the rows of bench/results: `python -m bench.tables`.
+
+Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
+Ratios compare medians of the same run; every table names machine, commit and command.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tomllib
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+
+from bench.provenance import ROOT
+
+Row = dict[str, Any]
+MARKED = re.compile(r"(<!-- table:([a-z0-9_-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = (
+    ("TPOT ms", "tpot_ms", ".1f"),
+    ("TTFT ms", "ttft_ms", ".0f"),
+    ("tokens/s", "tokens_per_s", ".1f"),
+    ("experts on the worst rank", "activated_worst_rank", ".1f"),
+    ("tokens on the worst rank", "tokens_worst_rank", ".0f"),
+    ("deciding, share of MoE", "decide_share", ".2%"),
+    ("wrapping, share of MoE", "wrapping_share", ".2%"),
+)
+
+
+def tables(
+    check: bool = typer.Option(False, help="Change nothing; fail if a table is old."),
+) -> None:
+    """Write the tables of README.md and docs/ anew."""
+    old = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        fresh = MARKED.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+        if fresh == text:
+            continue
+        old.append(page.name)
+        if not check:
+            page.write_text(fresh)
+    if check and old:
+        raise SystemExit(f"Tables are old in {', '.join(old)}: run python -m bench.tables.")
+
+
+def table(run: str) -> str:
+    """The Markdown table of one run's newest configuration."""
+    settings = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
+    arms = {name: [row for row in rows if row["arm"] == name] for name in settings["arms"]}
+    headings = ["arm", *(title for title, _, _ in COLUMNS), "against static", "against eplb"]
+    body = [[name, *_cells(own), *_ratios(own, arms)] for name, own in arms.items()]
+    return "\n".join(
+        (
+            f"{settings['title']}. Medians of {len(rows) // len(arms)} runs per arm.",
+            "",
+            _line(headings),
+            _line(["---", *["---:"] * (len(headings) - 1)]),
+            *map(_line, body),
+            "",
+            f"Measured on {rows[-1]['machine']}; commit {rows[-1]['commit']}; "
+            f"`python -m bench.run configs/runs/{run}.toml`.",
+            "",
+        )
+    )
+
+
+def _median(rows: Iterable[Row], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def _cells(rows: list[Row]) -> list[str]:
+    return [format(_median(rows, key), spec) for _, key, spec in COLUMNS]
+
+
+def _ratios(rows: list[Row], arms: dict[str, list[Row]]) -> list[str]:
+    """Time per step against the two baselines, by TPOT or, for prefill, by TTFT."""
+    key = "tpot_ms" if rows[0]["steps"] > 8 else "ttft_ms"
+    ours = _median(rows, key)
+    return [f"{ours / _median(arms[base], key) - 1:+.1%}" for base in ("static", "eplb")]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    typer.run(tables)
