@@ -1,0 +1,178 @@
+"""The hub: where ids are mapped in each way of exchange, and what the counters say afterwards."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_balance.balancer import LayerBalancer, WorkerBalancer, new_counters, warm_up
+from vllm_balance.routing import ROUTING, LayerTables
+from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.types import Placement
+
+IDS_TK = torch.tensor([[0, 1], [0, 2], [3, 0]])
+
+
+def balancer(way: str = "replicated", policy=None, content=(0, 1, 2, 3, 0, 1), **changes):
+    """A layer of four experts on two ranks; experts 0 and 1 have a second copy on rank 1."""
+    placement = Placement.from_physical_to_logical(
+        torch.tensor(content), num_logical=4, num_ranks=2
+    )
+    tables = LayerTables(
+        logical_to_physical_ER=placement.logical_to_physical_ER,
+        num_replicas_E=placement.num_replicas_E,
+        num_ranks=2,
+        num_physical=len(content),
+        load_P=torch.zeros(len(content), dtype=torch.int32),
+        record_enabled=torch.tensor(True),
+        counters=new_counters(2, torch.device("cpu")),
+    )
+    settings = {
+        "layer_name": "model.layers.0.mlp.experts",
+        "policy": policy or MetroRouting(math.inf),
+        "tables": tables,
+        "way": way,
+        "rank": 0,
+        "all_reduce": lambda tensor: tensor,
+    }
+    return LayerBalancer(**(settings | changes))
+
+
+def logical(layer: LayerBalancer, slots_TK: torch.Tensor) -> torch.Tensor:
+    return layer.tables.placement.physical_to_logical_P[slots_TK.long()].long()
+
+
+def test_replicated_maps_in_the_router():
+    layer = balancer("replicated")
+    slots_TK = layer.in_router(IDS_TK.clone(), None)
+    assert torch.equal(logical(layer, slots_TK), IDS_TK)
+    assert layer.after_gather(slots_TK) is slots_TK
+    assert layer.decisions == 1
+
+
+def test_after_gather_leaves_the_router_alone():
+    layer = balancer("after_gather")
+    ids_TK = IDS_TK.clone()
+    assert layer.in_router(ids_TK, None) is ids_TK
+    assert layer.decisions == 0
+    assert torch.equal(logical(layer, layer.after_gather(ids_TK)), IDS_TK)
+    assert layer.decisions == 1
+
+
+@pytest.mark.parametrize(("name", "calls"), [("metro", 1), ("eplb", 0), ("first_copy", 0)])
+def test_all_reduce_sends_only_what_decides(name, calls):
+    sent = []
+
+    def all_reduce(tensor):
+        sent.append(tensor.clone())
+        tensor[1] += torch.tensor([0, 9, 0, 0], dtype=torch.int32)
+        return tensor
+
+    policy = MetroRouting(math.inf) if name == "metro" else ROUTING[name]()
+    layer = balancer("all_reduce", policy, all_reduce=all_reduce)
+    slots_TK = layer.in_router(IDS_TK.clone(), None)
+    assert torch.equal(logical(layer, slots_TK), IDS_TK)
+    assert layer.after_gather(slots_TK) is slots_TK
+    assert len(sent) == calls
+    status = layer.status()
+    if calls:
+        assert sent[0].tolist() == [[3, 1, 1, 1], [0, 0, 0, 0]]
+        assert status["exchanged_bytes"] == 4 * 2 * 4
+        assert status["pairs"] == 6 + 9
+    else:
+        assert status["exchanged_bytes"] == 0 and status["pairs"] == 6
+    assert int(layer.tables.load_P.sum()) == 6
+
+
+def test_an_idle_rank_takes_part_with_rows_that_count_nowhere():
+    sent = []
+
+    def all_reduce(tensor):
+        sent.append(tensor.clone())
+        return tensor
+
+    layer = balancer("all_reduce", all_reduce=all_reduce)
+    idle_TK = torch.full((3, 2), -1)
+    assert torch.equal(layer.in_router(idle_TK, None), idle_TK)
+    assert len(sent) == 1 and not sent[0].any()
+    assert layer.status()["empty_batches"] == 1
+    assert not layer.tables.load_P.any()
+
+
+def test_strided_ids_are_taken():
+    layer = balancer()
+    wide_TK = torch.cat([IDS_TK, IDS_TK], dim=1)[:, :2]
+    assert not wide_TK.is_contiguous()
+    assert torch.equal(logical(layer, layer.in_router(wide_TK, None)), IDS_TK)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTING))
+def test_warming_up_counts_nothing(name):
+    layer = balancer(policy=MetroRouting(2.0) if name == "metro" else ROUTING[name]())
+    warm_up(layer)
+    assert not layer.tables.counters.any()
+    assert not layer.tables.load_P.any()
+    assert layer.decisions == 0
+
+
+def test_status_of_a_worker_sums_its_layers_and_reset_starts_over():
+    layers = [balancer(), balancer()]
+    worker = WorkerBalancer(balancer="metro", rank=1, layers=layers)
+    for layer in layers:
+        layer.in_router(IDS_TK.clone(), None)
+    layers[1].in_router(torch.empty((0, 2), dtype=torch.int64), None)
+    status = worker.status(per_layer=True)
+    assert status["balancer"] == "metro" and status["rank"] == 1
+    assert status["num_layers"] == 2 and status["num_ranks"] == 2
+    assert (status["num_logical_experts"], status["num_physical_experts"]) == (4, 6)
+    assert status["decisions"] == 3 and status["pairs"] == 12
+    assert status["memory_bound_batches"] == 2 and status["empty_batches"] == 1
+    # Expert 3 is alone on rank 1, experts 1 (or 0) and 2 on rank 0: two and two in each layer.
+    assert status["max_activated_sum"] == 4 and status["activated_per_rank"] == [4, 4]
+    assert status["decide_us"] > 0
+    assert status["stepped_aside"] == {
+        "compute-bound batch, routed evenly": 0,
+        "no tokens": 1,
+    }
+    assert [layer["decisions"] for layer in status["layers"]] == [1, 2]
+    assert "layers" not in worker.status()
+
+    worker.reset()
+    status = worker.status()
+    zero = ("decisions", "decide_us", "exchange_us", "exchanged_bytes", "pairs", "activated_sum")
+    assert {name: status[name] for name in zero} == dict.fromkeys(zero, 0)
+    assert status["tokens_per_rank"] == [0, 0]
+
+
+def test_a_layer_without_replicas_says_that_there_is_nothing_to_choose():
+    layer = balancer(content=(0, 1, 2, 3))
+    worker = WorkerBalancer(balancer="metro", rank=0, layers=[layer])
+    layer.in_router(IDS_TK.clone(), None)
+    assert worker.status()["stepped_aside"] == {
+        "every expert has one copy, so there is nothing to choose": 1
+    }
+
+
+def test_a_compute_bound_batch_is_counted_as_stepping_aside():
+    layer = balancer(policy=MetroRouting(0.5))
+    worker = WorkerBalancer(balancer="metro", rank=0, layers=[layer])
+    slots_TK = layer.in_router(IDS_TK.clone(), None)
+    assert worker.status()["stepped_aside"]["compute-bound batch, routed evenly"] == 1
+    of_expert_0 = slots_TK[IDS_TK == 0]
+    assert len(of_expert_0.unique()) == 2, "expert 0 has three tokens for its two copies"
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "is_global"),
+    [
+        ("replicated", "eplb", True),
+        ("after_gather", "eplb", True),
+        ("all_reduce", "eplb", False),
+        ("all_reduce", "metro", True),
+    ],
+)
+def test_the_status_says_whether_counts_are_global(way, name, is_global):
+    policy = MetroRouting(2.0) if name == "metro" else ROUTING[name]()
+    worker = WorkerBalancer(balancer=name, rank=0, layers=[balancer(way, policy)])
+    assert worker.status()["counts_are_global"] is is_global
+    assert worker.status()["exchange"] == way
