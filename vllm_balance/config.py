@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.replay import STRATEGY, ReplaySettings
+from vllm_balance.replay import STRATEGY
+from vllm_balance.replay_rows import ReplaySettings
 
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""

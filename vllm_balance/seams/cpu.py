@@ -109,7 +109,7 @@ class _HostEvent:
 
 def _rearrange(original: Callable[..., Any]) -> Callable[..., Any]:
     def rearrange(self: Any, *args: Any, **kwargs: Any) -> Any:
-        device_event, torch.Event = torch.Event, _HostEvent  # type: ignore[misc]
+        device_event, torch.Event = torch.Event, _HostEvent  # type: ignore[misc, assignment]
         try:
             return original(self, *args, **kwargs)
         finally:
