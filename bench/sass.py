@@ -51,15 +51,14 @@ def functions_of(path: str) -> list[tuple[int, int, str]]:
     return [(node.lineno, node.end_lineno or node.lineno, node.name) for node in found]
 
 
-def _stage(locations: list[tuple[str, int]], stages: dict[str, str], sources: dict) -> str:
-    """Stage of an instruction: the innermost function in its inlining chain that has one."""
-    for path, line in locations:
-        if path not in sources:
-            sources[path] = functions_of(path)
-        for first, last, name in sources[path]:
-            if first <= line <= last and name in stages:
-                return stages[name]
-    return "other"
+def _stage(path: str, line: int, current: str, stages: dict[str, str], sources: dict) -> str:
+    """Stage of a source line: that of its function, or the current one in shared helpers."""
+    if path not in sources:
+        sources[path] = functions_of(path)
+    for first, last, name in sources[path]:
+        if first <= line <= last and name in stages:
+            return stages[name]
+    return current
 
 
 def _operands(opcode: str, text: str) -> tuple[set[str], set[str]]:
@@ -89,21 +88,18 @@ def read_blocks(cubin: bytes, stages: dict[str, str]) -> list[Block]:
         listing = subprocess.run(
             [_BINARIES / "nvdisasm", "-g", "-c", file.name], capture_output=True, text=True
         ).stdout
-    blocks, locations, sources, fresh = [Block()], [], {}, True
+    blocks, sources, stage = [Block()], {}, "once"
     for line in listing.splitlines():
         if location := _LOCATION.search(line):
-            locations = [] if fresh else locations
-            locations.append((location[1], int(location[2])))
-            fresh = False
+            stage = _stage(location[1], int(location[2]), stage, stages, sources)
         elif found := _INSTRUCTION.search(line):
-            fresh = True
             guard, opcode, text = found.groups()
             if opcode == "NOP":
                 continue
             written, read = _operands(opcode, text)
             read |= set(_REGISTER.findall(guard or ""))
             blocks[-1].instructions.append((opcode, written, read))
-            blocks[-1].stages.append(_stage(locations, stages, sources))
+            blocks[-1].stages.append(stage)
             if opcode.split(".")[0] in ("BRA", "EXIT", "BSYNC"):
                 blocks.append(Block())
         elif line.startswith(".L_"):

@@ -10,6 +10,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import conftest  # noqa: F401  (makes cases importable)
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import Case, bounded_replicas, random_case
+from triton.runtime import interpreter
 
 from vllm_balance.kernels.assign import reference as assign_reference
 from vllm_balance.kernels.assign import triton_gpu as assign_gpu
@@ -173,6 +175,20 @@ def check_assign(seed: int, case: Case) -> None:
     assert (out_TK.numpy() == expected_TK).all(), seed
 
 
+class BooleanMasks:
+    """Triton's own interpreter module, with the masks of atomics made boolean: where a kernel
+    combines masks as integers, the interpreter hands integers on and then refuses them."""
+
+    def __init__(self, module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+    def atomic_rmw(self, operation, pointers, values, mask, semantics):
+        return self.module.atomic_rmw(operation, pointers, values, mask.astype(bool), semantics)
+
+
 def vllm_hash_kernel() -> Callable:
     """vLLM's own ``_eplb_map_and_record_i32_kernel``, which vLLM defines on GPUs only, from the
     source of the installed vLLM."""
@@ -185,10 +201,10 @@ def vllm_hash_kernel() -> Callable:
     node.decorator_list = []
     source = ast.unparse(node)
     path = f"{sys.argv[4]}/vllm_kernel.py"
-    with open(path, "w") as file:
-        file.write(f"import triton.language as tl\n\n{source}\n")
+    Path(path).write_text(f"import triton.language as tl\n\n{source}\n")
+    interpreter._interpreter = BooleanMasks(interpreter._interpreter)
     namespace: dict = {"tl": tl}
-    exec(compile(open(path).read(), path, "exec"), namespace)
+    exec(compile(Path(path).read_text(), path, "exec"), namespace)
     return triton.jit(namespace[name])
 
 

