@@ -48,7 +48,43 @@ def tables(
 
 
 def table(run: str) -> str:
-    """The Markdown table of one run's newest configuration."""
+    """The Markdown table of one run."""
+    return exchange_table() if run == "exchange" else arms_table(run)
+
+
+def exchange_table() -> str:
+    """What each way of exchanging counts costs."""
+    lines = (ROOT / "bench" / "results" / "exchange.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    headings = [
+        "processes",
+        "experts",
+        "way",
+        "extra collectives",
+        "bytes",
+        "exchange us",
+        "all us",
+    ]
+    body = [
+        [
+            str(row["ranks"]),
+            str(row["experts"]),
+            f"`{row['way']}`",
+            f"{row['collectives_per_layer']:g}",
+            f"{row['bytes_per_layer']:,.0f}",
+            f"{row['exchange_us']:.0f}",
+            f"{row['decide_us']:.0f}",
+        ]
+        for row in rows
+    ]
+    intro = f"Per layer, {rows[0]['tokens_per_rank']} tokens per rank, top-8; medians of rank 0."
+    return "\n".join(
+        (intro, "", *_markdown(headings, body), "", _origin(rows[-1], "bench.exchange"))
+    )
+
+
+def arms_table(run: str) -> str:
+    """The newest configuration of a run file, one line per arm."""
     settings = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -56,19 +92,17 @@ def table(run: str) -> str:
     arms = {name: [row for row in rows if row["arm"] == name] for name in settings["arms"]}
     headings = ["arm", *(title for title, _, _ in COLUMNS), "against static", "against eplb"]
     body = [[name, *_cells(own), *_ratios(own, arms)] for name, own in arms.items()]
-    return "\n".join(
-        (
-            f"{settings['title']}. Medians of {len(rows) // len(arms)} runs per arm.",
-            "",
-            _line(headings),
-            _line(["---", *["---:"] * (len(headings) - 1)]),
-            *map(_line, body),
-            "",
-            f"Measured on {rows[-1]['machine']}; commit {rows[-1]['commit']}; "
-            f"`python -m bench.run configs/runs/{run}.toml`.",
-            "",
-        )
-    )
+    intro = f"{settings['title']}. Medians of {len(rows) // len(arms)} runs per arm."
+    command = f"bench.run configs/runs/{run}.toml"
+    return "\n".join((intro, "", *_markdown(headings, body), "", _origin(rows[-1], command)))
+
+
+def _markdown(headings: list[str], body: list[list[str]]) -> list[str]:
+    return [_line(headings), _line(["---", *["---:"] * (len(headings) - 1)]), *map(_line, body)]
+
+
+def _origin(row: Row, command: str) -> str:
+    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`.\n"
 
 
 def _median(rows: Iterable[Row], key: str) -> float:
