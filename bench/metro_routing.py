@@ -158,15 +158,15 @@ def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int,
     row: dict = {"kind": "grid", "source": source.name, "E": source.num_experts,
                  "P": num_physical, "S": num_ranks, "redundancy": redundancy,
                  "batch_tokens": num_tokens, "draws": draws,
-                 "optimal_lambda": float(best.mean())}  # fmt: skip
+                 "optimal_lambda": round(float(best.mean()), 3)}  # fmt: skip
     for policy in POLICIES:
         activated, tokens = np.array([one[policy] for one in found]).T
         row[policy] = {
-            "lambda": float(activated.mean()),
-            "worst_ratio": float((activated / best).max()),
+            "lambda": round(float(activated.mean()), 3),
+            "worst_ratio": round(float((activated / best).max()), 3),
             "optimal_batches": int((activated == best).sum()),
             "worst_excess": int((activated - best).max()),
-            "busiest_tokens": float(tokens.mean()),
+            "busiest_tokens": round(float(tokens.mean()), 3),
         }
     runs = calls(torch.from_numpy(batches[0]), placement)
     row["time_us"] = {name: round(median_us(run, repetitions), 2) for name, run in runs.items()}

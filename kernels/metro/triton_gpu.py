@@ -2,7 +2,8 @@
 
 In the memory-bound regime the other programs (one per expert) leave after counting; in the
 compute-bound regime each splits its expert's tokens over the replicas. Fixed buffers, no scratch
-memory, no atomics on global memory, no host synchronisation: safe inside CUDA graphs.
+memory, nothing that depends on the order of programs, no host synchronisation: safe inside CUDA
+graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ..record.triton_gpu import (
 from .triton_choice import choose_columns, load_ranks, sum_on_ranks
 
 MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS, MAX_REPLICAS, MAX_PAIRS = 512, 1024, 64, 8, 2**20
-"""What one program holds in registers without spilling. The choice uses the first 8 replicas of an expert."""
+"""What one program holds in registers without spilling. The choice uses the first 8 replicas of an
+expert; the even split uses all."""
 MEMORY_BOUND = tl.constexpr(int(Regime.MEMORY_BOUND))
 COMPUTE_BOUND = tl.constexpr(int(Regime.COMPUTE_BOUND))
 
@@ -151,7 +153,7 @@ def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str,
         "EB": EB,
         "RB": bins(min(num_columns, MAX_REPLICAS)),
         "SB": SB,
-        "SC": min(SB, 8 if EB > 256 else 16),
+        "SC": min(SB, 8 if EB > 256 else 32),
         "num_warps": num_warps,
         # One program runs alone on its multiprocessor: it may have all registers.
         "maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255),

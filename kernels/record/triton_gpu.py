@@ -19,26 +19,24 @@ BLOCK_PAIRS = 1024
 
 
 @triton.jit
-def _add(pointer, value, mask=None):
-    tl.store(pointer, tl.load(pointer, mask=mask) + value.to(tl.int64), mask=mask)
-
-
-@triton.jit
 def add_batch(counters, activated_S, tokens_S, num_ranks, regime, SB: tl.constexpr):
-    """Adds one batch to the counters; see layout.py. Only one program may do this."""
+    """Adds one batch to the counters; see layout.py. Only one program may do this.
+
+    Atomic additions whose result is not used: nothing waits for memory."""
     pairs = tl.sum(tokens_S, 0)
     if pairs == 0:
-        _add(counters + EMPTY, tl.full([], 1, tl.int64))
+        tl.atomic_add(counters + EMPTY, tl.full([], 1, tl.int64))
     else:
         rank_S = tl.arange(0, SB)
         inside_S = rank_S < num_ranks
-        _add(counters + regime, tl.full([], 1, tl.int64))
-        _add(counters + MAX_ACTIVATED, tl.max(activated_S, 0))
-        _add(counters + MAX_TOKENS, tl.max(tokens_S, 0))
-        _add(counters + PAIRS, pairs)
-        _add(counters + ACTIVATED, tl.sum(activated_S, 0))
-        _add(counters + FIXED + rank_S, activated_S, inside_S)
-        _add(counters + FIXED + num_ranks + rank_S, tokens_S, inside_S)
+        tl.atomic_add(counters + regime, tl.full([], 1, tl.int64))
+        tl.atomic_add(counters + MAX_ACTIVATED, tl.max(activated_S, 0).to(tl.int64))
+        tl.atomic_add(counters + MAX_TOKENS, tl.max(tokens_S, 0).to(tl.int64))
+        tl.atomic_add(counters + PAIRS, pairs.to(tl.int64))
+        tl.atomic_add(counters + ACTIVATED, tl.sum(activated_S, 0).to(tl.int64))
+        tl.atomic_add(counters + FIXED + rank_S, activated_S.to(tl.int64), mask=inside_S)
+        rank_tokens = counters + FIXED + num_ranks + rank_S
+        tl.atomic_add(rank_tokens, tokens_S.to(tl.int64), mask=inside_S)
 
 
 @triton.jit
