@@ -274,6 +274,23 @@ def test_another_worker_class(moe_model, refused):
     assert "--worker-cls asks for my.own.Worker" in text
 
 
+@pytest.mark.parametrize("layout", [TWO_RANKS, ()])
+def test_offline_commands_copy_their_arguments(moe_model, capfd, layout):
+    """``vllm bench latency`` and others make ``LLM(**vars(engine_args))`` of what they parsed."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(
+        ["--model", moe_model, "--skip-tokenizer-init", *layout, "--moe-balancer", "metro"]
+    )
+    copied = EngineArgs(**vars(EngineArgs.from_cli_args(arguments)))
+    if layout:
+        assert copied.create_engine_config().parallel_config.worker_cls == WORKER
+        return
+    with pytest.raises(SystemExit) as raised:
+        copied.create_engine_config()
+    assert raised.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("vllm: error: --moe-balancer metro")
+
+
 def test_library_users_get_an_exception_and_not_an_exit(moe_model):
     arguments = {"model": moe_model, "skip_tokenizer_init": True, "max_model_len": 64}
     wrong = EngineArgs(**arguments, additional_config={"moe_balancer": "metro"})

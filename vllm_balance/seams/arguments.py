@@ -13,7 +13,13 @@ from vllm_balance.seams import Seam
 from vllm_balance.seams.deployment import configure
 from vllm_balance.seams.versions import unsupported_version
 
-_FROM_CLI = "_moe_balancer_from_cli"
+
+class CommandSettings(dict[str, Any]):
+    """``additional_config`` that came through a command line, where a refusal ends the process.
+
+    The type is the mark, because offline commands copy their arguments: ``LLM(**vars(args))``.
+    """
+
 
 _DESCRIPTION = (
     "Balances the experts of expert-parallel MoE models (vllm-balance). Needs "
@@ -60,11 +66,12 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
         except BalancerError as error:
             _exit(error)
-        engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: settings}
+        engine_args.additional_config = CommandSettings(
+            {**(engine_args.additional_config or {}), KEY: settings}
+        )
         # With several API servers each reads `args` anew in its own process, and vLLM loads
         # plugins there only while this function runs: the original must find the settings.
         args.additional_config = engine_args.additional_config
-        setattr(engine_args, _FROM_CLI, True)
         return engine_args
 
     return from_cli_args
@@ -76,7 +83,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             configure(vllm_config)
         except BalancerError as error:
-            if getattr(self, _FROM_CLI, False):
+            if isinstance(self.additional_config, CommandSettings):
                 _exit(error)
             raise
         return vllm_config
@@ -90,7 +97,7 @@ def _refuse(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if KEY in (self.additional_config or {}):
             error = BalancerError(unsupported_version())
-            if getattr(self, _FROM_CLI, False):
+            if isinstance(self.additional_config, CommandSettings):
                 _exit(error)
             raise error
         return original(self, *args, **kwargs)
