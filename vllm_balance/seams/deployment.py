@@ -9,6 +9,7 @@ from typing import Any
 from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
+from vllm_balance.replay_rows import draw
 from vllm_balance.seams.versions import unsupported_version
 
 _WORKERS = {
@@ -51,6 +52,7 @@ def configure(vllm_config: Any) -> None:
     if config.replicates:
         _enable_eplb(vllm_config, config, redundant)
     if config.replay is not None:
+        _check_replay(config, vllm_config.model_config)
         route_by_replay()
     _announce(config, redundant, read_deployment(vllm_config))
 
@@ -84,6 +86,16 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"--moe-balancer {config.name} keeps one copy of every expert at its place, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
         )
+
+
+def _check_replay(config: BalancerConfig, model_config: Any) -> None:
+    """Draws one layer, so that a skew or trace that does not fit the model is refused here."""
+    assert config.replay is not None
+    experts, top_k = model_config.get_num_experts(), model_config.get_num_experts_per_tok()
+    try:
+        draw(config.replay, num_layers=1, num_experts=experts, top_k=top_k, rank=0)
+    except ValueError as error:
+        raise BalancerError(f"`replay` cannot drive {model_config.model}: {error}.") from error
 
 
 def read_deployment(vllm_config: Any) -> Deployment:

@@ -1,0 +1,42 @@
+"""Settings that only a finished VllmConfig can refuse."""
+
+import os
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_balance import plugin
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay import STRATEGY
+
+VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+
+
+@pytest.fixture(autouse=True)
+def registered(untouched_vllm, monkeypatch):
+    plugin.register()
+    monkeypatch.setenv(VARIABLE, "")
+
+
+def configure(model: str, replay: dict) -> None:
+    EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        additional_config={"moe_balancer": {"name": "static", "replay": replay}},
+    ).create_engine_config()
+
+
+def test_a_replay_that_does_not_fit_the_model_is_refused_before_workers_start(moe_model, tmp_path):
+    with pytest.raises(BalancerError, match=r"`replay` cannot drive .* hot"):
+        configure(moe_model, {"hot": {"experts": 1, "fraction": 1.0}})
+    with pytest.raises(BalancerError, match="does not exist"):
+        configure(moe_model, {"trace": str(tmp_path / "lost.npz")})
+    assert os.environ[VARIABLE] == ""
+
+
+def test_a_replay_that_fits_is_named_to_vllm(moe_model):
+    configure(moe_model, {"zipf": 0.8})
+    assert os.environ[VARIABLE] == STRATEGY
