@@ -106,14 +106,14 @@ def passes(case: tuple[int, ...], sizes: dict[str, int], seed: int) -> dict[str,
     replicas_E = np.minimum(placement.num_replicas_E.numpy(), columns)
     state = parallel_reference.solve(tokens_E, table_ER, replicas_E, ranks, physical)
     chunks = sizes["SB"] // sizes["SC"]
-    claims = state.rounds + state.searches + 1
+    claims = state.rounds + state.raises + 1
     shifts = min(state.shifts + 1, parallel_reference.MAX_SHIFTS)
     blocks = -(-pairs // BLOCK_PAIRS)
     return {
         "count": blocks,
         "map": blocks,
         "claim": claims,
-        "accept": claims * chunks,
+        "accept": state.rounds * chunks,
         "search": max(state.layers, state.searches),
         "place": state.moves,
         "shift": shifts,

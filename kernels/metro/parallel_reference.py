@@ -7,7 +7,8 @@ only when a full search has proved that the bound is too low, so the result is o
 1. *Claim rounds.* Every unplaced movable expert claims its least activated rank; every rank
    accepts claims in expert order up to lambda. Repeat until nobody unplaced can claim.
 2. *Search.* From all unplaced experts at once, breadth first over ranks. If a rank below lambda is
-   reached, one expert is placed by moving the experts on the path one rank on; back to 1.
+   reached, one expert is placed by moving the experts on the path one rank on; search again (a
+   claim would find nothing new).
 3. If not, the reached ranks are full and every expert on them, placed or not, has all replicas
    among them: lambda rises to what they must carry at least; back to 1.
 4. *Token shifts.* At most ``MAX_SHIFTS`` times one expert leaves the rank with the most tokens: to
@@ -40,9 +41,10 @@ class Choice:
     limit: int
     """Lambda, or what it must be at least."""
     rounds: int = 0
-    """How often each step ran: claim rounds, searches, layers of ranks in them, experts moved on
-    paths, token shifts."""
+    """How often each step ran: claim rounds, searches, raises of the limit, layers of ranks
+    reached, experts moved on paths, token shifts."""
     searches: int = 0
+    raises: int = 0
     layers: int = 0
     moves: int = 0
     shifts: int = 0
@@ -82,8 +84,8 @@ def claim(state: Choice) -> bool:
     return True
 
 
-def search(state: Choice) -> None:
-    """Places one unplaced expert along a shortest path, or raises the limit."""
+def search(state: Choice) -> bool:
+    """Places one unplaced expert along a shortest path, or raises the limit (then true)."""
     hosts_ES = state.may_use_ES()
     depth_S = np.where(hosts_ES[state.waiting_E].any(0), 0, -1)
     depth = 0
@@ -94,14 +96,15 @@ def search(state: Choice) -> None:
         if free_S.any():
             key_S = np.where(free_S, state.activated_S * 64 + np.arange(len(free_S)), 2**30)
             place(state, hosts_ES, depth_S, int(key_S.min()) & 63)
-            return
+            return False
         frontier_E = (state.rank_E >= 0) & (depth_S[state.rank_E] == depth)
         found_S = hosts_ES[frontier_E].any(0) & (depth_S < 0)
         if not found_S.any():
             carried = state.activated_S[depth_S >= 0].sum() + state.waiting_E.sum()
             reached = (depth_S >= 0).sum()
             state.limit = max(state.limit + 1, -(-int(carried) // int(reached)))
-            return
+            state.raises += 1
+            return True
         depth += 1
         depth_S[found_S] = depth
 
@@ -165,6 +168,8 @@ def shift_tokens(state: Choice, movable_E: np.ndarray) -> None:
     hosts_ES = state.may_use_ES()
     for _ in range(MAX_SHIFTS):
         busiest = int(np.argmax(tokens_S))
+        if tokens_S[busiest] <= -(-int(tokens_S.sum()) // num_ranks):
+            return
         partner_S = lightest_partners(state, movable_E, hosts_ES, busiest)
         best = best_shift(state, tokens_S, partner_S, movable_E, busiest)
         if best >> 16 >= tokens_S[busiest]:
@@ -196,11 +201,12 @@ def solve(tokens_E: np.ndarray, table_ER: np.ndarray, num_replicas_E: np.ndarray
     limit = max(int(activated_S.max()), -(-int(active_E.sum()) // num_ranks))
     state = Choice(ranks_ER, tokens_E.astype(np.int64), rank_E, movable_E.copy(),
                    activated_S, limit)  # fmt: skip
+    claiming = True
     while state.waiting_E.any():
-        while claim(state):
-            pass
+        while claiming:
+            claiming = claim(state)
         if state.waiting_E.any():
-            search(state)
+            claiming = search(state)
     shift_tokens(state, movable_E)
     return state
 

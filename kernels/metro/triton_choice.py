@@ -120,10 +120,13 @@ def _claim(packed_E, rank_E, waiting_E, activated_S, limit, expert_E, rank_S,
     best_E = tl.min(tl.where(usable_RE, key_RE, NONE), 0)
     claims_E = best_E < NONE
     target_E = tl.where(claims_E, best_E & 63, -1)
-    accepted_E, accepted_S = _accept(target_E, activated_S, limit, rank_S, SB, SC)
-    rank_E = tl.where(accepted_E > 0, target_E, rank_E)
     any_claim = tl.max(claims_E.to(tl.int32), 0) > 0
-    return rank_E, waiting_E & (accepted_E == 0), activated_S + accepted_S, any_claim
+    if any_claim:
+        accepted_E, accepted_S = _accept(target_E, activated_S, limit, rank_S, SB, SC)
+        rank_E = tl.where(accepted_E > 0, target_E, rank_E)
+        waiting_E = waiting_E & (accepted_E == 0)
+        activated_S += accepted_S
+    return rank_E, waiting_E, activated_S, any_claim
 
 
 @triton.jit
@@ -188,9 +191,10 @@ def _partners(key_E, returns_E, rank_E, rank_S, SB: tl.constexpr, SC: tl.constex
 
 @triton.jit
 def _shift_tokens(tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
-                  expert_E, rank_S, EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,
-                  SC: tl.constexpr):  # fmt: skip
+                  num_ranks, expert_E, rank_S, EB: tl.constexpr, RB: tl.constexpr,
+                  SB: tl.constexpr, SC: tl.constexpr):  # fmt: skip
     """Moves or swaps experts off the rank with the most tokens; returns ranks, both loads."""
+    mean = (tl.sum(tokens_S, 0) + num_ranks - 1) // num_ranks
     shifts = tl.zeros_like(limit)
     while shifts < MAX_SHIFTS:
         shifts += 1
@@ -207,7 +211,7 @@ def _shift_tokens(tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, t
         usable_RE = (ranks_RE != NO_RANK) & (ranks_RE != busiest) & (gain_RE > 0)
         larger_RE = tl.where(usable_RE, tl.maximum(load_RE + gain_RE, most - gain_RE), NONE)
         best = tl.min(tl.min(larger_RE, 0), 0)
-        if best < most:
+        if (best < most) & (most > mean):
             key_RE = tl.where(larger_RE == best, expert_E[None, :] * 64 + ranks_RE, NONE)
             first = tl.min(tl.min(key_RE, 0), 0)
             expert, rank = first // 64, first & 63
@@ -245,8 +249,8 @@ def choose_columns(tokens_E, packed_E, num_ranks, expert_E, EB: tl.constexpr, RB
     limit = tl.maximum(tl.max(activated_S, 0), (num_active + num_ranks - 1) // num_ranks)
     waiting_E = movable_E
     left = tl.max(waiting_E.to(tl.int32), 0) > 0
+    claiming = left
     while left:
-        claiming = left
         while claiming:
             rank_E, waiting_E, activated_S, claiming = _claim(
                 packed_E, rank_E, waiting_E, activated_S, limit, expert_E, rank_S,
@@ -257,6 +261,7 @@ def choose_columns(tokens_E, packed_E, num_ranks, expert_E, EB: tl.constexpr, RB
             target, depth, depth_S, limit = _search(
                 hosts_E, rank_E, waiting_E, activated_S, limit, rank_S
             )
+            claiming = target == NONE
             if target != NONE:
                 rank = target & 63
                 activated_S += (rank_S == rank).to(tl.int32)
@@ -266,7 +271,7 @@ def choose_columns(tokens_E, packed_E, num_ranks, expert_E, EB: tl.constexpr, RB
                 left = tl.max(waiting_E.to(tl.int32), 0) > 0
     tokens_S = sum_on_ranks(rank_E, tokens_E, rank_S, SB, SC)
     rank_E, activated_S, tokens_S = _shift_tokens(
-        tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit,
+        tokens_E, packed_E, hosts_E, rank_E, movable_E, activated_S, tokens_S, limit, num_ranks,
         expert_E, rank_S, EB, RB, SB, SC,
     )  # fmt: skip
     column_E = tl.zeros_like(expert_E)

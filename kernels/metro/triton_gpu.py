@@ -153,7 +153,7 @@ def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str,
         "EB": EB,
         "RB": bins(min(num_columns, MAX_REPLICAS)),
         "SB": SB,
-        "SC": min(SB, 8 if EB > 256 else 32),
+        "SC": min(SB, 8 if EB > 256 else 16),
         "num_warps": num_warps,
         # One program runs alone on its multiprocessor: it may have all registers.
         "maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255),

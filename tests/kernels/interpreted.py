@@ -35,11 +35,12 @@ SMALL = {"max_experts": 12, "max_tokens": 24}
 
 
 def cases(number: int, first: int, **shape: int) -> Iterator[tuple[int, Case]]:
-    """``number`` random cases with at most 8 replicas per expert, and their seeds."""
+    """``number`` random cases within the kernels' limits, and their seeds."""
     seed = first
     while number:
         case = random_case(seed, **shape)
-        if bounded_replicas(case, triton_gpu.MAX_REPLICAS):
+        fits = case.placement.num_physical <= triton_gpu.MAX_PHYSICAL
+        if fits and bounded_replicas(case, triton_gpu.MAX_REPLICAS):
             number -= 1
             yield seed, case
         seed += 1
@@ -255,10 +256,13 @@ def main() -> None:
             "record": check_record,
             "assign": check_assign,
         }[kernel]
-        small = {"assign": number, "route": number // 3}.get(kernel, 0)
+        small = {"assign": number - number // 20, "route": number // 3}.get(kernel, 0)
         for seed, case in cases(small, first, **SMALL):
             check(seed, case)
-        for seed, case in cases(number - small, first):
+        large = number // 20
+        for seed, case in cases(large, first, max_experts=512, max_tokens=200):
+            check(seed, case)
+        for seed, case in cases(number - small - large, first):
             check(seed, case)
     print(number)
 

@@ -11,7 +11,7 @@ from cases import Case, draw_topk, place, popularity, random_case
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_balance.kernels.metro import choose, reference
+from vllm_balance.kernels.metro import choose, parallel_reference, reference
 from vllm_balance.types import Placement
 
 
@@ -85,6 +85,19 @@ def test_activated_is_optimal(seed):
     assert activated_S.max() == reference.optimal_activated(tokens_E, *shape(case.placement))
 
 
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_gpu_algorithm_is_optimal_too(seed):
+    case = random_case(seed, max_experts=48, max_tokens=40)
+    tokens_E = tokens_of(case)
+    arguments = shape(case.placement)
+    column_E = parallel_reference.choose(tokens_E, *arguments)
+    assert ((column_E >= 0) == (tokens_E > 0)).all()
+    assert (column_E < arguments[1]).all()
+    activated_S, _ = reference.loads(column_E, tokens_E, arguments[0], *arguments[2:])
+    assert activated_S.max() == reference.optimal_activated(tokens_E, *arguments)
+
+
 def can_shift(tokens_E, column_E, activated_S, tokens_S, placement) -> bool:
     """Whether one move or swap off the busiest rank helps without raising lambda."""
     table_ER, replicas_E, num_ranks, num_physical = shape(placement)
@@ -136,11 +149,17 @@ def test_optimal_on_serving_shapes(num_experts, redundancy, num_ranks):
     rng = np.random.default_rng(num_experts * num_ranks)
     weights_E = popularity(num_experts, 0.8, rng)
     placement = place(weights_E, num_physical, num_ranks, rng)
-    for num_tokens in (8, 32, 64, 256):
+    for num_tokens in (8, 32, 64, 256, 1024):
         ids_TK = draw_topk(num_tokens, 8, weights_E, rng)
         tokens_E = reference.count(ids_TK, num_experts, None)
+        optimal = reference.optimal_activated(tokens_E, *shape(placement))
         _, activated_S, _ = chosen(tokens_E, placement)
-        assert activated_S.max() == reference.optimal_activated(tokens_E, *shape(placement))
+        assert activated_S.max() == optimal
+        gpu_E = parallel_reference.choose(tokens_E, *shape(placement))
+        gpu_S, _ = reference.loads(
+            gpu_E, tokens_E, placement.logical_to_physical_ER.numpy(), *shape(placement)[2:]
+        )
+        assert gpu_S.max() == optimal
 
 
 def chain(num_ranks: int) -> tuple[Placement, np.ndarray]:
