@@ -1,4 +1,4 @@
-"""Makes tests/cases.py importable as ``cases``, and bench/ as ``bench``, from any folder.
+"""Makes ``cases``, ``serving`` (a real server) and ``bench`` importable from any folder.
 
 Neither ``tests`` nor the repository's root may be on sys.path: with one of them there, ``kernels``
 would become a top-level package, and transformers probes for a package of that name.
@@ -33,6 +33,7 @@ def _load(name: str, file: Path) -> None:
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, TESTS)]
 _load("cases", TESTS / "cases.py")
+_load("serving", TESTS / "server" / "serving.py")
 if "bench" not in sys.modules:
     sys.modules["bench"] = types.ModuleType("bench")
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]

@@ -1,0 +1,208 @@
+"""A real ``vllm serve`` on a free port, as a user starts it, and what its clients ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+VLLM = str(Path(sys.executable).with_name("vllm"))
+STARTS_WITHIN_S = 200
+STOPS_WITHIN_S = 20
+
+PROMPTS = [
+    "The list of all files in a directory",
+    "Return a new dictionary that maps",
+    "If the argument is not a string, a TypeError",
+    "An exception is raised when the connection",
+    "This module provides classes for",
+    "Changed in version 3.11: the parameter",
+    "for line in file:",
+    "The thread waits until",
+    "A coroutine is",
+    "x = 5",
+    "Deprecated since",
+    "The default encoding of the platform is used. " * 6,
+]
+LONG_PROMPT = "The default encoding of the platform is used. " * 30
+MAX_TOKENS = 40
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
+DATA_PARALLEL = ("--data-parallel-size", "2", "--enable-expert-parallel")
+FLOAT32 = ("--dtype", "float32")
+EAGER = ("--enforce-eager",)
+MOVING = {"redundancy": 1.5, "window_size": 15, "step_interval": 20}
+"""Experts are placed anew every 20 steps, so several times while a test's requests run."""
+REARRANGED = "Rearranged experts"
+"""What vLLM's EPLB logs after it has moved experts."""
+
+
+def balanced(name: str, **settings: Any) -> tuple[str, ...]:
+    """The flags that ask for a balancer; those with replicas get EPLB that moves often."""
+    if name != "static":
+        settings = MOVING | settings
+    return ("--moe-balancer", name, "--moe-balancer-config", json.dumps(settings))
+
+
+def environment(num_ranks: int, **more: str) -> dict[str, str]:
+    """The environment of a small CPU server: one of the two cores for each rank, no network."""
+    ours = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(num_ranks)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    return inherited | ours | more
+
+
+class Server:
+    """A running server. Its log is a file, because tests look for what it says."""
+
+    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
+        self.process, self.log = process, log
+        self.url = f"http://127.0.0.1:{port}"
+
+    def complete(self, prompt: Any, max_tokens: int = MAX_TOKENS, **more: Any) -> dict[str, Any]:
+        """The first choice of a greedy completion that does not stop early, with token ids."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **more,
+        }
+        answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
+        return answer.json()["choices"][0]
+
+    def tokens(self, prompt: Any, max_tokens: int = MAX_TOKENS) -> list[int]:
+        return self.complete(prompt, max_tokens)["token_ids"]
+
+    def all_tokens(self, prompts: list[Any], at_once: int = 12) -> list[list[int]]:
+        """Answers to all prompts, asked concurrently."""
+        with ThreadPoolExecutor(at_once) as clients:
+            return list(clients.map(self.tokens, prompts))
+
+    def logprobs(self, token_ids: list[int]) -> list[float]:
+        """Log probability of each token but the first, given those before it."""
+        found = self.complete(token_ids, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"][1:]
+        return [of[str(token)]["logprob"] for of, token in zip(found, token_ids[1:], strict=True)]
+
+    def status(self, **query: Any) -> list[dict[str, Any]]:
+        """What ``GET /moe_balancer`` says of each rank."""
+        answer = requests.get(f"{self.url}/moe_balancer", params=query, timeout=60)
+        assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
+        return answer.json()["ranks"]
+
+    def metric(self, name: str) -> float:
+        """Sum of one of vLLM's own Prometheus counters over its labels."""
+        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        values = [float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")]
+        assert values, f"no metric {name}"
+        return sum(values)
+
+    def reset(self) -> None:
+        requests.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()
+
+    def count_in_log(self, text: str) -> int:
+        return self.log.read_text(errors="replace").count(text)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that hold a model: vLLM names them after their role."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        named = [(child, " ".join(child.cmdline())) for child in children]
+        workers = [child for child, name in named if "Worker" in name]
+        return workers or [child for child, name in named if "EngineCore" in name]
+
+    def tail(self, num_lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+@contextmanager
+def serve(
+    model: Path | str, *arguments: str, log: Path, num_ranks: int, **environ: str
+) -> Iterator[Server]:
+    """Starts a server, waits until it is healthy, and leaves no process behind.
+
+    Prompts of up to 512 tokens, 16 at once; more `arguments` win over these.
+    """
+    port = _free_port()
+    command = [VLLM, "serve", str(model), "--port", str(port)]
+    command += ["--max-model-len", "512", "--max-num-seqs", "16"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(num_ranks, **environ),
+            cwd=log.parent,
+            start_new_session=True,
+        )
+    server = Server(process, port, log)
+    try:
+        _wait_until_healthy(server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, f"the server ended at its start:\n{server.tail()}"
+        try:
+            if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    raise AssertionError(f"not healthy after {STARTS_WITHIN_S} s:\n{server.tail()}")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ends the server politely, then everything that is left of its session."""
+    family = descendants(process.pid)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOPS_WITHIN_S)
+    family = [*family, *descendants(process.pid)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes of the session that the server leads, also orphaned ones."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == pid and process.pid != pid:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,113 @@
+"""Two ranks answer as one dense rank does, while requests overlap and experts move."""
+
+import pytest
+from serving import (
+    DATA_PARALLEL,
+    EAGER,
+    FLOAT32,
+    LONG_PROMPT,
+    PROMPTS,
+    REARRANGED,
+    TENSOR_PARALLEL,
+    balanced,
+    serve,
+)
+
+LAYERS, TOP_K = 4, 4
+ONE_API_SERVER = ("--api-server-count", "1")
+SERVERS = {
+    "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
+    "tensor-eplb": (*TENSOR_PARALLEL, *balanced("eplb")),
+    "tensor-first_copy": (*TENSOR_PARALLEL, *balanced("first_copy")),
+    "tensor-metro": (*TENSOR_PARALLEL, *balanced("metro")),
+    "data-static": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("static")),
+    "data-eplb": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("eplb")),
+    "data-first_copy": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("first_copy")),
+    "data-metro": (*DATA_PARALLEL, *balanced("metro")),
+    "data-metro-all_reduce": (
+        *DATA_PARALLEL,
+        *ONE_API_SERVER,
+        *balanced("metro", exchange="all_reduce"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def layout(request) -> list[str]:
+    return request.param.split("-")
+
+
+@pytest.fixture(scope="module")
+def server(layout, model, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = (*SERVERS["-".join(layout)], *FLOAT32, *EAGER)
+    with serve(model, *arguments, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as running:
+        yield running
+
+
+def test_one_request_while_the_other_rank_is_idle(server, dense):
+    assert server.tokens(PROMPTS[0]) == dense.tokens[0]
+
+
+def test_overlapping_requests_while_experts_move(server, layout, dense):
+    server.reset()
+    moved_before = server.count_in_log(REARRANGED)
+    assert server.all_tokens(PROMPTS) == dense.tokens
+    moved = server.count_in_log(REARRANGED) - moved_before
+    ranks = server.status()
+    if layout[1] == "static":
+        assert moved == 0
+    else:
+        assert moved >= 1, "the experts did not move while the requests ran"
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    for rank in ranks:
+        assert rank["balancer"] == layout[1]
+        assert rank["decisions"] > 0 and rank["decide_us"] > 0
+        assert rank["num_layers"] == LAYERS and rank["decisions"] % LAYERS == 0
+        assert rank["pairs"] == dense.num_computed_tokens * LAYERS * TOP_K
+        assert sum(rank["tokens_per_rank"]) == rank["pairs"]
+        assert rank["num_physical_experts"] == (32 if layout[1] == "static" else 48)
+    for name in ("pairs", "activated_per_rank", "tokens_per_rank", "max_activated_sum"):
+        assert ranks[0][name] == ranks[1][name], f"the ranks decided differently: {name}"
+
+
+def test_the_regimes_of_the_policy(server, layout):
+    """What ran is what was asked for: metro chooses, the others have one way only."""
+    for rank in server.status():
+        regimes = (rank["memory_bound_batches"] > 0, rank["compute_bound_batches"] > 0)
+        if layout[1] == "metro":
+            assert regimes[0], "metro never chose"
+            evenly = rank["stepped_aside"]["compute-bound batch, routed evenly"]
+            assert evenly == rank["compute_bound_batches"]
+        else:
+            assert regimes == ((False, True) if layout[1] == "eplb" else (True, False))
+            assert rank["stepped_aside"] == {}
+        assert rank["decisions"] == sum(
+            rank[f"{kind}_batches"] for kind in ("memory_bound", "compute_bound", "empty")
+        )
+
+
+def test_the_way_of_exchange(server, layout):
+    way = "replicated" if layout[0] == "tensor" else (layout[2:] or ["after_gather"])[0]
+    for rank in server.status():
+        assert rank["exchange"] == way
+        assert rank["counts_are_global"]
+        per_decision = 4 * 2 * 32 if way == "all_reduce" else 0
+        assert rank["exchanged_bytes"] == rank["decisions"] * per_decision
+
+
+def test_a_long_prompt_between_short_ones(server, dense):
+    answers = server.all_tokens([*PROMPTS[:5], LONG_PROMPT, *PROMPTS[5:]])
+    assert answers.pop(5) == dense.long_tokens
+    assert answers == dense.tokens
+
+
+def test_per_layer_counters_and_reset(server):
+    for rank in server.status(per_layer="true"):
+        assert len(rank["layers"]) == LAYERS
+        for name in ("decisions", "pairs", "max_tokens_sum"):
+            assert sum(layer[name] for layer in rank["layers"]) == rank[name]
+        assert len({layer["layer"] for layer in rank["layers"]}) == LAYERS
+    server.reset()
+    for rank in server.status():
+        assert rank["pairs"] == 0

@@ -1,0 +1,51 @@
+"""The HTTP endpoint: the ranks' answers in order, and a 404 that says why there are none."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from vllm_balance.endpoint import MoEBalancerEndpoint
+
+
+class Engine:
+    """An engine client of two ranks that answers out of order and remembers what it was asked."""
+
+    def __init__(self, additional_config) -> None:
+        self.vllm_config = SimpleNamespace(additional_config=additional_config)
+        self.asked = []
+
+    async def collective_rpc(self, method, kwargs=None):
+        self.asked.append((method, kwargs))
+        return [{"rank": 1}, {"rank": 0}]
+
+
+def client(engine) -> TestClient:
+    app, plugin = FastAPI(), MoEBalancerEndpoint()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(engine, app.state, args=None))
+    return TestClient(app)
+
+
+def test_status_and_reset_ask_every_rank():
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    http = client(engine)
+    assert http.get("/moe_balancer").json() == {"ranks": [{"rank": 0}, {"rank": 1}]}
+    assert http.get("/moe_balancer", params={"per_layer": "true"}).status_code == 200
+    assert http.post("/moe_balancer/reset").json() == {"status": "reset"}
+    assert engine.asked == [
+        ("moe_balancer_status", {"per_layer": False}),
+        ("moe_balancer_status", {"per_layer": True}),
+        ("moe_balancer_reset", {}),
+    ]
+
+
+@pytest.mark.parametrize("engine", [None, Engine(None), Engine({}), Engine({"other": 1})])
+def test_a_server_without_a_balancer_says_so(engine):
+    http = client(engine)
+    for answer in (http.get("/moe_balancer"), http.post("/moe_balancer/reset")):
+        assert answer.status_code == 404
+        assert "without --moe-balancer" in answer.json()["detail"]
+    assert engine is None or engine.asked == []
