@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -36,12 +37,7 @@ class EplbRouting:
                 topk_ids_TK,
                 logical_to_physical_ER=tables.logical_to_physical_ER,
                 num_replicas_E=tables.num_replicas_E,
-                num_ranks=tables.num_ranks,
-                num_physical=tables.num_physical,
-                load_P=tables.load_P,
-                record_enabled=tables.record_enabled,
-                num_valid_tokens=num_valid_tokens,
-                counters=tables.counters,
+                **tables.recording(num_valid_tokens),
             )
         return _vllm_hash(topk_ids_TK, tables, num_valid_tokens)
 
@@ -62,14 +58,6 @@ def _vllm_hash(
         record_enabled=tables.record_enabled,
         num_unpadded_tokens=num_valid_tokens,
     )
-    record(
-        physical_TK,
-        num_physical=tables.num_physical,
-        num_ranks=tables.num_ranks,
-        load_P=None,
-        record_enabled=None,
-        num_valid_tokens=num_valid_tokens,
-        counters=tables.counters,
-        regime=Regime.COMPUTE_BOUND,
-    )
+    counted_only = replace(tables, load_P=None, record_enabled=None)
+    record(physical_TK, regime=Regime.COMPUTE_BOUND, **counted_only.recording(num_valid_tokens))
     return physical_TK

@@ -32,14 +32,5 @@ class FirstCopyRouting:
         physical_TK = torch.where(
             topk_ids_TK >= 0, first_E[topk_ids_TK.clamp(min=0).long()], topk_ids_TK
         )
-        record(
-            physical_TK,
-            num_physical=tables.num_physical,
-            num_ranks=tables.num_ranks,
-            load_P=tables.load_P,
-            record_enabled=tables.record_enabled,
-            num_valid_tokens=num_valid_tokens,
-            counters=tables.counters,
-            regime=Regime.MEMORY_BOUND,
-        )
+        record(physical_TK, regime=Regime.MEMORY_BOUND, **tables.recording(num_valid_tokens))
         return physical_TK

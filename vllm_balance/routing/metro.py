@@ -48,11 +48,6 @@ class MetroRouting:
             topk_ids_TK,
             logical_to_physical_ER=tables.logical_to_physical_ER,
             num_replicas_E=tables.num_replicas_E,
-            num_ranks=tables.num_ranks,
-            num_physical=tables.num_physical,
             knee_tokens=self.knee_tokens,
-            load_P=tables.load_P,
-            record_enabled=tables.record_enabled,
-            num_valid_tokens=num_valid_tokens,
-            counters=tables.counters,
+            **tables.recording(num_valid_tokens),
         )

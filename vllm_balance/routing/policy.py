@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -29,6 +29,17 @@ class LayerTables:
     """bool, one element: whether vLLM wants the load of this pass."""
     counters: torch.Tensor
     """int64, laid out by ``kernels/record/layout.py``."""
+
+    def recording(self, num_valid_tokens: torch.Tensor | None) -> dict[str, Any]:
+        """Keyword arguments of every kernel that routes and records a batch."""
+        return {
+            "num_ranks": self.num_ranks,
+            "num_physical": self.num_physical,
+            "load_P": self.load_P,
+            "record_enabled": self.record_enabled,
+            "num_valid_tokens": num_valid_tokens,
+            "counters": self.counters,
+        }
 
     @property
     def placement(self) -> Placement:
