@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from vllm_balance.commands.doctor import doctor
+from vllm_balance.commands.place import place
+from vllm_balance.commands.profile import profile
+from vllm_balance.commands.trace import info
+from vllm_balance.errors import BalancerError
 
 app = typer.Typer(
     name="vllm-balance",
@@ -13,13 +19,22 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(doctor)
+app.command()(profile)
+app.command()(place)
+trace = typer.Typer(help="Recorded routing.", no_args_is_help=True)
+app.add_typer(trace, name="trace")
+trace.command()(info)
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `vllm-balance doctor` a sub-command while it is the only one."""
+@trace.callback()
+def _trace_commands() -> None:
+    """Recorded routing."""
 
 
 def main() -> None:
-    """Runs the command line."""
-    app()
+    """Runs the command line; a refusal is a message and exit status 2."""
+    try:
+        app()
+    except BalancerError as error:
+        print(f"vllm-balance: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,163 @@
+"""Times vLLM's own CPU expert kernel on several ranks at once, each pinned to one core."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.model_shape import ModelShape
+
+SECONDS = 0.25
+"""Time that the repeats of one sample may take; at least MIN_REPEATS are made."""
+MIN_REPEATS = 3
+MAX_REPEATS = 15
+_TIMEOUT = 120.0
+"""Seconds after which a rank that does not answer counts as dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One sample on one rank."""
+
+    time_us: float
+    """Median of the repeats."""
+    repeats: int
+
+
+class Probe:
+    """The rank processes; every sample runs on all of them at the same time."""
+
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = connections
+
+    def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
+        """Times a batch with these tokens per activated expert on each rank.
+
+        Raises:
+            BalancerError: a rank died.
+        """
+        for connection in self._connections:
+            connection.send(list(tokens_E))
+        return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
+
+
+@contextmanager
+def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -> Iterator[Probe]:
+    """Starts one process per core, each with `num_local` experts of random weights, and ends them.
+
+    Raises:
+        BalancerError: a rank died, e.g. for want of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections, processes = [], []
+    try:
+        for core in cores:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, shape, isa, core, num_local), daemon=True
+            )
+            process.start()
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+        for rank, connection in enumerate(connections):
+            _receive(rank, connection)
+        yield Probe(connections)
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+
+
+def kernel_isa() -> str:
+    """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
+
+    Raises:
+        BalancerError: this is no x86 CPU; other devices are not profiled yet.
+    """
+    import torch
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+        raise BalancerError(
+            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is "
+            f"{current_platform.get_device_name()}. Run it on the machine that serves."
+        )
+    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+
+
+def _receive(rank: int, connection: Connection) -> Timing:
+    try:
+        if not connection.poll(_TIMEOUT):
+            raise BalancerError(f"Rank {rank} did not answer for {_TIMEOUT:.0f} s while profiling.")
+        answer: Timing = connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise BalancerError(
+            f"Rank {rank} died while profiling. Its message is above; if there is none, the "
+            f"machine probably has too little memory: try fewer ranks or --experts."
+        ) from error
+    return answer
+
+
+def _serve(connection: Connection, shape: ModelShape, isa: str, core: int, num_local: int) -> None:
+    """Body of a rank process: answers every list of tokens with a Timing, until hung up."""
+    os.sched_setaffinity(0, {core})
+    import torch
+
+    torch.set_num_threads(1)
+    if isa == "amx":
+        torch.cpu._init_amx()
+    weights = _weights(shape, isa, num_local)
+    generator = torch.Generator().manual_seed(core)
+    _time(weights, [1], isa, generator)
+    connection.send(Timing(time_us=0.0, repeats=0))
+    while True:
+        try:
+            tokens_E = connection.recv()
+        except EOFError:
+            return
+        connection.send(_time(weights, tokens_E, isa, generator))
+
+
+def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-untyped-def]
+    """Prepacked (w13 [E, 2F, D], w2 [E, D, F]); all experts alike in value, apart in memory."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    dtype = getattr(torch, shape.dtype)
+    packed = []
+    for rows, columns in ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)):
+        one = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
+        packed.append(ops.cpu_prepack_moe_weight(one.repeat(num_local, 1, 1), isa))
+    return packed
+
+
+def _time(weights, tokens_E, isa, generator) -> Timing:  # type: ignore[no-untyped-def]
+    """Median time of the kernel; each repeat takes other experts, as serving does."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    w13, w2 = weights
+    hidden_ND = torch.randn(sum(tokens_E), w13.shape[2], generator=generator).to(w13.dtype)
+    output_ND = torch.empty_like(hidden_ND)
+    ones_N1 = torch.ones(len(hidden_ND), 1)
+    count_E = torch.tensor(tokens_E)
+    times: list[int] = []
+    while len(times) < MIN_REPEATS or (sum(times) < SECONDS * 1e9 and len(times) < MAX_REPEATS):
+        chosen_E = torch.randperm(len(w13), generator=generator)[: len(tokens_E)]
+        ids_N = chosen_E.repeat_interleave(count_E)
+        order_N = torch.randperm(len(ids_N), generator=generator)
+        ids_N1 = ids_N[order_N].to(torch.int32).unsqueeze(1).contiguous()
+        start = time.perf_counter_ns()
+        ops.cpu_fused_moe(output_ND, hidden_ND, w13, w2, None, None, ones_N1, ids_N1, "silu", isa)
+        times.append(time.perf_counter_ns() - start)
+    return Timing(time_us=sorted(times)[len(times) // 2] / 1000, repeats=len(times))

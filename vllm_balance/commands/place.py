@@ -1,0 +1,147 @@
+"""``vllm-balance place``: a placement map from a profile and a trace."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_balance import maps, profiles, traces
+from vllm_balance.errors import BalancerError
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.placement import (
+    PLACEMENT,
+    Cluster,
+    PlacementPolicy,
+    Split,
+    lower_bound_L,
+    score_L,
+)
+from vllm_balance.placement.gem import GemPlacement
+from vllm_balance.placement.gem_r import GemReplicaPlacement
+
+
+def place(
+    profile: Annotated[Path, typer.Option(help="Written by `vllm-balance profile`.")],
+    trace: Annotated[Path, typer.Option(help="Recorded routing, .npz.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The map to write.")],
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(PLACEMENT)}.")] = "gem",
+    redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
+    routing: Annotated[
+        str, typer.Option(help="How replicas are used: even, or one per expert as metro does.")
+    ] = "even",
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a batch over all ranks.")] = 256,
+    steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 64,
+    prefill: Annotated[bool, typer.Option(help="Batches of consecutive tokens.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Place the experts of each layer by the modelled time of the slowest rank, and save the map.
+
+    Half of the trace decides, the other half gives the scores that are printed.
+    """
+    if routing not in ("even", "one"):
+        raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
+    split: Split = "even" if routing == "even" else "one"
+    measured, recorded = profiles.load(profile), traces.load(trace)
+    require_same_model(recorded, measured.shape)
+    cluster = Cluster(costs=measured.costs_of(ranks), num_redundant=redundant)
+    chosen = policy_of(policy, seed=seed, split=split)
+    fit, held_out = (
+        batches(half, batch=batch, steps=steps, prefill=prefill, seed=seed)
+        for half in recorded.split(seed)
+    )
+    placement_LP = with_progress(chosen, fit, cluster)
+    placement_map = maps.PlacementMap(
+        created=datetime.now(UTC),
+        policy=policy,
+        sources={"profile": profile.name, "trace": trace.name, "seed": str(seed)},
+        shape=measured.shape,
+        num_ranks=ranks,
+        layers=[
+            maps.LayerMap(index=int(index), physical_to_logical=slots_P.tolist())
+            for index, slots_P in zip(recorded.layer_index_L, placement_LP, strict=True)
+        ],
+    )
+    maps.save(output, placement_map)
+    bases = [base for base in ("linear", "eplb") if base != policy]
+    placements = {base: PLACEMENT[base]().place(fit, cluster) for base in bases}
+    placements[policy] = placement_LP
+    report(recorded.layer_index_L, held_out, placements, cluster, split)
+    Console().print(
+        f"Wrote {output}: {recorded.num_layers} of the model's {measured.shape.num_layers} layers."
+    )
+
+
+def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
+    """The policy of this name. Raises BalancerError if there is none."""
+    if name not in PLACEMENT:
+        raise BalancerError(f"There is no placement {name!r}; there are {', '.join(PLACEMENT)}.")
+    if name == "gem":
+        return GemPlacement(seed=seed)
+    return GemReplicaPlacement(split=split) if name == "gem_r" else PLACEMENT[name]()
+
+
+def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
+    """Raises BalancerError if the trace is of another model than the profile."""
+    last = int(trace.layer_index_L[-1])
+    if (trace.num_experts, trace.top_k) != (shape.num_experts, shape.top_k) or (
+        last >= shape.num_layers
+    ):
+        raise BalancerError(
+            f"Trace {trace.name} has {trace.num_experts} experts, top-{trace.top_k} and layers up "
+            f"to {last}; the profile is of {shape.name} with {shape.num_experts} experts, "
+            f"top-{shape.top_k} and {shape.num_layers} layers. Both must be of one model."
+        )
+
+
+def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed: int) -> np.ndarray:
+    """Pairs of each expert in at most `steps` batches, [N, L, E]: of decode or of prefill."""
+    if not prefill:
+        return trace.steps(batch, steps, seed)
+    counts_NLE = trace.chunks(batch)
+    chosen = np.random.default_rng(seed).permutation(len(counts_NLE))[:steps]
+    return counts_NLE[np.sort(chosen)]
+
+
+def with_progress(policy: PlacementPolicy, history_NLE: np.ndarray, cluster: Cluster) -> np.ndarray:
+    """What the policy places, behind a progress bar of layers."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"placing by {policy.name}", total=history_NLE.shape[1])
+        found = policy.place(history_NLE, cluster, lambda _: bar.advance(task))
+        bar.update(task, completed=history_NLE.shape[1])
+    return found
+
+
+def report(
+    layer_index_L: np.ndarray,
+    held_out_NLE: np.ndarray,
+    placements: dict[str, np.ndarray],
+    cluster: Cluster,
+    split: Split,
+) -> None:
+    """Prints, per layer, the mean modelled time of a batch: the last placement against others."""
+    columns = {
+        name: score_L(held_out_NLE, found_LP, cluster, split) / len(held_out_NLE)
+        for name, found_LP in placements.items()
+    }
+    *bases, own = columns
+    columns["lower bound"] = lower_bound_L(held_out_NLE, cluster) / len(held_out_NLE)
+    table = Table(title="Modelled time of a batch that was not used for placing, us")
+    for heading in ("layer", *columns, *(f"{own} against {base}" for base in bases)):
+        table.add_column(heading, justify="right")
+    for row, layer in enumerate([*layer_index_L, "all"]):
+        pick = {
+            name: float(values.sum() if layer == "all" else values[row])
+            for name, values in columns.items()
+        }
+        gains = [f"{pick[own] / pick[base] - 1:+.1%}" for base in bases]
+        table.add_row(str(layer), *(f"{value:.0f}" for value in pick.values()), *gains)
+    Console().print(table)

@@ -1,0 +1,212 @@
+"""``vllm-balance profile``: the measured cost curve of every rank, as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_balance import documents, model_shape, profiles
+from vllm_balance.commands.expert_probe import Probe, kernel_isa, probing
+from vllm_balance.cost import fit
+from vllm_balance.errors import BalancerError
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
+
+COARSE = (1, 4, 16, 64)
+"""Tokens per expert of the first samples, which find the knee."""
+AROUND_KNEE = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+"""Further samples, as multiples of the knee found."""
+MAX_TOKENS = 6144
+"""Pairs of the largest sample on one rank."""
+GOOD_FIT = 0.08
+"""Median relative error from which on a profile comes with a warning."""
+TOLERANCE = 0.10
+"""Median deviation up to which a stored profile still holds."""
+
+
+def profile(
+    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks measured at once, a core each.")] = 2,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("profile.json"),
+    plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. profile.png.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Measure nothing new: does this profile still hold?")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts held by each rank; default: its share.")
+    ] = None,
+) -> None:
+    """Measure vLLM's expert kernel on every rank, fit the curves and save them."""
+    shape = model_shape.from_config(model)
+    if check is not None:
+        _check(profiles.load(check), shape)
+        return
+    cores, isa = cores_of(ranks), kernel_isa()
+    local = experts or min(-(-shape.num_experts // ranks), 64)
+    with probing(shape, isa, cores, local) as probe:
+        points_SN = sample(probe, local, ranks)
+    measured = Profile(
+        units=Units(),
+        created=datetime.now(UTC),
+        device=device(isa),
+        versions={name: version(name) for name in profiles.BOUND_VERSIONS},
+        shape=shape,
+        ranks=[_rank(i, core, points_SN[i]) for i, core in enumerate(cores)],
+    )
+    documents.write(output, measured)
+    _print(measured)
+    Console().print(f"Wrote {output}.")
+    if plot is not None:
+        from vllm_balance.commands.pictures import draw_profile
+
+        draw_profile(measured, plot)
+        Console().print(f"Wrote {plot}.")
+
+
+def cores_of(ranks: int) -> list[int]:
+    """The first cores that this process may use. Raises BalancerError if there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks > len(cores):
+        raise BalancerError(
+            f"{ranks} ranks were asked for, a core each, and {len(cores)} cores are free to use. "
+            f"Profile fewer ranks; one rank's profile can stand for all if they are alike."
+        )
+    return cores[:ranks]
+
+
+def device(isa: str) -> str:
+    """Processor and kernel of this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {isa}"
+
+
+def sample(probe: Probe, local: int, ranks: int) -> list[list[Point]]:
+    """Points of each rank: few far from the knee, many around it, and skewed batches."""
+    points_SN: list[list[Point]] = [[] for _ in range(ranks)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("finding the knee", total=None)
+
+        def measure(batches: Sequence[Sequence[int]]) -> None:
+            for tokens_E in batches:
+                for points_N, timing in zip(points_SN, probe.measure(tokens_E), strict=True):
+                    points_N.append(
+                        Point(
+                            tokens_E=list(tokens_E),
+                            time_us=timing.time_us,
+                            repeats=timing.repeats,
+                        )
+                    )
+                bar.advance(task)
+
+        measure([[n] * local for n in COARSE if n * local <= MAX_TOKENS])
+        batches = grid(local, _knee(points_SN[0]))
+        bar.update(task, description="around the knee", total=len(COARSE) + len(batches))
+        measure(batches)
+        bar.update(task, completed=len(points_SN[0]), total=len(points_SN[0]))
+    return points_SN
+
+
+def grid(local: int, knee: float) -> list[list[int]]:
+    """Batches, as tokens of each activated expert, around a knee; none above MAX_TOKENS."""
+    around = sorted({max(1, round(knee * factor)) for factor in AROUND_KNEE} - set(COARSE))
+    batches = [[n] * local for n in around]
+    for activated in sorted({max(1, local // 2), max(1, local // 4), max(1, local // 16)}):
+        counts = sorted({1, *(max(1, round(knee * factor)) for factor in (0.5, 1.0, 2.0, 8.0))})
+        batches += [[n] * activated for n in counts]
+    for mean in sorted({max(2.0, knee / 2), max(3.0, 2 * knee), max(4.0, 4 * knee)}):
+        for activated in {local, max(1, local // 2)}:
+            weight = 1 / np.arange(1, activated + 1)
+            tokens = np.maximum(1, np.round(mean * activated * weight / weight.sum()))
+            batches.append(tokens.astype(int).tolist())
+    return [batch for batch in batches if sum(batch) <= MAX_TOKENS]
+
+
+def _knee(points: Sequence[Point]) -> float:
+    """A first guess from evenly loaded samples: where the last slope reaches the first level."""
+    first, last, before = points[0], points[-1], points[-2]
+    rise = last.time_us - before.time_us
+    slope = max(rise / (sum(last.tokens_E) - sum(before.tokens_E)), 1e-6)
+    knee = first.time_us / slope / len(first.tokens_E)
+    return float(np.clip(knee, 1, 128))
+
+
+def _rank(rank: int, core: int, points: list[Point]) -> RankProfile:
+    found = fit(
+        [np.array(point.tokens_E) for point in points], np.array([p.time_us for p in points])
+    )
+    return RankProfile(rank=rank, place=f"core {core}", curve=Curve.of(found), points=points)
+
+
+def _print(measured: Profile) -> None:
+    table = Table(title=f"{measured.shape.name} on {measured.device}")
+    headings = ("rank", "fixed us", "us per expert", "fixed us", "us per token", "tile us", "knee")
+    for heading in (*headings, "median error", "R2"):
+        table.add_column(heading, justify="right")
+    for rank in measured.ranks:
+        curve = rank.curve
+        numbers = (curve.a_us, curve.b_us, curve.c_us, curve.beta_us, curve.tile_us)
+        knee = "none" if curve.knee_tokens is None else f"{curve.knee_tokens:.1f}"
+        table.add_row(
+            str(rank.rank),
+            *(f"{number:.1f}" for number in numbers),
+            knee,
+            f"{curve.median_relative_error:.1%}",
+            f"{curve.r2:.3f}",
+        )
+    Console().print(table)
+    worst = max(rank.curve.median_relative_error for rank in measured.ranks)
+    if worst > GOOD_FIT:
+        Console().print(
+            f"[yellow]A median error of {worst:.0%} is more than {GOOD_FIT:.0%}: something else "
+            f"probably ran on these cores. Measure again on a quiet machine.[/]"
+        )
+
+
+def _check(stored: Profile, shape: ModelShape) -> None:
+    """Measures a few stored points again; exit status 1 if they have moved."""
+    isa, ranks = kernel_isa(), len(stored.ranks)
+    here = {name: version(name) for name in profiles.BOUND_VERSIONS}
+    stored.require(shape=shape, device=device(isa), versions=here)
+    points = stored.ranks[0].points
+    local = max(len(point.tokens_E) for point in points)
+    chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[
+        :: max(1, len(points) // 6)
+    ]
+    with probing(shape, isa, cores_of(ranks), local) as probe:
+        timings = [probe.measure(points[i].tokens_E) for i in chosen]
+    ratio_S = deviations(stored, chosen, [[t.time_us for t in row] for row in timings])
+    for rank, ratio in enumerate(ratio_S):
+        Console().print(f"rank {rank}: {ratio - 1:+.1%} against the profile")
+    if max(abs(ratio - 1) for ratio in ratio_S) > TOLERANCE:
+        Console().print("[red]The profile no longer holds: measure it anew.[/]")
+        raise typer.Exit(1)
+    Console().print(f"[green]The profile still holds (within {TOLERANCE:.0%}).[/]")
+
+
+def deviations(
+    stored: Profile, chosen: Sequence[int], time_us_NS: Sequence[Sequence[float]]
+) -> list[float]:
+    """Median of new over stored time of the chosen points, for each rank."""
+    return [
+        float(
+            np.median(
+                [
+                    times_S[rank.rank] / rank.points[i].time_us
+                    for i, times_S in zip(chosen, time_us_NS, strict=True)
+                ]
+            )
+        )
+        for rank in stored.ranks
+    ]

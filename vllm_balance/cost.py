@@ -1,0 +1,194 @@
+"""What one MoE layer costs on one rank: a curve with two pieces, fitted to measured points.
+
+A rank that serves few tokens per expert waits for weights, one that serves many computes
+(TEMPO, arXiv 2608.13057, section 3)::
+
+    time = max(a + b * activated + b2 * (tiles - activated), c + beta * tokens)
+
+``tokens`` counts (token, choice) pairs on the rank, ``tiles`` is the sum over its experts of
+ceil(tokens of the expert / tile_tokens). All times are in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vllm_balance.errors import BalancerError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+TILES = (None, 16, 32, 64, 128)
+"""Tile heights that a fit tries, in tokens; None is the curve without tiles."""
+_SPREAD = 0.05
+"""Relative residual from which a point counts as an outlier rather than as noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Coefficients of one rank's curve, none negative."""
+
+    a_us: float
+    """Fixed time of the piece that waits for weights."""
+    b_us: float
+    """Time to stream the weights of one activated expert."""
+    c_us: float
+    """Fixed time of the piece that computes."""
+    beta_us: float
+    """Time to compute one (token, choice) pair."""
+    tile_us: float = 0.0
+    """b2: time of each further tile of an expert that is activated anyway."""
+    tile_tokens: int | None = None
+    """Tokens in a tile; None if the curve has no tile term."""
+
+    @property
+    def knee_tokens(self) -> float:
+        """Tokens per activated expert at which a rank with many experts starts to compute."""
+        return self.b_us / self.beta_us if self.beta_us else float("inf")
+
+    def tiles(self, tokens_E: Array) -> Array:
+        """Tiles of each expert, in the shape of `tokens_E`; one per activated expert if the
+        curve has no tile term."""
+        if self.tile_tokens is None:
+            return (tokens_E > 0).astype(np.int64)
+        return -(-tokens_E // self.tile_tokens)
+
+    def time_us(self, activated: Array, tokens: Array, tiles: Array | None = None) -> Array:
+        """Modelled time, in the shape of the arguments; 0 where there are no tokens."""
+        extra = 0.0 if tiles is None else self.tile_us * (tiles - activated)
+        memory = self.a_us + self.b_us * activated + extra
+        return np.where(tokens > 0, np.maximum(memory, self.c_us + self.beta_us * tokens), 0.0)
+
+    def of_experts(self, tokens_E: Array) -> float:
+        """Modelled time of a rank whose experts get these tokens, [E]."""
+        total, active = tokens_E.sum(), (tokens_E > 0).sum()
+        return float(self.time_us(active, total, self.tiles(tokens_E).sum()))
+
+    def slowed(self, factor: float) -> CostModel:
+        """The curve of a rank that takes `factor` times as long, e.g. 1.08."""
+        return replace(
+            self,
+            a_us=self.a_us * factor,
+            b_us=self.b_us * factor,
+            c_us=self.c_us * factor,
+            beta_us=self.beta_us * factor,
+            tile_us=self.tile_us * factor,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A fitted curve and how well it describes its points."""
+
+    model: CostModel
+    residual_us_N: tuple[float, ...]
+    """Modelled minus measured time of each point."""
+    r2: float
+    """Share of the variance of the measured times that the curve explains."""
+    median_relative_error: float
+    """Median over the points of abs(modelled - measured) / measured."""
+
+
+def fit(tokens_NE: Sequence[Array], time_us_N: Array, tiles: Sequence[int | None] = TILES) -> Fit:
+    """The curve that describes measured times best, robust against a minority of outliers.
+
+    Args:
+        tokens_NE: for each point the tokens of each expert on the rank, at least one positive.
+        time_us_N: measured time of each point, microseconds.
+        tiles: tile heights to try; the tile term stays only if it pays for its freedom (BIC).
+    Raises:
+        BalancerError: fewer than six points, no variety, or times that are not positive numbers.
+    """
+    time_us_N = np.asarray(time_us_N, dtype=np.float64)
+    _check(tokens_NE, time_us_N)
+    candidates = [_fit_tile(tokens_NE, time_us_N, tile) for tile in tiles]
+    _, model = min(candidates, key=lambda candidate: candidate[0])
+    modelled_N = np.array([model.of_experts(tokens_E) for tokens_E in tokens_NE])
+    residual_N = modelled_N - time_us_N
+    spread = ((time_us_N - time_us_N.mean()) ** 2).sum()
+    return Fit(
+        model=model,
+        residual_us_N=tuple(residual_N.tolist()),
+        r2=float(1 - (residual_N**2).sum() / spread),
+        median_relative_error=float(np.median(np.abs(residual_N) / time_us_N)),
+    )
+
+
+def ranking_agreement(modelled_N: Array, measured_N: Array) -> float:
+    """Share of pairs of points that the model orders as the measurement does, 0 to 1.
+
+    Pairs with equal measured times do not count; 1.0 if no pair does.
+    """
+    first, second = np.triu_indices(len(measured_N), 1)
+    measured = np.sign(measured_N[first] - measured_N[second])
+    modelled = np.sign(modelled_N[first] - modelled_N[second])
+    counted = measured != 0
+    return float((measured == modelled)[counted].mean()) if counted.any() else 1.0
+
+
+def _check(tokens_NE: Sequence[Array], time_us_N: Array) -> None:
+    if len(tokens_NE) != len(time_us_N) or len(time_us_N) < 6:
+        raise BalancerError(
+            f"A cost curve was asked for from {len(tokens_NE)} points and {len(time_us_N)} times; "
+            f"at least 6 of each are needed. Measure more with `vllm-balance profile`."
+        )
+    if not (np.isfinite(time_us_N).all() and (time_us_N > 0).all()):
+        raise BalancerError("Measured times must be positive numbers; at least one is not.")
+    if len({(int((t > 0).sum()), int(t.sum())) for t in tokens_NE}) < 4 or np.ptp(time_us_N) == 0:
+        raise BalancerError(
+            "The points of a cost curve hardly differ: at least 4 different pairs of activated "
+            "experts and tokens and two different times are needed."
+        )
+
+
+def _fit_tile(
+    tokens_NE: Sequence[Array], time_us_N: Array, tile: int | None
+) -> tuple[float, CostModel]:
+    """(BIC of the robust cost, best curve with this tile height) over several starts."""
+    from scipy.optimize import least_squares
+
+    active_N = np.array([(t > 0).sum() for t in tokens_NE], dtype=np.float64)
+    tokens_N = np.array([t.sum() for t in tokens_NE], dtype=np.float64)
+    probe = CostModel(a_us=0, b_us=0, c_us=0, beta_us=0, tile_tokens=tile)
+    extra_N = np.array([probe.tiles(t).sum() for t in tokens_NE]) - active_N
+    memory_N3 = np.stack([np.ones_like(active_N), active_N, extra_N], axis=1) / time_us_N[:, None]
+    compute_N2 = np.stack([np.ones_like(tokens_N), tokens_N], axis=1) / time_us_N[:, None]
+
+    def relative(scaled_5: Array) -> Array:
+        x = scaled_5 * unit_5
+        return np.maximum(memory_N3 @ x[:3], compute_N2 @ x[3:]) - 1
+
+    best_cost, best = np.inf, np.zeros(5)
+    for knee in np.unique(np.quantile(tokens_N / active_N, (0.1, 0.3, 0.5, 0.7, 0.9))):
+        start_5 = _alternate(memory_N3, compute_N2, tokens_N / active_N <= knee)
+        unit_5 = np.maximum(start_5, 1e-3 * time_us_N.min() / np.array([1, 1, 1, 1, 100]))
+        found = least_squares(
+            relative, start_5 / unit_5, bounds=(0, np.inf), loss="soft_l1", f_scale=_SPREAD
+        )
+        if found.cost < best_cost:
+            best_cost, best = found.cost, found.x * unit_5
+    if tile is None:
+        best[2] = 0.0
+    freedom = 4 if tile is None else 6
+    bic = len(time_us_N) * np.log(max(best_cost, 1e-12)) + freedom * np.log(len(time_us_N))
+    names = ("a_us", "b_us", "tile_us", "c_us", "beta_us")
+    return bic, CostModel(**dict(zip(names, best.tolist(), strict=True)), tile_tokens=tile)
+
+
+def _alternate(memory_N3: Array, compute_N2: Array, is_memory_N: Array) -> Array:
+    """A start: fit each piece to its points, give each point to the larger piece, repeat."""
+    from scipy.optimize import nnls
+
+    x = np.zeros(5)
+    for _ in range(20):
+        if is_memory_N.any():
+            x[:3] = nnls(memory_N3[is_memory_N], np.ones(is_memory_N.sum()))[0]
+        if not is_memory_N.all():
+            x[3:] = nnls(compute_N2[~is_memory_N], np.ones((~is_memory_N).sum()))[0]
+        larger_N = memory_N3 @ x[:3] >= compute_N2 @ x[3:]
+        if (larger_N == is_memory_N).all():
+            break
+        is_memory_N = larger_N
+    return x

@@ -1,0 +1,69 @@
+"""A versioned JSON file: written whole or not at all, read whole or refused with the reason."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_balance.errors import BalancerError
+
+
+class Document(BaseModel):
+    """What every such file has in common: no unknown keys, no NaN, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+DocumentT = TypeVar("DocumentT", bound=Document)
+
+
+def read(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
+    """The checked content of a file; `what` names it in messages, e.g. "profile".
+
+    Raises:
+        BalancerError: the file is missing, damaged, of another version, or holds a wrong value.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BalancerError(f"The {what} {path} cannot be read: {error.strerror}.") from error
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise BalancerError(
+            f"{path} is no usable {what}. {_explain(error)} Make it anew, or use the file as it "
+            f"was written."
+        ) from error
+
+
+def write(path: Path, document: Document) -> None:
+    """Puts the file in place in one step; a reader never sees half of it.
+
+    Raises:
+        BalancerError: the folder is missing or not writable.
+    """
+    text = document.model_dump_json(indent=1) + "\n"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first three complaints, each in a sentence, values cut short."""
+    parts = []
+    for item in error.errors(include_url=False)[:3]:
+        where = ".".join(str(part) for part in item["loc"])
+        found = "" if item["type"] in ("missing", "json_invalid") else f" (it is {item['input']!r})"
+        found = found if len(found) < 60 else found[:56] + "...)"
+        parts.append(f"{f'`{where}`' if where else 'The file'}{found}: {item['msg']}.")
+    more = error.error_count() - len(parts)
+    return " ".join(parts) + (f" And {more} more." if more > 0 else "")

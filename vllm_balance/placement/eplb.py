@@ -1,0 +1,28 @@
+"""vLLM's own EPLB placement, called as its periodic rebalancing calls it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_balance.placement.policy import Array, Cluster, Progress, check_history
+
+
+class EplbPlacement:
+    """Sums the history over its steps and hands it to vLLM's DefaultEplbPolicy; speeds unknown."""
+
+    name: ClassVar[str] = "eplb"
+
+    def place(
+        self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
+    ) -> Array:
+        """See `PlacementPolicy.place`. One node, one expert group."""
+        import torch
+        from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+        check_history(history_NLE)
+        num_physical = cluster.num_physical(history_NLE.shape[2])
+        load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
+        map_LP = DefaultEplbPolicy.rebalance_experts(load_LE, num_physical, 1, 1, cluster.num_ranks)
+        return np.asarray(map_LP.numpy()).astype(np.int32)

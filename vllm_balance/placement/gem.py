@@ -1,0 +1,104 @@
+"""GEM: every expert on the rank whose speed and neighbours suit it.
+
+arXiv 2605.19945. Equal experts per rank, one copy each; per layer, the sum over recorded steps of
+the slowest rank's modelled time is searched by swaps between ranks. Steps are kept apart, so that
+experts which fire together end up on different ranks although averages would not show them.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_balance.placement.policy import (
+    Array,
+    Cluster,
+    Progress,
+    check_history,
+    refuse_redundant,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemPlacement:
+    """Swap search with several starts and kicks; the same seed gives the same placement."""
+
+    name: ClassVar[str] = "gem"
+    seed: int = 0
+    starts: int = 2
+    """Random starts beside the linear and the packed one."""
+    kicks: int = 24
+    """Most times that the best placement of a layer is shaken and improved again."""
+    patience: int = 8
+    """Kicks without success after which a layer is left."""
+
+    def place(
+        self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
+    ) -> Array:
+        """See `PlacementPolicy.place`. Never worse in the model than linear on this history."""
+        check_history(history_NLE)
+        refuse_redundant(cluster, self.name)
+        num_experts = history_NLE.shape[2]
+        cluster.num_physical(num_experts)
+        coefficient_S6 = coefficients(cluster)
+
+        def place_layer(layer: int) -> Array:
+            rank_of_E = self._search(history_NLE[:, layer], cluster, coefficient_S6, layer)
+            if progress is not None:
+                progress(layer)
+            return np.argsort(rank_of_E, kind="stable").astype(np.int32)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
+
+    def _search(
+        self, history_NE: Array, cluster: Cluster, coefficient_S6: Array, layer: int
+    ) -> Array:
+        from vllm_balance.placement.swap_search import search
+
+        num_experts, num_ranks = history_NE.shape[1], cluster.num_ranks
+        linear_E = np.arange(num_experts) // (num_experts // num_ranks)
+        random = np.random.default_rng((self.seed, layer))
+        starts_ME = [linear_E, packed(history_NE, cluster)]
+        starts_ME += [random.permutation(linear_E) for _ in range(self.starts)]
+        _, rank_of_E, _ = search(
+            np.ascontiguousarray(history_NE, dtype=np.int64),
+            np.array(starts_ME, dtype=np.int64),
+            coefficient_S6,
+            self.kicks,
+            self.patience,
+            int(random.integers(2**31)),
+        )
+        return np.asarray(rank_of_E)
+
+
+def coefficients(cluster: Cluster) -> Array:
+    """The ranks' curves as the compiled search takes them, float64 [S, 6]."""
+    return np.array(
+        [(c.a_us, c.b_us, c.tile_us, c.c_us, c.beta_us, c.tile_tokens or 0) for c in cluster.costs],
+        dtype=np.float64,
+    )
+
+
+def packed(history_NE: Array, cluster: Cluster) -> Array:
+    """Rank of each expert, int64 [E]: heaviest first, each to the rank that then ends first."""
+    num_experts, num_ranks = history_NE.shape[1], cluster.num_ranks
+    tokens_E, active_E = history_NE.mean(0), (history_NE > 0).mean(0)
+    tokens_S, active_S, held_S = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(num_ranks)
+    rank_of_E = np.zeros(num_experts, np.int64)
+    for expert in np.argsort(-tokens_E, kind="stable"):
+        time_S = [
+            float(cost.time_us(active_S[s] + active_E[expert], tokens_S[s] + tokens_E[expert]))
+            for s, cost in enumerate(cluster.costs)
+        ]
+        free_S = held_S < num_experts // num_ranks
+        rank = int(np.argmin(np.where(free_S, time_S, np.inf)))
+        rank_of_E[expert] = rank
+        tokens_S[rank] += tokens_E[expert]
+        active_S[rank] += active_E[expert]
+        held_S[rank] += 1
+    return rank_of_E

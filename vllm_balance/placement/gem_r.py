@@ -1,0 +1,103 @@
+"""GEM's objective with redundant experts: which experts get replicas, and where.
+
+Not in the paper, which keeps one copy of each expert. The search moves experts between ranks and
+gives redundant slots to other experts, and scores both as the routing will use them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_balance.placement.gem import coefficients
+from vllm_balance.placement.policy import Array, Cluster, Progress, check_history
+from vllm_balance.placement.score import Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemReplicaPlacement:
+    """Descent from a packed placement with popular experts repeated."""
+
+    name: ClassVar[str] = "gem_r"
+    split: Split = "even"
+    """How the routing uses replicas: evenly, or one per batch and expert as metro does."""
+    trials: int = 50_000
+    """Most moves tried per layer; bounds the search time."""
+
+    def place(
+        self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
+    ) -> Array:
+        """See `PlacementPolicy.place`. Never worse in the model than linear on this history."""
+        check_history(history_NLE)
+        cluster.num_physical(history_NLE.shape[2])
+        coefficient_S6 = coefficients(cluster)
+
+        def place_layer(layer: int) -> Array:
+            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S6)
+            if progress is not None:
+                progress(layer)
+            return slots_P.astype(np.int32)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
+
+    def _search(self, history_NE: Array, cluster: Cluster, coefficient_S6: Array) -> Array:
+        from vllm_balance.placement.replica_search import EVEN, ONE, descend_replicas
+
+        num_experts = history_NE.shape[1]
+        tokens_NE = np.ascontiguousarray(history_NE, dtype=np.int64)
+        linear_P = np.arange(cluster.num_physical(num_experts)) % num_experts
+        split = EVEN if self.split == "even" else ONE
+        slots_P = packed_replicas(history_NE, cluster).astype(np.int64)
+        none = np.empty(0)
+        score, _ = descend_replicas(tokens_NE, slots_P, coefficient_S6, split, self.trials, none)
+        start, _ = descend_replicas(tokens_NE, linear_P, coefficient_S6, split, 0, none)
+        return slots_P if score <= start else linear_P
+
+
+def replicas_by_load(load_E: Array, num_redundant: int, most: int) -> Array:
+    """Replicas of each expert, [E]: each further one to the expert with most load per replica.
+
+    No expert gets more than `most` unless all have them.
+    """
+    num_replicas_E = np.ones(len(load_E), np.int64)
+    heap = [(-float(load), expert) for expert, load in enumerate(load_E)]
+    heapq.heapify(heap)
+    for left in range(num_redundant, 0, -1):
+        if not heap:
+            num_replicas_E[np.arange(left) % len(load_E)] += 1
+            break
+        _, expert = heapq.heappop(heap)
+        num_replicas_E[expert] += 1
+        if num_replicas_E[expert] < most:
+            heapq.heappush(heap, (-float(load_E[expert]) / num_replicas_E[expert], expert))
+    return num_replicas_E
+
+
+def packed_replicas(history_NE: Array, cluster: Cluster) -> Array:
+    """Expert of each slot, [P]: popular experts repeated, the heaviest replica placed first.
+
+    Each goes to the free rank without a copy of it, if there is one, that then ends first.
+    """
+    load_E = history_NE.mean(0)
+    num_ranks = cluster.num_ranks
+    slots = cluster.num_physical(len(load_E)) // num_ranks
+    num_replicas_E = replicas_by_load(load_E, cluster.num_redundant, num_ranks)
+    share_E, active_E = load_E / num_replicas_E, np.minimum(1, load_E / num_replicas_E)
+    content: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens_S, active_S = np.zeros(num_ranks), np.zeros(num_ranks)
+    for expert in np.repeat(np.arange(len(load_E)), num_replicas_E)[
+        np.argsort(-np.repeat(share_E, num_replicas_E), kind="stable")
+    ]:
+        free = [s for s in range(num_ranks) if len(content[s]) < slots]
+        apart = [s for s in free if expert not in content[s]] or free
+        tokens, active = tokens_S + share_E[expert], active_S + active_E[expert]
+        rank = min(apart, key=lambda s: float(cluster.costs[s].time_us(active[s], tokens[s])))
+        content[rank].append(int(expert))
+        tokens_S[rank], active_S[rank] = tokens[rank], active[rank]
+    return np.array(content).ravel()

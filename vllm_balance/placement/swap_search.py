@@ -1,0 +1,184 @@
+"""Descent by swaps between ranks, compiled. Import this inside a call: it imports numba.
+
+One layer at a time. Items are slots with a load per step; a rank holds the same number of items
+throughout. Coefficients of the ranks are float64 [S, 6]: a, b, b2, c, beta, tile_tokens (0: none).
+The state of a search is (rank_of_I, activated_NS, tokens_NS, tiles_NS, time_NS), counts exact
+integers, so that nothing drifts while it is updated.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+def rank_time(coefficient_6, activated, tokens, tiles):
+    """`CostModel.time_us` of one rank."""
+    if tokens <= 0:
+        return 0.0
+    memory = coefficient_6[0] + coefficient_6[1] * activated
+    memory += coefficient_6[2] * (tiles - activated)
+    return max(memory, coefficient_6[3] + coefficient_6[4] * tokens)
+
+
+@compiled
+def num_tiles(tokens, tile_tokens):
+    """Tiles of one expert; one if it is activated and the curve has no tiles."""
+    if tile_tokens == 0 or tokens == 0:
+        return np.int64(tokens > 0)
+    return (tokens + tile_tokens - 1) // tile_tokens
+
+
+@compiled
+def fill(tokens_NI, rank_of_I, coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS):
+    """Computes the state from scratch and returns the score."""
+    activated_NS[:], tokens_NS[:], tiles_NS[:] = 0, 0, 0
+    num_steps, num_items = tokens_NI.shape
+    score = 0.0
+    for n in range(num_steps):
+        for i in range(num_items):
+            s = rank_of_I[i]
+            tokens = tokens_NI[n, i]
+            activated_NS[n, s] += tokens > 0
+            tokens_NS[n, s] += tokens
+            tiles_NS[n, s] += num_tiles(tokens, np.int64(coefficient_S6[s, 5]))
+        for s in range(len(coefficient_S6)):
+            time_NS[n, s] = rank_time(
+                coefficient_S6[s], activated_NS[n, s], tokens_NS[n, s], tiles_NS[n, s]
+            )
+        score += time_NS[n].max()
+    return score
+
+
+@compiled
+def top_three(time_NS, top_N3):
+    """The three slowest ranks of each step; -1 where there are fewer ranks."""
+    for n in range(len(time_NS)):
+        top_N3[n] = -1
+        for s in range(time_NS.shape[1]):
+            for place in range(3):
+                other = top_N3[n, place]
+                if other < 0 or time_NS[n, s] > time_NS[n, other]:
+                    for later in range(2, place, -1):
+                        top_N3[n, later] = top_N3[n, later - 1]
+                    top_N3[n, place] = s
+                    break
+
+
+@compiled
+def moved(tokens_NI, n, leaves, enters, s, coefficient_6, activated_NS, tokens_NS, tiles_NS):
+    """Time of rank s in step n if one item left it and another entered."""
+    out, into = tokens_NI[n, leaves], tokens_NI[n, enters]
+    height = np.int64(coefficient_6[5])
+    return rank_time(
+        coefficient_6,
+        activated_NS[n, s] + np.int64(into > 0) - np.int64(out > 0),
+        tokens_NS[n, s] + into - out,
+        tiles_NS[n, s] + num_tiles(into, height) - num_tiles(out, height),
+    )
+
+
+@compiled
+def swapped_score(
+    tokens_NI, i, j, s, t, limit, coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS, top_N3
+):
+    """Score if items i of rank s and j of rank t changed places; inf as soon as it passes limit."""
+    score = 0.0
+    for n in range(len(tokens_NI)):
+        slowest = 0.0
+        for place in range(3):
+            other = top_N3[n, place]
+            if other >= 0 and other != s and other != t:
+                slowest = time_NS[n, other]
+                break
+        if tokens_NI[n, i] == tokens_NI[n, j]:
+            slowest = max(slowest, time_NS[n, s], time_NS[n, t])
+        else:
+            at_s = moved(
+                tokens_NI, n, i, j, s, coefficient_S6[s], activated_NS, tokens_NS, tiles_NS
+            )
+            at_t = moved(
+                tokens_NI, n, j, i, t, coefficient_S6[t], activated_NS, tokens_NS, tiles_NS
+            )
+            slowest = max(slowest, at_s, at_t)
+        score += slowest
+        if score >= limit:
+            return np.inf
+    return score
+
+
+@compiled
+def descend(tokens_NI, rank_of_I, coefficient_S6, scores):
+    """Swaps until no swap lowers the score. Changes rank_of_I; returns (score, swaps made).
+
+    The scores after each swap, starting score first, go into `scores` as far as it reaches.
+    """
+    num_steps, num_items = tokens_NI.shape
+    num_ranks = len(coefficient_S6)
+    activated_NS = np.empty((num_steps, num_ranks), np.int64)
+    tokens_NS, tiles_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
+    time_NS = np.empty((num_steps, num_ranks))
+    top_N3 = np.empty((num_steps, 3), np.int64)
+    state = (coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS)
+    score = fill(tokens_NI, rank_of_I, *state)
+    top_three(time_NS, top_N3)
+    is_slowest_S = np.zeros(num_ranks, np.bool_)
+    is_slowest_S[top_N3[:, 0]] = True
+    swaps, idle = 0, 0
+    if len(scores):
+        scores[0] = score
+    i = 0
+    while idle < num_items:
+        idle += 1
+        for j in range(num_items):
+            s, t = rank_of_I[i], rank_of_I[j]
+            # Only the slowest rank of a step can lower the score.
+            if s == t or not (is_slowest_S[s] or is_slowest_S[t]):
+                continue
+            limit = score * (1.0 - 1e-9)
+            if swapped_score(tokens_NI, i, j, s, t, limit, *state, top_N3) < limit:
+                rank_of_I[i], rank_of_I[j] = t, s
+                score = fill(tokens_NI, rank_of_I, *state)
+                top_three(time_NS, top_N3)
+                is_slowest_S[:] = False
+                is_slowest_S[top_N3[:, 0]] = True
+                swaps, idle = swaps + 1, 0
+                if swaps < len(scores):
+                    scores[swaps] = score
+        i = (i + 1) % num_items
+    return score, swaps
+
+
+@compiled
+def search(tokens_NI, starts_MI, coefficient_S6, kicks, patience, seed):
+    """Descends from every start, then kicks the best and descends again, keeping what is better.
+
+    Returns (score, rank of each item, descents).
+    """
+    np.random.seed(seed)
+    none = np.empty(0)
+    best_I = starts_MI[0].copy()
+    best = np.inf
+    descents = 0
+    for start_I in starts_MI:
+        trial_I = start_I.copy()
+        score, _ = descend(tokens_NI, trial_I, coefficient_S6, none)
+        descents += 1
+        if score < best:
+            best, best_I = score, trial_I
+    num_items = len(best_I)
+    fruitless = 0
+    while descents < len(starts_MI) + kicks and fruitless < patience:
+        trial_I = best_I.copy()
+        for _ in range(2 + np.random.randint(3)):
+            i, j = np.random.randint(num_items), np.random.randint(num_items)
+            trial_I[i], trial_I[j] = trial_I[j], trial_I[i]
+        score, _ = descend(tokens_NI, trial_I, coefficient_S6, none)
+        descents += 1
+        fruitless += 1
+        if score < best * (1.0 - 1e-9):
+            best, best_I, fruitless = score, trial_I, 0
+    return best, best_I, descents

@@ -1,0 +1,247 @@
+"""Recorded routing: the one file format, checked loading, and batches drawn from it.
+
+A trace is an ``.npz`` file without pickles that holds either of
+
+- ``topk_ids``: integers [tokens, layers, top_k], the logical experts of each token, and optionally
+  ``request_id``, ``position`` and ``phase`` (0 prompt or teacher-forced, 1 decode), [tokens];
+- ``counts``: integers [steps, layers, experts], pairs of each expert in each step;
+
+beside the scalars ``num_experts`` and ``top_k``, and optionally ``layer_index`` [layers]: which
+layer of the model each one is (0, 1, 2 ... if it is missing). Other arrays are ignored.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_balance.errors import BalancerError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_PER_TOKEN = ("request_id", "position", "phase")
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    RuntimeError,
+    OverflowError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise on damaged archives; RuntimeError is an encrypted member."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Recorded routing of one model; exactly one of `topk_ids_TLK` and `counts_NLE` is there."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    layer_index_L: Array
+    """Layer of the model that each recorded layer is, [L], rising."""
+    topk_ids_TLK: Array | None = None
+    counts_NLE: Array | None = None
+    """Pairs of each expert in each recorded step, [N, L, E] int64."""
+    request_id_T: Array | None = None
+    position_T: Array | None = None
+    phase_T: Array | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_index_L)
+
+    def steps(self, batch: int, num_steps: int, seed: int) -> Array:
+        """Decode-like batches: pairs of each expert, [num_steps, L, E] int32.
+
+        Each batch takes `batch` tokens of as many different requests as there are, one random
+        position of each: a continuous batch, not lockstep. Tokens of phase 1 only, if there are
+        any. A trace of counts is thinned instead: `batch * top_k` pairs drawn from a recorded step.
+        """
+        random = np.random.default_rng(seed)
+        if self.topk_ids_TLK is None:
+            return self._thin(batch, num_steps, random)
+        allowed = np.arange(len(self.topk_ids_TLK))
+        if self.phase_T is not None and (self.phase_T == 1).any():
+            allowed = np.flatnonzero(self.phase_T == 1)
+        request = allowed if self.request_id_T is None else self.request_id_T[allowed]
+        order = np.argsort(request, kind="stable")
+        allowed = allowed[order]
+        _, first, sizes = np.unique(request[order], return_index=True, return_counts=True)
+        drawn = np.stack([random.permutation(np.resize(random.permutation(len(first)), batch))
+                          for _ in range(num_steps)])  # fmt: skip
+        offset = (random.random(drawn.shape) * sizes[drawn]).astype(np.int64)
+        return self.count(allowed[first[drawn] + offset])
+
+    def chunks(self, tokens: int) -> Array:
+        """Batches of consecutive tokens, as in prefill: [steps, L, E] int32, in recorded order.
+
+        The recorded steps themselves for a trace of counts. A last, shorter chunk is left out
+        unless it is the only one.
+        """
+        if self.topk_ids_TLK is None:
+            assert self.counts_NLE is not None
+            return self.counts_NLE.astype(np.int32)
+        total = len(self.topk_ids_TLK)
+        size = min(tokens, total)
+        return self.count(np.arange(total // size * size).reshape(-1, size))
+
+    def count(self, tokens_NB: Array) -> Array:
+        """Pairs of each expert in batches of the given tokens, [N, L, E] int32."""
+        assert self.topk_ids_TLK is not None
+        counts_NLE = np.empty((len(tokens_NB), self.num_layers, self.num_experts), np.int32)
+        layer_base_L1 = np.arange(self.num_layers)[:, None] * self.num_experts
+        for step, tokens_B in enumerate(tokens_NB):
+            cell_BLK = self.topk_ids_TLK[tokens_B].astype(np.int64) + layer_base_L1
+            size = self.num_layers * self.num_experts
+            counts_NLE[step] = np.bincount(cell_BLK.ravel(), minlength=size).reshape(
+                self.num_layers, self.num_experts
+            )
+        return counts_NLE
+
+    def split(self, seed: int = 0) -> tuple[Trace, Trace]:
+        """Two halves, to fit on one and score on the other.
+
+        By request where there are at least eight, else first and second part in recorded order.
+
+        Raises:
+            BalancerError: the trace has a single token or step.
+        """
+        recorded = self.topk_ids_TLK if self.topk_ids_TLK is not None else self.counts_NLE
+        assert recorded is not None
+        if len(recorded) < 2:
+            raise BalancerError(f"Trace {self.name} has one step; at least two can be split.")
+        is_first = np.arange(len(recorded)) < len(recorded) // 2
+        if self.request_id_T is not None:
+            requests = np.unique(self.request_id_T)
+            if len(requests) >= 8:
+                shuffled = np.random.default_rng(seed).permutation(requests)
+                is_first = np.isin(self.request_id_T, shuffled[: len(requests) // 2])
+        return self._only(is_first), self._only(~is_first)
+
+    def _only(self, chosen: Array) -> Trace:
+        def take(values: Array | None) -> Array | None:
+            return None if values is None else values[chosen]
+
+        return replace(
+            self,
+            topk_ids_TLK=take(self.topk_ids_TLK),
+            counts_NLE=take(self.counts_NLE),
+            request_id_T=take(self.request_id_T),
+            position_T=take(self.position_T),
+            phase_T=take(self.phase_T),
+        )
+
+    def _thin(self, batch: int, num_steps: int, random: np.random.Generator) -> Array:
+        assert self.counts_NLE is not None
+        share_NLE = self.counts_NLE / np.maximum(self.counts_NLE.sum(2, keepdims=True), 1)
+        share_NLE[share_NLE.sum(2) == 0] = 1 / self.num_experts
+        drawn_N = random.integers(0, len(share_NLE), num_steps)
+        pairs = batch * self.top_k
+        return random.multinomial(pairs, share_NLE[drawn_N]).astype(np.int32)
+
+
+def load(path: Path) -> Trace:
+    """The trace in a file, checked.
+
+    Raises:
+        BalancerError: the file is missing, damaged, or does not hold what the format asks for.
+    """
+    if not path.is_file():
+        raise BalancerError(f"Trace {path} does not exist or is not a file.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise BalancerError(f"Trace {path} is a single array; an .npz archive is needed.")
+            known = ("topk_ids", "counts", "num_experts", "top_k", "layer_index", *_PER_TOKEN)
+            arrays = {name: archive[name] for name in known if name in archive}
+            held = archive.files
+    except BalancerError:
+        raise
+    except _UNREADABLE as error:
+        raise BalancerError(
+            f"Trace {path} is not an .npz file that can be read ({type(error).__name__}: {error}); "
+            f"it may be cut short. Copy or record it again."
+        ) from error
+    try:
+        return _trace(path.stem, arrays)
+    except BalancerError as error:
+        raise BalancerError(f"Trace {path} cannot be used: {error} It holds {held}.") from error
+
+
+def save(path: Path, trace: Trace) -> None:
+    """Writes a trace, compressed. Raises OSError if the folder is missing or not writable."""
+    optional = {
+        "topk_ids": trace.topk_ids_TLK,
+        "counts": trace.counts_NLE,
+        "request_id": trace.request_id_T,
+        "position": trace.position_T,
+        "phase": trace.phase_T,
+    }
+    np.savez_compressed(
+        path,
+        num_experts=np.int64(trace.num_experts),
+        top_k=np.int64(trace.top_k),
+        layer_index=trace.layer_index_L,
+        **{name: array for name, array in optional.items() if array is not None},
+    )
+
+
+def _trace(name: str, arrays: dict[str, Array]) -> Trace:
+    for key, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            raise BalancerError(f"{key} has dtype {array.dtype}; integers are needed.")
+    if ("topk_ids" in arrays) == ("counts" in arrays):
+        raise BalancerError("it needs exactly one of topk_ids and counts.")
+    num_experts, top_k = _scalar(arrays, "num_experts", 2**20), _scalar(arrays, "top_k", 2**10)
+    key = "topk_ids" if "topk_ids" in arrays else "counts"
+    recorded = arrays[key]
+    last = top_k if key == "topk_ids" else num_experts
+    if recorded.ndim != 3 or 0 in recorded.shape or recorded.shape[2] != last:
+        raise BalancerError(
+            f"{key} has the shape {recorded.shape}; needed are three non-empty axes, the last of "
+            f"length {last}."
+        )
+    limit = num_experts - 1 if key == "topk_ids" else 2**31 - 1
+    if recorded.min() < 0 or recorded.max() > limit:
+        raise BalancerError(
+            f"{key} holds {recorded.min()} to {recorded.max()}; allowed are 0 to {limit}."
+        )
+    if key == "topk_ids":
+        sorted_TLK = np.sort(recorded, axis=2)
+        if (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]).any():
+            raise BalancerError("a token uses one expert twice in a layer.")
+    layers_L = arrays.get("layer_index", np.arange(recorded.shape[1]))
+    if layers_L.shape != recorded.shape[1:2] or layers_L[0] < 0 or (np.diff(layers_L) <= 0).any():
+        raise BalancerError("layer_index must rise and have one entry per layer.")
+    for field in set(_PER_TOKEN) & arrays.keys():
+        if key == "topk_ids" and arrays[field].shape != recorded.shape[:1]:
+            raise BalancerError(f"{field} must have one entry per token.")
+    per_token = {f"{f}_T": arrays.get(f) if key == "topk_ids" else None for f in _PER_TOKEN}
+    return Trace(
+        name=name,
+        num_experts=num_experts,
+        top_k=top_k,
+        layer_index_L=layers_L.astype(np.int64),
+        topk_ids_TLK=recorded if key == "topk_ids" else None,
+        counts_NLE=recorded.astype(np.int64) if key == "counts" else None,
+        **per_token,
+    )
+
+
+def _scalar(arrays: dict[str, Array], key: str, limit: int) -> int:
+    if key not in arrays or arrays[key].ndim != 0:
+        raise BalancerError(f"{key} is missing or no single number.")
+    value = int(arrays[key])
+    if not 1 <= value <= limit:
+        raise BalancerError(f"{key} is {value}; allowed are 1 to {limit}.")
+    return value
