@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("kernel", "number"),
-    [("choose", 400), ("route", 180), ("record", 150), ("assign", 60), ("eplb_hash", 60)],
+    [("choose", 300), ("route", 130), ("record", 150), ("assign", 60), ("eplb_hash", 60)],
 )
 def test_equal_to_reference(kernel, number, tmp_path):
     done = subprocess.run(
