@@ -1,0 +1,221 @@
+"""Placements in the model: GEM against linear, vLLM's EPLB placement and a lower bound.
+
+    python -m bench.placement --traces DIR     # adds rows to bench/results/placement.jsonl
+    python -m bench.placement --docs           # writes the tables of docs/placement.md anew
+
+Nothing here is measured but the search times: scores are times that a cost model gives for batches
+drawn from recorded traces. Placements are fitted on one part of a trace and scored on another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from bench.provenance import ROOT, provenance
+from vllm_balance import traces
+from vllm_balance.cost import CostModel
+from vllm_balance.placement import PLACEMENT, Cluster, lower_bound_L, score_L
+from vllm_balance.placement.gem import GemPlacement
+
+RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
+PAGE = ROOT / "docs" / "placement.md"
+MARKED = re.compile(r"(<!-- placement:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COSTS = {
+    "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
+    "cpu-amx": CostModel(a_us=300, b_us=630, c_us=300, beta_us=17),
+}
+"""tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core, shape of
+Qwen3-30B-A3B (docs/log.md)."""
+BATCHES = {"decode": 256, "prefill": 4096}
+RANKS = (4, 8, 16, 64)
+SLOWER = (1.0, 1.08, 1.16, 1.28)
+STEPS = 32
+SEED = 0
+POLICIES = ("linear", "eplb", "gem")
+Row = dict[str, Any]
+
+
+def run(
+    folder: Annotated[
+        Path | None, typer.Option("--traces", help="Folder of .npz files, or one.")
+    ] = None,
+    docs: Annotated[bool, typer.Option(help="Write the tables of docs/placement.md.")] = False,
+    growth: Annotated[bool, typer.Option(help="Also time the search for growing layers.")] = False,
+) -> None:
+    """Score placements on every trace, time the search, or write the tables."""
+    if growth:
+        _write(grow())
+    if folder is not None:
+        for file in sorted(folder.glob("*.npz")) if folder.is_dir() else [folder]:
+            trace = traces.load(file)
+            recorded = trace.topk_ids_TLK if trace.counts_NLE is None else trace.counts_NLE
+            if recorded is not None and len(recorded) > 1:
+                _write(score_trace(trace))
+    if docs:
+        write_tables()
+
+
+def score_trace(trace: traces.Trace) -> Iterator[Row]:
+    """One row per cost model, kind of batch, number of ranks and slowness of one of them."""
+    first, second = trace.split(SEED)
+    for kind, batch in BATCHES.items():
+        if kind == "prefill" and trace.topk_ids_TLK is None:
+            continue
+        fit, held_out = (_batches(part, kind, batch) for part in (first, second))
+        for cost_name, cost in COSTS.items():
+            for num_ranks in RANKS:
+                if trace.num_experts % num_ranks or num_ranks == trace.num_experts:
+                    continue
+                for slower in SLOWER:
+                    cluster = Cluster(costs=(cost.slowed(slower), *(cost,) * (num_ranks - 1)))
+                    yield {
+                        "table": "traces",
+                        "trace": trace.name,
+                        "batch": kind,
+                        "tokens": batch,
+                        "cost": cost_name,
+                        "ranks": num_ranks,
+                        "slower": slower,
+                        "steps": [len(fit), len(held_out)],
+                        **_scores(fit, held_out, cluster),
+                    }
+
+
+def grow() -> Iterator[Row]:
+    """Search times of GEM for layers from a seeded skew; the compiler has run before."""
+    for layers, experts, num_ranks, steps in (
+        (32, 128, 8, 16),
+        (32, 128, 8, 64),
+        (58, 256, 16, 16),
+        (58, 256, 64, 16),
+    ):
+        random = np.random.default_rng(SEED)
+        weight_LE = random.permuted(np.tile(np.arange(1, experts + 1) ** -0.8, (layers, 1)), axis=1)
+        weight_LE /= weight_LE.sum(1, keepdims=True)
+        history_NLE = random.multinomial(32_768, weight_LE, (steps, layers))
+        cost = COSTS["tempo"]
+        cluster = Cluster(costs=(cost.slowed(1.16), *(cost,) * (num_ranks - 1)))
+        GemPlacement(seed=SEED).place(history_NLE[:2, :1], cluster)
+        yield {
+            "table": "growth",
+            "layers": layers,
+            "experts": experts,
+            "ranks": num_ranks,
+            "steps": [steps, steps],
+            **_scores(history_NLE, history_NLE, cluster, repeats=3),
+        }
+
+
+def _batches(part: traces.Trace, kind: str, batch: int) -> np.ndarray:
+    if kind == "decode":
+        return part.steps(batch, STEPS, SEED)
+    chunks_NLE = part.chunks(batch)
+    return chunks_NLE[np.linspace(0, len(chunks_NLE) - 1, min(STEPS, len(chunks_NLE))).astype(int)]
+
+
+def _scores(fit: np.ndarray, held_out: np.ndarray, cluster: Cluster, repeats: int = 1) -> Row:
+    """Mean modelled us per batch over all layers, on both parts, and search times."""
+    row: Row = {"seed": SEED, "search_s": {}, "fit_us": {}, "held_out_us": {}}
+    for name in POLICIES:
+        policy = GemPlacement(seed=SEED) if name == "gem" else PLACEMENT[name]()
+        found_LP, seconds = _timed(lambda policy=policy: policy.place(fit, cluster), repeats)
+        row["search_s"][name] = round(seconds, 4)
+        for part, counts in (("fit_us", fit), ("held_out_us", held_out)):
+            row[part][name] = float(score_L(counts, found_LP, cluster).sum() / len(counts))
+    for part, counts in (("fit_us", fit), ("held_out_us", held_out)):
+        row[part]["bound"] = float(lower_bound_L(counts, cluster).sum() / len(counts))
+    return row
+
+
+def _timed(place: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        found = place()
+        times.append(time.perf_counter() - start)
+    return found, statistics.median(times)
+
+
+def _write(rows: Iterator[Row]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    origin = provenance()
+    for row in rows:
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({**row, **origin}) + "\n")
+        shown = {k: v for k, v in row.items() if k not in ("seed", "fit_us", "steps", "tokens")}
+        Console().print(shown)
+
+
+def write_tables() -> None:
+    """Replaces what stands between the markers of docs/placement.md."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    PAGE.write_text(MARKED.sub(lambda m: m[1] + _table(m[2], rows) + m[3], PAGE.read_text()))
+
+
+def _table(name: str, rows: list[Row]) -> str:
+    own = _newest([row for row in rows if row["table"] == ("growth" if name == "growth" else
+                                                           "traces")])  # fmt: skip
+    head, body = (_growth if name == "growth" else _speeds if name == "speeds" else _traces)(own)
+    lines = [head, ["---:"] * len(head), *body]
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    note = f"Commit {own[-1]['commit']}; {own[-1]['machine']}; seed {own[-1]['seed']}."
+    return f"{text}\n\n{note}\n"
+
+
+def _newest(rows: list[Row]) -> list[Row]:
+    """The last row of each case."""
+    keys = ("trace", "batch", "cost", "ranks", "slower", "layers", "experts", "steps")
+    return list({json.dumps([row.get(key) for key in keys]): row for row in rows}.values())
+
+
+def _gain(rows: list[Row], base: str, part: str = "held_out_us") -> str:
+    """Median over rows of GEM's time against another's."""
+    return f"{statistics.median(r[part]['gem'] / r[part][base] - 1 for r in rows):+.1%}"
+
+
+def _speeds(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    head = ["batch", "cost", "ranks", "one rank slower by", "against linear", "against eplb",
+            "worst against eplb", "above the bound", "traces"]  # fmt: skip
+    body = []
+    for case in sorted({(r["batch"], r["cost"], r["ranks"], r["slower"]) for r in rows}):
+        own = [r for r in rows if (r["batch"], r["cost"], r["ranks"], r["slower"]) == case]
+        worst = max(r["held_out_us"]["gem"] / r["held_out_us"]["eplb"] - 1 for r in own)
+        gains = [_gain(own, base) for base in ("linear", "eplb")]
+        cells = [*case[:3], f"{case[3] - 1:.0%}", *gains, f"{worst:+.1%}", _gain(own, "bound")]
+        body.append([*map(str, cells), str(len(own))])
+    return head, body
+
+
+def _traces(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    head = ["trace", "batch", "against linear", "against eplb", "above the bound",
+            "above the bound where fitted"]  # fmt: skip
+    body = []
+    for case in sorted({(r["trace"], r["batch"]) for r in rows}):
+        own = [r for r in rows if (r["trace"], r["batch"]) == case and r["slower"] == 1.16]
+        gains = [_gain(own, base) for base in ("linear", "eplb", "bound")]
+        body.append([*case, *gains, _gain(own, "bound", "fit_us")])
+    return head, body
+
+
+def _growth(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    head = ["layers", "experts", "ranks", "steps", "search, s", "against eplb", "above the bound"]
+    body = [
+        [*(str(r[k]) for k in ("layers", "experts", "ranks")), str(r["steps"][0]),
+         f"{r['search_s']['gem']:.1f}", _gain([r], "eplb"), _gain([r], "bound")]
+        for r in rows
+    ]  # fmt: skip
+    return head, body
+
+
+if __name__ == "__main__":
+    typer.run(run)

@@ -1,0 +1,204 @@
+"""`place`, `trace info` and the parts of `profile` that need no measuring."""
+
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vllm_balance import commands, documents, maps, profiles, traces
+from vllm_balance.commands.expert_probe import Timing
+from vllm_balance.commands.profile import MAX_TOKENS, deviations, grid, sample
+from vllm_balance.cost import CostModel, fit
+from vllm_balance.errors import BalancerError
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.placement import Cluster, score_L
+
+SHAPE = ModelShape(
+    name="m",
+    architecture="M",
+    num_layers=4,
+    num_experts=8,
+    top_k=2,
+    hidden=64,
+    inner=32,
+    dtype="bfloat16",
+)
+CURVES = (
+    CostModel(a_us=50, b_us=400, c_us=100, beta_us=20),
+    CostModel(a_us=50, b_us=500, c_us=100, beta_us=25),
+)
+
+
+class Instrument:
+    """Answers as ranks with known curves would."""
+
+    def measure(self, tokens_E):
+        return [Timing(time_us=c.of_experts(np.array(tokens_E)), repeats=3) for c in CURVES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A profile and a trace of one model."""
+    path = tmp_path_factory.mktemp("files")
+    points_SN = sample(Instrument(), local=8, ranks=2)
+    measured = profiles.Profile(
+        units=profiles.Units(),
+        created=datetime.now(UTC),
+        device="d",
+        versions={},
+        shape=SHAPE,
+        ranks=[
+            profiles.RankProfile(
+                rank=rank,
+                place=f"core {rank}",
+                curve=profiles.Curve.of(
+                    fit(
+                        [np.array(p.tokens_E) for p in points],
+                        np.array([p.time_us for p in points]),
+                    )
+                ),
+                points=points,
+            )
+            for rank, points in enumerate(points_SN)
+        ],
+    )
+    documents.write(path / "p.json", measured)
+    noise = np.random.default_rng(0).gumbel(size=(600, 3, 8)) - np.log(np.arange(1, 9))
+    trace = traces.Trace(
+        name="t",
+        num_experts=8,
+        top_k=2,
+        layer_index_L=np.array([0, 1, 3]),
+        topk_ids_TLK=np.argsort(-noise, axis=2)[..., :2].astype(np.uint8),
+        request_id_T=np.arange(600) // 20,
+    )
+    traces.save(path / "t.npz", trace)
+    return path
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(commands.app, [str(argument) for argument in arguments])
+
+
+def test_samples_of_known_ranks_give_their_curves(folder):
+    for rank, true in zip(profiles.load(folder / "p.json").ranks, CURVES, strict=True):
+        assert rank.curve.knee_tokens == pytest.approx(20, rel=0.02)
+        assert rank.curve.median_relative_error < 0.01
+        points = [np.array(point.tokens_E) for point in rank.points]
+        assert [rank.curve.model.of_experts(p) for p in points] == pytest.approx(
+            [true.of_experts(p) for p in points], rel=0.02
+        )
+
+
+@pytest.mark.parametrize("local", [1, 2, 8, 64, 256])
+@pytest.mark.parametrize("knee", [1.0, 4.0, 30.0, 128.0])
+def test_the_grid_has_batches_of_every_kind_and_none_too_big(local, knee):
+    batches = grid(local, knee)
+    assert len(batches) <= 36
+    assert all(0 < len(b) <= local and min(b) >= 1 and sum(b) <= MAX_TOKENS for b in batches)
+
+
+def test_deviations_are_medians_per_rank(folder):
+    stored = profiles.load(folder / "p.json")
+    again = [[rank.points[i].time_us for rank in stored.ranks] for i in (0, 1, 2)]
+    assert deviations(stored, [0, 1, 2], again) == [1.0, 1.0]
+    slower = [[first, 1.5 * second] for first, second in again]
+    assert deviations(stored, [0, 1, 2], slower) == pytest.approx([1.0, 1.5])
+
+
+@pytest.mark.parametrize("policy", ["linear", "round_robin", "gem", "gem_r"])
+def test_place_writes_a_map_that_fits_the_model(folder, policy):
+    output = folder / f"{policy}.json"
+    extra = ("--redundant", 2) if policy == "gem_r" else ()
+    done = run("place", "--policy", policy, "--profile", folder / "p.json", "--trace",
+               folder / "t.npz", "--ranks", 2, "-o", output, "--steps", 8, *extra)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "lower bound" in done.output and "3 of the model's 4 layers" in done.output
+    found = maps.load(output)
+    found.require(shape=SHAPE, num_ranks=2, layers=[0, 1, 3])
+    with pytest.raises(BalancerError, match="no entry for layer 2"):
+        found.require(shape=SHAPE, num_ranks=2, layers=[2])
+
+
+def test_a_gem_map_beats_a_linear_one_on_the_trace(folder):
+    counts = traces.load(folder / "t.npz").steps(64, 40, 9)
+    ranks = Cluster(costs=profiles.load(folder / "p.json").costs)
+    score = {
+        name: score_L(counts, maps.load(folder / f"{name}.json").placement_LP([0, 1, 3]), ranks)
+        for name in ("linear", "gem")
+        if run("place", "--policy", name, "--profile", folder / "p.json", "--trace",
+               folder / "t.npz", "--ranks", 2, "-o", folder / f"{name}.json").exit_code == 0
+    }  # fmt: skip
+    assert score["gem"].sum() < score["linear"].sum()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (("--policy", "best"), "no placement 'best'"),
+        (("--ranks", 3), "3 ranks were asked for"),
+        (("--redundant", 1), "keeps one copy"),
+        (("--routing", "odd"), "allowed are even and one"),
+        (("--trace", "missing.npz"), "does not exist"),
+    ],
+)
+def test_place_refuses_with_the_reason(folder, changed, reason):
+    asked = {"--profile": folder / "p.json", "--trace": folder / "t.npz", "--ranks": 2}
+    asked |= {"-o": folder / "no.json", changed[0]: changed[1]}
+    done = run("place", *(part for pair in asked.items() for part in pair))
+    assert isinstance(done.exception, BalancerError) and reason in str(done.exception)
+    assert not (folder / "no.json").exists()
+
+
+def test_the_command_prints_refusals_without_a_traceback(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["vllm-balance", "trace", "info", "missing.npz"])
+    with pytest.raises(SystemExit) as end:
+        commands.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("vllm-balance: Trace missing.npz does not exist")
+
+
+def test_trace_info_prints_a_row_per_layer_and_draws(folder):
+    picture = folder / "t.png"
+    done = run("trace", "info", folder / "t.npz", "--batch", 50, "--plot", picture)
+    assert done.exit_code == 0, done.output
+    assert "600 tokens, 12 steps of 50" in done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_is_drawn(folder):
+    from vllm_balance.commands.pictures import draw_profile
+
+    draw_profile(profiles.load(folder / "p.json"), folder / "p.png")
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BalancerError, match="cannot be written"):
+        draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
+
+
+def test_the_kernel_is_measured_on_real_ranks(tmp_path):
+    """One rank, experts of toy size: a file with positive times that loads again."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "hidden_size": 128,
+        "moe_intermediate_size": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p.json")
+    assert done.exit_code == 0, done.output
+    measured = profiles.load(tmp_path / "p.json")
+    assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
+    assert measured.versions.keys() == set(profiles.BOUND_VERSIONS)
+    with pytest.raises(BalancerError, match="hidden 128 instead of 64"):
+        measured.require(shape=SHAPE)
+
+
+def test_more_ranks_than_cores_are_refused(tmp_path):
+    from vllm_balance.commands.profile import cores_of
+
+    with pytest.raises(BalancerError, match="cores are free"):
+        cores_of(10_000)

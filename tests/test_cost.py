@@ -1,0 +1,93 @@
+"""Fitting finds the curve again, also under noise and outliers, and refuses what it cannot use."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_balance.cost import CostModel, fit, ranking_agreement
+from vllm_balance.errors import BalancerError
+
+TRUE = CostModel(a_us=100, b_us=600, c_us=300, beta_us=20)
+GRID = [np.full(g, n) for g in (2, 8, 32) for n in (1, 4, 16, 24, 32, 48, 96, 192)]
+
+
+def times(model: CostModel) -> np.ndarray:
+    return np.array([model.of_experts(tokens_E) for tokens_E in GRID])
+
+
+def test_time_is_the_larger_piece_and_an_idle_rank_costs_nothing():
+    assert TRUE.of_experts(np.array([1, 0, 1])) == 100 + 2 * 600
+    assert TRUE.of_experts(np.array([100, 100])) == 300 + 20 * 200
+    assert TRUE.of_experts(np.array([0, 0])) == 0
+    assert TRUE.knee_tokens == 30
+
+
+def test_tiles_beyond_the_first_cost_extra():
+    model = CostModel(a_us=1, b_us=10, c_us=0, beta_us=0.01, tile_us=3, tile_tokens=16)
+    assert model.of_experts(np.array([16, 1])) == 21
+    assert model.of_experts(np.array([17, 33])) == 21 + 3 * 3
+
+
+def test_a_slower_rank_takes_longer_everywhere():
+    slow = TRUE.slowed(1.28)
+    assert np.allclose(times(slow), 1.28 * times(TRUE), rtol=1e-12)
+
+
+def test_exact_points_give_the_exact_curve():
+    found = fit(GRID, times(TRUE), tiles=(None,))
+    assert np.allclose(times(found.model), times(TRUE), rtol=1e-3)
+    assert found.model.knee_tokens == pytest.approx(30, rel=0.01)
+    assert found.r2 > 0.9999
+    assert len(found.residual_us_N) == len(GRID)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_and_outliers_move_the_curve_little(seed):
+    random = np.random.default_rng(seed)
+    noisy = times(TRUE) * np.exp(random.normal(0, 0.04, len(GRID)))
+    noisy[random.permutation(len(GRID))[:4]] *= 2.5
+    found = fit(GRID, noisy, tiles=(None,))
+    assert np.median(np.abs(times(found.model) / times(TRUE) - 1)) < 0.05
+    assert found.median_relative_error < 0.08
+    assert ranking_agreement(times(found.model), times(TRUE)) > 0.93
+
+
+def test_the_tile_term_is_found_where_it_matters_and_left_out_elsewhere():
+    tiled = CostModel(a_us=50, b_us=100, c_us=0, beta_us=0.1, tile_us=60, tile_tokens=32)
+    found = fit(GRID, times(tiled), tiles=(None, 32))
+    assert found.model.tile_tokens == 32
+    assert found.model.tile_us == pytest.approx(60, rel=0.02)
+    assert fit(GRID, times(TRUE), tiles=(None, 32)).model.tile_tokens is None
+
+
+def test_ranking_agreement_counts_ordered_pairs():
+    assert ranking_agreement(np.array([1.0, 2, 3]), np.array([1.0, 2, 3])) == 1
+    assert ranking_agreement(np.array([3.0, 2, 1]), np.array([1.0, 2, 3])) == 0
+    assert ranking_agreement(np.array([1.0, 3, 2]), np.array([1.0, 2, 3])) == pytest.approx(2 / 3)
+    assert ranking_agreement(np.array([1.0, 3]), np.array([2.0, 2.0])) == 1
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_times_that_are_no_times_are_refused(bad):
+    measured = times(TRUE)
+    measured[3] = bad
+    with pytest.raises(BalancerError, match="positive"):
+        fit(GRID, measured)
+
+
+def test_too_few_or_equal_points_are_refused():
+    with pytest.raises(BalancerError, match="at least 6"):
+        fit(GRID[:5], times(TRUE)[:5])
+    with pytest.raises(BalancerError, match="hardly differ"):
+        fit([np.full(2, 3)] * 8, np.arange(1.0, 9.0))
+
+
+@settings(max_examples=10)
+@given(st.lists(st.floats(1e-3, 1e6), min_size=len(GRID), max_size=len(GRID)))
+def test_any_positive_times_give_a_usable_curve(measured):
+    if np.ptp(measured) == 0:
+        measured[0] += 1
+    model = fit(GRID, np.array(measured), tiles=(None,)).model
+    values = np.array([model.a_us, model.b_us, model.c_us, model.beta_us, model.tile_us])
+    assert np.isfinite(values).all() and (values >= 0).all()

@@ -1,0 +1,177 @@
+"""Profile files: what was written comes back, and nothing else is believed."""
+
+import json
+import math
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_balance import documents, profiles
+from vllm_balance.cost import CostModel, Fit
+from vllm_balance.errors import BalancerError
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
+
+SHAPE = ModelShape(
+    name="m",
+    architecture="Qwen3MoeForCausalLM",
+    num_layers=4,
+    num_experts=8,
+    top_k=2,
+    hidden=64,
+    inner=32,
+    dtype="bfloat16",
+)
+VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0"}
+
+
+def profile(num_ranks: int = 2) -> Profile:
+    fit = Fit(
+        model=CostModel(a_us=1, b_us=2, c_us=3, beta_us=4),
+        residual_us_N=(0.5,),
+        r2=0.9,
+        median_relative_error=0.01,
+    )
+    ranks = [
+        RankProfile(
+            rank=rank,
+            place=f"core {rank}",
+            curve=Curve.of(fit),
+            points=[Point(tokens_E=[1, 2], time_us=9.5, repeats=3)],
+        )
+        for rank in range(num_ranks)
+    ]
+    return Profile(
+        units=Units(),
+        created=datetime(2026, 11, 22, tzinfo=UTC),
+        device="cpu, vec",
+        versions=VERSIONS,
+        shape=SHAPE,
+        ranks=ranks,
+    )
+
+
+TEXT = profile().model_dump_json(indent=1)
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
+        yield from places(value[key], (*path, key))
+
+
+def put(value, path, new):
+    """A JSON value with something else in one place."""
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = put(value[path[0]], path[1:], new)
+    return copy
+
+
+def test_what_is_written_comes_back(tmp_path):
+    documents.write(tmp_path / "p.json", profile())
+    found = profiles.load(tmp_path / "p.json")
+    assert found == profile()
+    assert found.costs == (CostModel(a_us=1, b_us=2, c_us=3, beta_us=4),) * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
+@given(st.integers(0, len(TEXT.rstrip()) - 1))
+def test_a_truncated_file_is_refused(tmp_path_factory, length):
+    file = tmp_path_factory.getbasetemp() / "truncated.json"
+    file.write_text(TEXT[:length])
+    with pytest.raises(BalancerError, match="no usable profile"):
+        profiles.load(file)
+
+
+@given(
+    st.sampled_from(list(places(json.loads(TEXT)))),
+    st.sampled_from([None, "x", -1, math.nan, math.inf, True, [], {}, {"a": 1}, 10**400]),
+)
+def test_a_wrong_value_anywhere_is_refused_or_meant(tmp_path_factory, path, new):
+    """A changed file is refused with our error, or is again a profile with all its promises."""
+    file = tmp_path_factory.getbasetemp() / "wrong.json"
+    file.write_text(json.dumps(put(json.loads(TEXT), path, new)))
+    try:
+        found = profiles.load(file)
+    except BalancerError:
+        return
+    costs = [v for cost in found.costs for v in (cost.a_us, cost.b_us, cost.c_us, cost.beta_us)]
+    assert all(math.isfinite(value) and value >= 0 for value in costs)
+    assert documents.read(file, Profile, "profile").model_dump_json() == found.model_dump_json()
+    assert {rank.rank for rank in found.ranks} == {0, 1}
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "bytes.json"
+    file.write_bytes(content)
+    with pytest.raises(BalancerError):
+        profiles.load(file)
+
+
+@pytest.mark.parametrize("path", [p for p in places(json.loads(TEXT)) if p])
+def test_a_missing_key_and_an_unknown_key_are_refused(tmp_path, path):
+    value = json.loads(TEXT)
+    owner = value
+    for key in path[:-1]:
+        owner = owner[key]
+    if (
+        not isinstance(owner, dict)
+        or path[-1] in ("kind", "format")
+        or path[0]
+        in (
+            "versions",
+            "units",
+        )
+    ):
+        return
+    moved = owner.pop(path[-1])
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(BalancerError, match="Field required"):
+        profiles.load(tmp_path / "p.json")
+    owner[path[-1]] = moved
+    owner["surprise"] = 1
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(BalancerError, match="surprise"):
+        profiles.load(tmp_path / "p.json")
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    (tmp_path / "p.json").write_text("[" * 100_000)
+    with pytest.raises(BalancerError):
+        profiles.load(tmp_path / "p.json")
+
+
+def test_a_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(BalancerError, match=r"no\.json cannot be read"):
+        profiles.load(tmp_path / "no.json")
+    with pytest.raises(BalancerError, match="cannot be written"):
+        documents.write(tmp_path / "no" / "p.json", profile())
+
+
+def test_a_foreign_profile_is_refused_with_all_differences():
+    found = profile()
+    found.require(shape=SHAPE, device="cpu, vec", versions=VERSIONS)
+    found.require(shape=SHAPE.model_copy(update={"name": "another folder"}))
+    with pytest.raises(BalancerError) as error:
+        found.require(
+            shape=SHAPE.model_copy(update={"hidden": 128}),
+            device="cpu, amx",
+            versions={"vllm": "0.33.0", "torch": "2.13.0"},
+        )
+    for part in ("hidden 64 instead of 128", "'cpu, vec' instead", "vllm 0.32.0 instead of 0.33.0"):
+        assert part in str(error.value)
+    assert "torch" not in str(error.value)
+
+
+def test_one_rank_stands_for_all_but_two_do_not_stand_for_three():
+    assert len(profile(1).costs_of(8)) == 8
+    assert len(profile(2).costs_of(2)) == 2
+    with pytest.raises(BalancerError, match="3 ranks"):
+        profile(2).costs_of(3)

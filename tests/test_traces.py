@@ -1,0 +1,194 @@
+"""Traces: read back as written, drawn as documented, damaged files refused."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_balance import traces
+from vllm_balance.errors import BalancerError
+from vllm_balance.trace_summary import drift, groups, summarise
+from vllm_balance.traces import Trace
+
+
+def token_trace(num_tokens=400, num_layers=3, num_experts=8, top_k=2, seed=0, **changes) -> Trace:
+    random = np.random.default_rng(seed)
+    noise = random.random((num_tokens, num_layers, num_experts))
+    fields = {
+        "name": "t",
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "layer_index_L": np.arange(num_layers) + 1,
+        "topk_ids_TLK": np.argsort(noise, axis=2)[..., :top_k].astype(np.uint8),
+        "request_id_T": np.repeat(np.arange(num_tokens // 20), 20),
+        "phase_T": np.tile(np.repeat([0, 1], 10), num_tokens // 20),
+    }
+    return Trace(**fields | changes)
+
+
+def count_trace() -> Trace:
+    counts = np.random.default_rng(1).integers(0, 50, (6, 3, 8))
+    return Trace(name="c", num_experts=8, top_k=2, layer_index_L=np.arange(3), counts_NLE=counts)
+
+
+def equal(left: Trace, right: Trace) -> bool:
+    fields = ("topk_ids_TLK", "counts_NLE", "request_id_T", "phase_T", "layer_index_L")
+    return all(
+        np.array_equal(getattr(left, f), getattr(right, f))
+        if getattr(left, f) is not None
+        else getattr(right, f) is None
+        for f in fields
+    ) and (left.num_experts, left.top_k) == (right.num_experts, right.top_k)
+
+
+@pytest.mark.parametrize("trace", [token_trace(), count_trace()])
+def test_what_is_written_comes_back(tmp_path, trace):
+    traces.save(tmp_path / "t.npz", trace)
+    assert equal(traces.load(tmp_path / "t.npz"), trace)
+
+
+def test_steps_have_the_batch_s_pairs_and_depend_on_the_seed_only():
+    trace = token_trace()
+    steps_NLE = trace.steps(batch=16, num_steps=5, seed=3)
+    assert steps_NLE.shape == (5, 3, 8) and (steps_NLE.sum(2) == 32).all()
+    assert np.array_equal(steps_NLE, trace.steps(16, 5, 3))
+    assert not np.array_equal(steps_NLE, trace.steps(16, 5, 4))
+
+
+def test_steps_take_decode_tokens_of_different_requests():
+    """Expert e of layer 0 marks the request, expert of layer 1 the phase."""
+    ids = np.zeros((80, 2, 1), np.uint8)
+    request, phase = np.repeat(np.arange(8), 10), np.tile(np.arange(10) >= 5, 8)
+    ids[:, 0, 0], ids[:, 1, 0] = request, phase
+    trace = Trace(
+        name="t",
+        num_experts=8,
+        top_k=1,
+        layer_index_L=np.arange(2),
+        topk_ids_TLK=ids,
+        request_id_T=request,
+        phase_T=phase.astype(np.uint8),
+    )
+    steps_NLE = trace.steps(batch=8, num_steps=20, seed=0)
+    assert (steps_NLE[:, 0] == 1).all()
+    assert (steps_NLE[:, 1, 1] == 8).all()
+    assert (trace.steps(12, 20, 0)[:, 0] <= 2).all()
+
+
+def test_counts_are_thinned_to_the_batch_and_kept_where_they_were_zero():
+    trace = count_trace()
+    trace.counts_NLE[:, 1, 4] = 0
+    steps_NLE = trace.steps(batch=10, num_steps=7, seed=0)
+    assert (steps_NLE.sum(2) == 20).all() and (steps_NLE[:, 1, 4] == 0).all()
+    assert np.array_equal(trace.chunks(5), trace.counts_NLE)
+
+
+def test_chunks_are_consecutive_tokens():
+    trace = token_trace()
+    chunks_NLE = trace.chunks(150)
+    assert chunks_NLE.shape == (2, 3, 8)
+    first_TK = trace.topk_ids_TLK[:150, 2]
+    assert np.array_equal(chunks_NLE[0, 2], np.bincount(first_TK.ravel(), minlength=8))
+    assert len(trace.chunks(10_000)) == 1
+
+
+def test_halves_share_no_request_and_lose_nothing():
+    first, second = token_trace().split(seed=5)
+    assert not set(first.request_id_T) & set(second.request_id_T)
+    assert len(first.topk_ids_TLK) + len(second.topk_ids_TLK) == 400
+    early, late = count_trace().split()
+    assert (len(early.counts_NLE), len(late.counts_NLE)) == (3, 3)
+    with pytest.raises(BalancerError, match="at least two"):
+        token_trace(num_tokens=20).split()[0]._only(np.arange(10) == 0).split()
+
+
+def archive(**arrays) -> bytes:
+    file = io.BytesIO()
+    good = {"topk_ids": token_trace().topk_ids_TLK, "num_experts": 8, "top_k": 2}
+    np.savez(file, **{k: v for k, v in (good | arrays).items() if v is not None})
+    return file.getvalue()
+
+
+GOOD = archive()
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"topk_ids": None},
+        {"counts": np.zeros((2, 3, 8), int)},
+        {"num_experts": None},
+        {"num_experts": 4},
+        {"num_experts": np.array([8])},
+        {"num_experts": 8.0},
+        {"num_experts": -8},
+        {"top_k": 3},
+        {"top_k": 0},
+        {"topk_ids": np.full((4, 3, 2), np.nan)},
+        {"topk_ids": np.zeros((0, 3, 2), int)},
+        {"topk_ids": np.zeros((4, 6), int)},
+        {"topk_ids": np.zeros((4, 3, 2), int)},
+        {"topk_ids": np.tile([-1, 2], (4, 3, 1))},
+        {"topk_ids": np.array([["a"]])},
+        {"topk_ids": np.array([object()])},
+        {"layer_index": np.array([0, 2, 1])},
+        {"layer_index": np.array([0, 1])},
+        {"phase": np.zeros(3, int)},
+        {"topk_ids": None, "counts": np.full((2, 3, 8), -1)},
+    ],
+)
+def test_a_wrong_array_is_refused(tmp_path, arrays):
+    (tmp_path / "t.npz").write_bytes(archive(**arrays))
+    with pytest.raises(BalancerError, match=r"t\.npz"):
+        traces.load(tmp_path / "t.npz")
+
+
+@given(st.integers(0, len(GOOD) - 1))
+def test_a_truncated_file_is_refused(tmp_path_factory, length):
+    file = tmp_path_factory.getbasetemp() / "truncated.npz"
+    file.write_bytes(GOOD[:length])
+    with pytest.raises(BalancerError):
+        traces.load(file)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path_factory, place, flip):
+    file = tmp_path_factory.getbasetemp() / "flipped.npz"
+    file.write_bytes(GOOD[:place] + bytes([GOOD[place] ^ flip]) + GOOD[place + 1 :])
+    try:
+        found = traces.load(file)
+    except BalancerError:
+        return
+    assert found.topk_ids_TLK.max() < found.num_experts
+    assert found.topk_ids_TLK.shape[1:] == (found.num_layers, found.top_k)
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for name in ("one.npy", "missing.npz", "."):
+        with pytest.raises(BalancerError):
+            traces.load(tmp_path / name)
+
+
+def test_the_summary_finds_consistent_temporal_and_joint_experts():
+    """Expert 0 in every step; 1 and 2 together in every fifth, heavily; 3 often and lightly."""
+    counts = np.zeros((50, 1, 6), np.int64)
+    counts[:, 0, 0] = 10
+    counts[::5, 0, 1:3] = np.random.default_rng(0).integers(40, 80, 10)[:, None]
+    counts[::2, 0, 3] = 1
+    trace = Trace(name="c", num_experts=6, top_k=2, layer_index_L=np.arange(1), counts_NLE=counts)
+    summary = summarise(trace, batch=1)
+    assert np.flatnonzero(summary.consistent_LE[0]).tolist() == [0]
+    assert np.flatnonzero(summary.temporal_LE[0]).tolist() == [1, 2]
+    assert summary.groups_L == (((1, 2),),)
+    assert summary.num_tokens is None and summary.num_steps == 50
+    assert summary.skew_L[0] == pytest.approx(counts.sum(0).max() / counts.sum(0).mean())
+
+
+def test_drift_is_the_share_of_load_that_moved():
+    counts = np.zeros((20, 1, 4), np.int64)
+    counts[:10, 0, 0], counts[10:, 0, 0], counts[10:, 0, 1] = 8, 6, 2
+    assert drift(counts)[0].tolist() == pytest.approx([0] * 5 + [0.25] * 5)
+    assert groups(counts[:2, 0]) == ()
