@@ -1,25 +1,30 @@
 """The HTTP endpoint: the ranks' answers in order, and a 404 that says why there are none."""
 
 import asyncio
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 
 from vllm_balance.endpoint import MoEBalancerEndpoint
 
 
 class Engine:
-    """An engine client of two ranks that answers out of order and remembers what it was asked."""
+    """A client of two engines with two ranks each; they answer out of order. Remembers calls."""
 
     def __init__(self, additional_config) -> None:
         self.vllm_config = SimpleNamespace(additional_config=additional_config)
+        self.engine_core = self
         self.asked = []
 
-    async def collective_rpc(self, method, kwargs=None):
+    async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
+        assert (utility, timeout, args) == ("collective_rpc", None, ())
         self.asked.append((method, kwargs))
-        return [{"rank": 1}, {"rank": 0}]
+        return [[{"rank": 2}, {"rank": 3}], [{"rank": 1}, {"rank": 0}]]
 
 
 def client(engine) -> TestClient:
@@ -29,10 +34,18 @@ def client(engine) -> TestClient:
     return TestClient(app)
 
 
+def test_vllm_has_the_call_that_asks_every_engine():
+    expected = ["self", "method", "args"]
+    assert list(signature(AsyncMPClient.call_utility_all_async).parameters) == expected
+    rpc = ["self", "method", "timeout", "args", "kwargs"]
+    assert list(signature(EngineCore.collective_rpc).parameters) == rpc
+
+
 def test_status_and_reset_ask_every_rank():
     engine = Engine({"moe_balancer": {"name": "metro"}})
     http = client(engine)
-    assert http.get("/moe_balancer").json() == {"ranks": [{"rank": 0}, {"rank": 1}]}
+    ranks = [{"rank": rank} for rank in range(4)]
+    assert http.get("/moe_balancer").json() == {"ranks": ranks}
     assert http.get("/moe_balancer", params={"per_layer": "true"}).status_code == 200
     assert http.post("/moe_balancer/reset").json() == {"status": "reset"}
     assert engine.asked == [

@@ -39,8 +39,12 @@ async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[An
         raise HTTPException(
             404, "This server runs without --moe-balancer, so there is nothing to report."
         )
-    answers: list[Any] = await engine.collective_rpc(method, kwargs=kwargs)
-    return answers
+    # AsyncLLM.collective_rpc asks all engines of a data-parallel deployment, too, but returns the
+    # answer of the first only.
+    per_engine = await engine.engine_core.call_utility_all_async(
+        "collective_rpc", method, None, (), kwargs
+    )
+    return [answer for workers in per_engine for answer in workers]
 
 
 class MoEBalancerEndpoint:
