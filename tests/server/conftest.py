@@ -1,5 +1,7 @@
 """The demo model, and what one dense rank of stock vLLM answers: the truth for all servers."""
 
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,14 @@ class Dense:
     endpoint_status: int
     """HTTP status of our endpoint, which nobody has allowed here."""
     log: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stopped_cleanly():
+    """A terminated test run unwinds like an interrupted one, and so stops its servers."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

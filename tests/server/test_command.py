@@ -5,6 +5,8 @@ import subprocess
 import pytest
 from serving import VLLM, environment
 
+pytestmark = pytest.mark.timeout(900)
+
 COMMANDS = {
     "unknown balancer": (
         ["serve", "MODEL", "--enable-expert-parallel", "-tp", "2", "--moe-balancer", "metr"],

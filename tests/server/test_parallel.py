@@ -13,6 +13,8 @@ from serving import (
     serve,
 )
 
+pytestmark = pytest.mark.timeout(900)
+
 LAYERS, TOP_K = 4, 4
 ONE_API_SERVER = ("--api-server-count", "1")
 SERVERS = {

@@ -19,6 +19,8 @@ from serving import (
     serve,
 )
 
+pytestmark = pytest.mark.timeout(900)
+
 METRO = balanced("metro")
 DIES_WITHIN_S = 60
 
