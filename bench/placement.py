@@ -36,7 +36,7 @@ COSTS = {
 }
 """tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core, shape of
 Qwen3-30B-A3B (docs/log.md)."""
-BATCHES = {"decode": 256, "prefill": 4096}
+BATCHES = {"decode": 256, "prefill": 2048}
 RANKS = (4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
 STEPS = 32
@@ -71,7 +71,8 @@ def score_trace(trace: traces.Trace) -> Iterator[Row]:
     for kind, batch in BATCHES.items():
         if kind == "prefill" and trace.topk_ids_TLK is None:
             continue
-        fit, held_out = (_batches(part, kind, batch) for part in (first, second))
+        fit = _batches(first, kind, batch, SEED)
+        held_out = _batches(second, kind, batch, SEED + 1)
         for cost_name, cost in COSTS.items():
             for num_ranks in RANKS:
                 if trace.num_experts % num_ranks or num_ranks == trace.num_experts:
@@ -116,11 +117,9 @@ def grow() -> Iterator[Row]:
         }
 
 
-def _batches(part: traces.Trace, kind: str, batch: int) -> np.ndarray:
-    if kind == "decode":
-        return part.steps(batch, STEPS, SEED)
-    chunks_NLE = part.chunks(batch)
-    return chunks_NLE[np.linspace(0, len(chunks_NLE) - 1, min(STEPS, len(chunks_NLE))).astype(int)]
+def _batches(part: traces.Trace, kind: str, batch: int, seed: int) -> np.ndarray:
+    draw = part.steps if kind == "decode" else part.prefill_steps
+    return draw(batch, STEPS, seed)
 
 
 def _scores(fit: np.ndarray, held_out: np.ndarray, cluster: Cluster, repeats: int = 1) -> Row:

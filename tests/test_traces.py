@@ -85,6 +85,27 @@ def test_counts_are_thinned_to_the_batch_and_kept_where_they_were_zero():
     assert np.array_equal(trace.chunks(5), trace.counts_NLE)
 
 
+def test_prefill_steps_are_whole_requests_in_another_order():
+    """Expert of layer 0 marks the request of ten tokens: a batch of 20 touches two or three."""
+    request = np.repeat(np.arange(8), 10)
+    ids = request.astype(np.uint8)[:, None, None]
+    trace = Trace(
+        name="t",
+        num_experts=8,
+        top_k=1,
+        layer_index_L=np.arange(1),
+        topk_ids_TLK=ids,
+        request_id_T=request,
+    )
+    steps_NE = trace.prefill_steps(batch=20, num_steps=9, seed=1)[:, 0]
+    assert steps_NE.shape == (9, 8) and (steps_NE.sum(1) == 20).all()
+    assert set((steps_NE > 0).sum(1).tolist()) <= {2, 3}
+    assert (steps_NE[:4].sum(0) == 10).all() and (steps_NE[4:8].sum(0) == 10).all()
+    assert not np.array_equal(steps_NE[:4], steps_NE[4:8])
+    assert (token_trace().prefill_steps(10_000, 2, 0).sum(2) == 800).all()
+    assert (count_trace().prefill_steps(10, 2, 0).sum(2) == 20).all()
+
+
 def test_chunks_are_consecutive_tokens():
     trace = token_trace()
     chunks_NLE = trace.chunks(150)

@@ -82,8 +82,30 @@ class Trace:
         offset = (random.random(drawn.shape) * sizes[drawn]).astype(np.int64)
         return self.count(allowed[first[drawn] + offset])
 
+    def prefill_steps(self, batch: int, num_steps: int, seed: int) -> Array:
+        """Prefill-like batches: pairs of each expert, [num_steps, L, E] int32.
+
+        Requests are put one behind the other in random order, the row is turned by a random
+        number of tokens and cut into batches of `batch` consecutive tokens; again, with another
+        order, until there are enough. A trace of counts is thinned as in `steps`.
+        """
+        random = np.random.default_rng(seed)
+        if self.topk_ids_TLK is None:
+            return self._thin(batch, num_steps, random)
+        total = len(self.topk_ids_TLK)
+        size = min(batch, total)
+        request = np.zeros(total, int) if self.request_id_T is None else self.request_id_T
+        by_request = np.argsort(request, kind="stable")
+        parts = np.split(by_request, np.flatnonzero(np.diff(request[by_request])) + 1)
+        batches: list[Array] = []
+        while len(batches) < num_steps:
+            row = np.concatenate([parts[i] for i in random.permutation(len(parts))])
+            row = np.roll(row, random.integers(total))
+            batches += list(row[: total // size * size].reshape(-1, size))
+        return self.count(np.array(batches[:num_steps]))
+
     def chunks(self, tokens: int) -> Array:
-        """Batches of consecutive tokens, as in prefill: [steps, L, E] int32, in recorded order.
+        """Batches of consecutive tokens: [steps, L, E] int32, in recorded order.
 
         The recorded steps themselves for a trace of counts. A last, shorter chunk is left out
         unless it is the only one.

@@ -102,12 +102,9 @@ def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
 
 
 def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed: int) -> np.ndarray:
-    """Pairs of each expert in at most `steps` batches, [N, L, E]: of decode or of prefill."""
-    if not prefill:
-        return trace.steps(batch, steps, seed)
-    counts_NLE = trace.chunks(batch)
-    chosen = np.random.default_rng(seed).permutation(len(counts_NLE))[:steps]
-    return counts_NLE[np.sort(chosen)]
+    """Pairs of each expert in `steps` batches, [N, L, E]: of decode or of prefill."""
+    draw = trace.prefill_steps if prefill else trace.steps
+    return draw(batch, steps, seed)
 
 
 def with_progress(policy: PlacementPolicy, history_NLE: np.ndarray, cluster: Cluster) -> np.ndarray:
