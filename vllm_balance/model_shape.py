@@ -72,12 +72,11 @@ def from_config(path: Path) -> ModelShape:
             f"{file} describes no MoE model that can be profiled or placed: it has no "
             f"{'; no '.join(missing)}."
         )
-    architectures = config.get("architectures")
-    known = isinstance(architectures, list) and architectures
+    architectures = config.get("architectures") or "unknown"
     try:
         return ModelShape(
             name=file.resolve().parent.name,
-            architecture=architectures[0] if known else "unknown",
+            architecture=architectures[0] if isinstance(architectures, list) else "unknown",
             dtype=text.get("dtype") or text.get("torch_dtype") or "bfloat16",
             **found,
         )

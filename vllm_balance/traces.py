@@ -202,7 +202,7 @@ def load(path: Path) -> Trace:
 
 def save(path: Path, trace: Trace) -> None:
     """Writes a trace, compressed. Raises OSError if the folder is missing or not writable."""
-    optional = {
+    optional: dict[str, Any] = {
         "topk_ids": trace.topk_ids_TLK,
         "counts": trace.counts_NLE,
         "request_id": trace.request_id_T,

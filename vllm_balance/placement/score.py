@@ -115,7 +115,8 @@ def _room(tokens_NL: Array, active_NL: Array, slots: int, cluster: Cluster) -> A
     a_S, b_S = (np.array([getattr(c, name) for c in costs]) for name in ("a_us", "b_us"))
     c_S, beta_S = (np.array([getattr(c, name) for c in costs]) for name in ("c_us", "beta_us"))
     low_NL = np.zeros(tokens_NL.shape)
-    everything = max(float(c.time_us(active_NL.max(), max(tokens_NL.max(), 1))) for c in costs)
+    most = np.maximum(tokens_NL.max(), 1)
+    everything = max(float(c.time_us(active_NL.max(), most)) for c in costs)
     high_NL = np.full(tokens_NL.shape, 2.0 * everything + 1.0)
     for _ in range(60):
         time_NL1 = ((low_NL + high_NL) / 2)[..., None]

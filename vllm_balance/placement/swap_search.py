@@ -6,6 +6,9 @@ The state of a search is (rank_of_I, activated_NS, tokens_NS, tiles_NS, time_NS)
 integers, so that nothing drifts while it is updated.
 """
 
+# Compiled functions carry no annotations, as those in kernels/.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import numba
