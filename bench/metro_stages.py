@@ -1,4 +1,7 @@
-"""Times the stages inside METRO's CPU kernel: many calls of one stage inside compiled code."""
+"""Times the stages inside METRO's CPU kernel: many calls of one stage inside compiled code.
+
+The paper's greedy is here too, compiled and timed like our stages, to compare the two choices.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ import numba
 import numpy as np
 import torch
 
-from vllm_balance.kernels.metro import numba_cpu
-from vllm_balance.kernels.numba_memory import ints_at
+from vllm_balance.kernels.metro import numba_cpu, reference
+from vllm_balance.kernels.numba_memory import get, ints_at
 from vllm_balance.kernels.record import counters_size
 from vllm_balance.types import Placement
 
 CALLS = 50
 """Calls per timing, so that the clock and the call from Python do not count."""
+ROUNDS = 10
+"""The things compared take turns, this often, so that other work on the machine hits all alike."""
 
 _count, _choose = numba_cpu.count, numba_cpu.choose_columns
 _map, _record = numba_cpu.map_one_replica, numba_cpu.record_one_replica
@@ -38,6 +43,35 @@ def _repeat_choose(calls, tokens_E, table, stride, replicas, num_physical, colum
 
 
 @numba.njit(nogil=True)
+def _greedy_by_id(tokens_E, table_ER, stride, replicas_E, num_physical, column_E, activated_S):
+    """Algorithm 1 of the paper, experts in id order, as ``reference.greedy_by_id``."""
+    slots = num_physical // len(activated_S)
+    activated_S[:] = 0
+    for expert in range(len(tokens_E)):
+        column_E[expert] = -1
+        if tokens_E[expert] == 0:
+            continue
+        best = get(table_ER, expert * stride) // slots
+        column_E[expert] = 0
+        for column in range(1, get(replicas_E, expert)):
+            rank = get(table_ER, expert * stride + column) // slots
+            if activated_S[rank] < activated_S[best]:
+                best = rank
+                column_E[expert] = column
+        activated_S[best] += 1
+
+
+@numba.njit(nogil=True)
+def _repeat_greedy(calls, tokens_E, table, stride, replicas, num_physical, column_E, activated_S):
+    num_experts = len(tokens_E)
+    for _ in range(calls):
+        _greedy_by_id(
+            tokens_E, ints_at(table, num_experts * stride, True), stride,
+            ints_at(replicas, num_experts, True), num_physical, column_E, activated_S,
+        )  # fmt: skip
+
+
+@numba.njit(nogil=True)
 def _repeat_map(calls, ids, pairs, table, stride, column_E, slot_E, out):
     for _ in range(calls):
         _map(
@@ -52,18 +86,25 @@ def _repeat_record(calls, tokens_E, column_E, slot_E, per_rank, num_physical, lo
         _record(tokens_E, column_E, slot_E, per_rank, num_physical, load, record, sums)
 
 
-def _median_us(run: Callable[[], object], repetitions: int) -> float:
-    run()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter_ns()
-        run()
-        times.append(time.perf_counter_ns() - start)
-    return round(float(np.median(times)) / 1000 / CALLS, 2)
+def medians_us(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median microseconds of one call of each run, over all its calls in all rounds."""
+    times: dict[str, list[int]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            run()
+            for _ in range(-(-repetitions // ROUNDS)):
+                start = time.perf_counter_ns()
+                run()
+                times[name].append(time.perf_counter_ns() - start)
+    return {name: round(float(np.median(taken)) / 1000, 2) for name, taken in times.items()}
 
 
 def stage_times_us(ids_TK: np.ndarray, placement: Placement, repetitions: int) -> dict[str, float]:
-    """Median microseconds of count, choose, map and record, with maps as wide as vLLM's."""
+    """Median microseconds of count, choose, greedy, map and record, with maps as wide as vLLM's.
+
+    Raises:
+        RuntimeError: the compiled greedy differs from its reference.
+    """
     ids = np.ascontiguousarray(ids_TK.astype(np.int32)).ravel()
     table_ER = torch.nn.functional.pad(
         placement.logical_to_physical_ER.long(),
@@ -72,8 +113,9 @@ def stage_times_us(ids_TK: np.ndarray, placement: Placement, repetitions: int) -
     ).contiguous()
     replicas_E = placement.num_replicas_E.long()
     num_experts, num_physical = placement.num_logical, placement.num_physical
-    tokens_E, column_E, slot_E = (np.empty(num_experts, np.int32) for _ in range(3))
+    tokens_E, column_E, greedy_E, slot_E = (np.empty(num_experts, np.int32) for _ in range(4))
     per_rank = np.empty((2, placement.num_ranks), np.int32)
+    activated_S = np.empty(placement.num_ranks, np.int32)
     out, load_P = np.empty_like(ids), np.zeros(num_physical, np.int32)
     counters = np.zeros(counters_size(placement.num_ranks), np.int64)
     address = {name: array.ctypes.data for name, array in
@@ -84,6 +126,9 @@ def stage_times_us(ids_TK: np.ndarray, placement: Placement, repetitions: int) -
         "choose": lambda: _repeat_choose(
             CALLS, tokens_E, table, stride, replicas, num_physical, column_E, per_rank
         ),
+        "greedy": lambda: _repeat_greedy(
+            CALLS, tokens_E, table, stride, replicas, num_physical, greedy_E, activated_S
+        ),
         "map": lambda: _repeat_map(
             CALLS, address["ids"], len(ids), table, stride, column_E, slot_E, address["out"]
         ),
@@ -92,4 +137,14 @@ def stage_times_us(ids_TK: np.ndarray, placement: Placement, repetitions: int) -
             address["sums"],
         ),
     }  # fmt: skip
-    return {name: _median_us(run, max(repetitions // CALLS, 20)) for name, run in stages.items()}
+    taken = medians_us(stages, max(repetitions // CALLS, 20))
+    expected_E = reference.greedy_by_id(
+        tokens_E,
+        placement.logical_to_physical_ER.numpy(),
+        placement.num_replicas_E.numpy(),
+        placement.num_ranks,
+        num_physical,
+    )
+    if not np.array_equal(greedy_E, expected_E):
+        raise RuntimeError("the compiled greedy differs from reference.greedy_by_id")
+    return {name: round(value / CALLS, 2) for name, value in taken.items()}

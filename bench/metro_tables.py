@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+from bench.provenance import ROOT
+
 DOCUMENT = ROOT / "docs/metro.md"
 PLOT = ROOT / "docs/metro-lambda.svg"
 SHOWN = {"even": "even (vLLM's hash)", "first_copy": "first copy", "greedy": "greedy, id order",
@@ -61,34 +61,61 @@ def tokens_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def time_table(rows: list[dict]) -> str:
-    """Whole call, vLLM's hash on the CPU, and the stages."""
-    lines = [
-        "| E | P | S | tokens x k | target us | metro us | vLLM's hash us | count | choose | map "
-        "| record | call and checks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        stages = row["stages_us"]
-        rest = row["metro_us"] - sum(stages.values())
-        cells = " | ".join(f"{stages[name]:.2f}" for name in ("count", "choose", "map", "record"))
-        target = "-" if row["target_us"] is None else f"{row['target_us']:.0f}"
-        lines.append(
-            f"| {row['E']} | {row['P']} | {row['S']} | {row['batch_tokens']} x {row['top_k']} "
-            f"| {target} | {row['metro_us']:.1f} | {row['vllm_hash_us']:.1f} | {cells} "
-            f"| {rest:.1f} |"
-        )
-    return "\n".join(lines)
+def _shape(row: dict) -> list[str]:
+    return [*(str(row[key]) for key in "EPS"), f"{row['batch_tokens']} x {row['top_k']}"]
 
 
-def provenance(rows: list[dict]) -> str:
+def _table(heads: list[str], body: list[list[str]]) -> str:
+    heads = ["E", "P", "S", "tokens x k", *heads]
+    lines = [heads, ["---"] * len(heads), *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def call_table(rows: list[dict]) -> str:
+    """Whole calls of the routings as a layer makes them."""
+    heads = ["target us", "metro us", "even (vLLM's hash) us", "first copy us"]
+    return _table(heads, [
+        [*_shape(row), "-" if row["target_us"] is None else f"{row['target_us']:.0f}",
+         *(f"{row[key]:.1f}" for key in ("metro_us", "vllm_hash_us", "first_copy_us"))]
+        for row in rows
+    ])  # fmt: skip
+
+
+def stage_table(rows: list[dict]) -> str:
+    """METRO's whole call, taken apart."""
+    stages = ("count", "choose", "map", "record")
+    return _table([*(f"{name} us" for name in stages), "call and checks us"], [
+        [*_shape(row), *(f"{row['stages_us'][name]:.2f}" for name in stages),
+         f"{row['metro_us'] - sum(row['stages_us'].values()):.1f}"]
+        for row in rows
+    ])  # fmt: skip
+
+
+def choice_table(rows: list[dict]) -> str:
+    """Only the choice of replicas, counts given."""
+    heads = ["metro, compiled us", "greedy in id order, compiled us",
+             "optimum by SciPy's maximum flow, from Python us"]  # fmt: skip
+    return _table(heads, [
+        [*_shape(row), f"{row['stages_us']['choose']:.2f}", f"{row['greedy_choice_us']:.2f}",
+         f"{row['scipy_optimum_us']:.0f}"]
+        for row in rows
+    ])  # fmt: skip
+
+
+def provenance(times: list[dict], grid: list[dict]) -> str:
     """Where the numbers are from."""
-    row = rows[-1]
-    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    sources = sorted({one["source"] for one in rows if one["kind"] == "grid"})
+    sources = sorted({row["source"] for row in grid})
     return (
-        f"Measured at commit {row['commit']} on one core of {row['machine']} (shared with other "
-        f"work), seed {row['seed']}; {versions}. Sources: {', '.join(sources)}."
+        f"Times: {_origin(times[-1])}, {times[-1]['repetitions']} calls each "
+        f"({times[-1]['scipy_repetitions']} of SciPy's).\n\n"
+        f"All else: {_origin(grid[-1])}, seed {grid[-1]['seed']}. Sources: {', '.join(sources)}."
+    )
+
+
+def _origin(row: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    return (
+        f"commit {row['commit']}; one core, shared with other work, of {row['machine']}; {versions}"
     )
 
 
@@ -123,6 +150,7 @@ def render(rows: list[dict]) -> None:
         ValueError: docs/metro.md lacks a marker.
     """
     grid = [row for row in rows if row["kind"] == "grid"]
+    times = [row for row in rows if row["kind"] == "time"]
     replicated = sorted(grid, key=lambda row: (row["S"], row["redundancy"]))
     tables = {
         "optimal": optimal_table(grid),
@@ -130,8 +158,10 @@ def render(rows: list[dict]) -> None:
         "batches": ratio_table(grid, ["batch"], "batch_tokens"),
         "shapes": ratio_table(replicated, ["ranks", "redundancy"], "S", "redundancy"),
         "tokens": tokens_table(grid),
-        "times": time_table([row for row in rows if row["kind"] == "time"]),
-        "provenance": provenance(rows),
+        "calls": call_table(times),
+        "stages": stage_table(times),
+        "choices": choice_table(times),
+        "provenance": provenance(times, grid),
     }
     text = DOCUMENT.read_text()
     for name, table in tables.items():

