@@ -243,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, help="folder with recorded routing (.npz)")
     parser.add_argument("--draws", type=int, default=3, help="batches per point of the grid")
-    parser.add_argument("--repetitions", type=int, default=2000, help="calls per time")
+    parser.add_argument("--repetitions", type=int, default=10000, help="calls per time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("times",), help="measure and replace only these rows")
     parser.add_argument("--render", action="store_true", help="only write tables and plot")
