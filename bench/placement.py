@@ -41,7 +41,6 @@ RANKS = (4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
 STEPS = 32
 SEED = 0
-POLICIES = ("linear", "eplb", "gem")
 Row = dict[str, Any]
 
 
@@ -94,26 +93,31 @@ def score_trace(trace: traces.Trace) -> Iterator[Row]:
 
 def grow() -> Iterator[Row]:
     """Search times of GEM for layers from a seeded skew; the compiler has run before."""
-    for layers, experts, num_ranks, steps in (
-        (32, 128, 8, 16),
-        (32, 128, 8, 64),
-        (58, 256, 16, 16),
-        (58, 256, 64, 16),
+    for policy, layers, experts, num_ranks, steps, redundant in (
+        ("gem", 32, 128, 8, 16, 0),
+        ("gem", 32, 128, 8, 64, 0),
+        ("gem", 58, 256, 16, 16, 0),
+        ("gem", 58, 256, 64, 16, 0),
+        ("gem_r", 32, 128, 8, 16, 32),
     ):
         random = np.random.default_rng(SEED)
         weight_LE = random.permuted(np.tile(np.arange(1, experts + 1) ** -0.8, (layers, 1)), axis=1)
         weight_LE /= weight_LE.sum(1, keepdims=True)
         history_NLE = random.multinomial(32_768, weight_LE, (steps, layers))
         cost = COSTS["tempo"]
-        cluster = Cluster(costs=(cost.slowed(1.16), *(cost,) * (num_ranks - 1)))
-        GemPlacement(seed=SEED).place(history_NLE[:2, :1], cluster)
+        cluster = Cluster(
+            costs=(cost.slowed(1.16), *(cost,) * (num_ranks - 1)), num_redundant=redundant
+        )
+        PLACEMENT[policy]().place(history_NLE[:2, :1], cluster)
         yield {
             "table": "growth",
+            "policy": policy,
+            "redundant": redundant,
             "layers": layers,
             "experts": experts,
             "ranks": num_ranks,
             "steps": [steps, steps],
-            **_scores(history_NLE, history_NLE, cluster, repeats=3),
+            **_scores(history_NLE, history_NLE, cluster, ("linear", "eplb", policy), repeats=3),
         }
 
 
@@ -122,10 +126,16 @@ def _batches(part: traces.Trace, kind: str, batch: int, seed: int) -> np.ndarray
     return draw(batch, STEPS, seed)
 
 
-def _scores(fit: np.ndarray, held_out: np.ndarray, cluster: Cluster, repeats: int = 1) -> Row:
+def _scores(
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    cluster: Cluster,
+    policies: tuple[str, ...] = ("linear", "eplb", "gem"),
+    repeats: int = 1,
+) -> Row:
     """Mean modelled us per batch over all layers, on both parts, and search times."""
     row: Row = {"seed": SEED, "search_s": {}, "fit_us": {}, "held_out_us": {}}
-    for name in POLICIES:
+    for name in policies:
         policy = GemPlacement(seed=SEED) if name == "gem" else PLACEMENT[name]()
         found_LP, seconds = _timed(lambda policy=policy: policy.place(fit, cluster), repeats)
         row["search_s"][name] = round(seconds, 4)
@@ -173,13 +183,14 @@ def _table(name: str, rows: list[Row]) -> str:
 
 def _newest(rows: list[Row]) -> list[Row]:
     """The last row of each case."""
-    keys = ("trace", "batch", "cost", "ranks", "slower", "layers", "experts", "steps")
+    keys = ("trace", "batch", "cost", "ranks", "slower", "layers", "experts", "steps", "policy")
     return list({json.dumps([row.get(key) for key in keys]): row for row in rows}.values())
 
 
 def _gain(rows: list[Row], base: str, part: str = "held_out_us") -> str:
-    """Median over rows of GEM's time against another's."""
-    return f"{statistics.median(r[part]['gem'] / r[part][base] - 1 for r in rows):+.1%}"
+    """Median over rows of GEM's (or gem_r's) time against another's."""
+    ratios = [r[part][r.get("policy", "gem")] / r[part][base] - 1 for r in rows]
+    return f"{statistics.median(ratios):+.1%}"
 
 
 def _speeds(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -207,12 +218,13 @@ def _traces(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _growth(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    head = ["layers", "experts", "ranks", "steps", "search, s", "against eplb", "above the bound"]
-    body = [
-        [*(str(r[k]) for k in ("layers", "experts", "ranks")), str(r["steps"][0]),
-         f"{r['search_s']['gem']:.1f}", _gain([r], "eplb"), _gain([r], "bound")]
-        for r in rows
-    ]  # fmt: skip
+    keys = ("policy", "layers", "experts", "redundant", "ranks")
+    head = [*keys, "steps", "search, s", "against linear", "against eplb", "above the bound"]
+    body = []
+    for row in rows:
+        gains = [_gain([row], base) for base in ("linear", "eplb", "bound")]
+        seconds = f"{row['search_s'][row['policy']]:.1f}"
+        body.append([*(str(row[key]) for key in keys), str(row["steps"][0]), seconds, *gains])
     return head, body
 
 

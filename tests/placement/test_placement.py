@@ -131,7 +131,8 @@ def test_the_score_never_rises_and_is_the_placement_s(seed, model, num_ranks):
 @settings(max_examples=20)
 @given(st.integers(0, 10**6), st.sampled_from([MIXED, TILED]), st.sampled_from(["even", "one"]))
 def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model, split):
-    from vllm_balance.placement.replica_search import EVEN, ONE, descend_replicas
+    from vllm_balance.placement.replica_load import EVEN, ONE
+    from vllm_balance.placement.replica_search import descend_replicas
 
     counts, ranks = history(4, 1, 8, seed, batch=30), cluster(4, model, num_redundant=4)
     slots_P = np.arange(12) % 8

@@ -47,7 +47,8 @@ class GemReplicaPlacement:
             return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
 
     def _search(self, history_NE: Array, cluster: Cluster, coefficient_S6: Array) -> Array:
-        from vllm_balance.placement.replica_search import EVEN, ONE, descend_replicas
+        from vllm_balance.placement.replica_load import EVEN, ONE
+        from vllm_balance.placement.replica_search import descend_replicas
 
         num_experts = history_NE.shape[1]
         tokens_NE = np.ascontiguousarray(history_NE, dtype=np.int64)

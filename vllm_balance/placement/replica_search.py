@@ -1,8 +1,8 @@
 """Descent over placements with replicas, compiled. Import this inside a call: it imports numba.
 
-A placement of one layer is `content_P`, the expert of each slot; slots of a rank are consecutive.
-Moves are swaps of two slots and new content for a slot whose expert has another replica. Every
-trial is scored from scratch, step by step, and given up as soon as it cannot win.
+Moves are swaps of two slots and new content for a slot whose expert has another replica. With even
+shares a move is first scored from its changes alone; what passes is scored from scratch, so that
+nothing drifts.
 """
 
 # Compiled functions carry no annotations, as those in kernels/.
@@ -12,102 +12,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_balance.placement.swap_search import compiled, num_tiles, rank_time
-
-EVEN, ONE = 0, 1
-"""Tokens of an expert spread evenly over its replicas, or all to the one that ends first."""
-
-
-@compiled
-def add(load_S3, s, tokens, tile_tokens):
-    """Adds one slot's tokens, which may be a fraction, to (activated, tokens, tiles) of a rank."""
-    load_S3[s, 0] += min(1.0, tokens)
-    load_S3[s, 1] += tokens
-    if tokens < 1.0 or tile_tokens == 0:
-        load_S3[s, 2] += min(1.0, tokens)
-    else:
-        load_S3[s, 2] += np.ceil(tokens / tile_tokens)
+from vllm_balance.placement.replica_load import (
+    EVEN,
+    changed_score,
+    index,
+    replica_score,
+    step_time,
+)
+from vllm_balance.placement.swap_search import compiled, rank_time
 
 
 @compiled
-def serve_with_one(tokens, slots_R, num_replicas, slots_per_rank, coefficient_S6, load_S3):
-    """Gives all tokens of an expert to the replica whose rank then has the least time."""
-    best, best_time = -1, np.inf
-    for r in range(num_replicas):
-        s = slots_R[r] // slots_per_rank
-        height = np.int64(coefficient_S6[s, 5])
-        time = rank_time(
-            coefficient_S6[s],
-            load_S3[s, 0] + 1.0,
-            load_S3[s, 1] + tokens,
-            load_S3[s, 2] + num_tiles(tokens, height),
-        )
-        if time < best_time:
-            best, best_time = s, time
-    add(load_S3, best, float(tokens), coefficient_S6[best, 5])
-
-
-@compiled
-def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S6, split, load_S3):
-    """Time of the slowest rank in one step; leaves the loads of the ranks in load_S3."""
-    num_ranks = len(coefficient_S6)
-    slots_per_rank = slots_EP.shape[1] // num_ranks
-    load_S3[:] = 0.0
-    for e in range(len(tokens_E)):
-        replicas = num_replicas_E[e]
-        if tokens_E[e] > 0 and (split == EVEN or replicas == 1):
-            for r in range(replicas):
-                s = slots_EP[e, r] // slots_per_rank
-                add(load_S3, s, tokens_E[e] / replicas, coefficient_S6[s, 5])
-    if split == ONE:
-        for place in range(len(tokens_E)):
-            e = heaviest_E[place]
-            if tokens_E[e] == 0:
-                break
-            if num_replicas_E[e] > 1:
-                serve_with_one(
-                    tokens_E[e],
-                    slots_EP[e],
-                    num_replicas_E[e],
-                    slots_per_rank,
-                    coefficient_S6,
-                    load_S3,
-                )
-    slowest = 0.0
-    for s in range(num_ranks):
-        time = rank_time(coefficient_S6[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
-        slowest = max(slowest, time)
-    return slowest
-
-
-@compiled
-def index(content_P, slots_EP, num_replicas_E):
-    """Fills the slots of each expert, in slot order, from the content of the slots."""
-    num_replicas_E[:] = 0
-    for p in range(len(content_P)):
-        e = content_P[p]
-        slots_EP[e, num_replicas_E[e]] = p
-        num_replicas_E[e] += 1
-
-
-@compiled
-def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limit, room):
-    """Score of a placement; inf as soon as it passes `limit`. `room` is scratch memory."""
-    slots_EP, num_replicas_E, load_S3 = room
-    index(content_P, slots_EP, num_replicas_E)
-    score = 0.0
-    for n in range(len(tokens_NE)):
-        score += step_time(
-            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S6, split, load_S3
-        )
-        if score >= limit:
-            return np.inf
-    return score
-
-
-@compiled
-def slowest_ranks(problem, room, is_slowest_S):
-    """Marks the ranks that are the slowest of some step."""
+def remember(problem, room, load_NS3, time_NS, is_slowest_S):
+    """Keeps loads and times of the current placement; marks ranks that are slowest in some step."""
     tokens_NE, heaviest_NE, coefficient_S6, split = problem
     slots_EP, num_replicas_E, load_S3 = room
     is_slowest_S[:] = False
@@ -115,10 +32,39 @@ def slowest_ranks(problem, room, is_slowest_S):
         slowest = step_time(
             tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S6, split, load_S3
         )
+        load_NS3[n] = load_S3
         for s in range(len(coefficient_S6)):
             load_3 = load_S3[s]
-            time = rank_time(coefficient_S6[s], load_3[0], load_3[1], load_3[2])
-            is_slowest_S[s] |= time >= slowest
+            time_NS[n, s] = rank_time(coefficient_S6[s], load_3[0], load_3[1], load_3[2])
+            is_slowest_S[s] |= time_NS[n, s] >= slowest
+
+
+@compiled
+def changes(content_P, room, p, q, expert, change_M4):
+    """What a move does to even shares, as rows (rank, expert, replicas, sign); returns how many.
+
+    The move swaps slots p and q, or fills slot p with `expert` if q is -1.
+    """
+    slots_EP, num_replicas_E, load_S3 = room
+    slots_per_rank = len(content_P) // len(load_S3)
+    s, old, m = p // slots_per_rank, content_P[p], 0
+    if q >= 0:
+        t, new = q // slots_per_rank, content_P[q]
+        for rank, e, sign in ((s, old, -1), (s, new, 1), (t, new, -1), (t, old, 1)):
+            change_M4[m] = rank, e, num_replicas_E[e], sign
+            m += 1
+        return m
+    for e, more in ((old, -1), (expert, 1)):
+        replicas = num_replicas_E[e]
+        for r in range(replicas):
+            rank = slots_EP[e, r] // slots_per_rank
+            change_M4[m] = rank, e, replicas, -1
+            m += 1
+            if slots_EP[e, r] != p:
+                change_M4[m] = rank, e, replicas + more, 1
+                m += 1
+    change_M4[m] = s, expert, num_replicas_E[expert] + 1, 1
+    return m + 1
 
 
 @compiled
@@ -128,39 +74,46 @@ def holds(content_P, s, slots_per_rank, expert):
 
 
 @compiled
-def attempt(problem, content_P, p, q, limit, room):
-    """Score after swapping slots p and q if that puts no two copies on one rank, else inf.
-
-    The content is left as it was.
-    """
-    tokens_NE, heaviest_NE, coefficient_S6, split = problem
-    slots_per_rank = len(content_P) // len(coefficient_S6)
-    s, t = p // slots_per_rank, q // slots_per_rank
-    x, y = content_P[p], content_P[q]
-    if s == t or x == y:
-        return np.inf
-    if holds(content_P, s, slots_per_rank, y) or holds(content_P, t, slots_per_rank, x):
-        return np.inf
-    content_P[p], content_P[q] = y, x
-    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limit, room)
-    content_P[p], content_P[q] = x, y
-    return score
+def allowed(content_P, num_replicas_E, is_slowest_S, p, q, expert):
+    """Whether a move keeps every expert, puts no two copies on a rank, and might help."""
+    slots_per_rank = len(content_P) // len(is_slowest_S)
+    s, x = p // slots_per_rank, content_P[p]
+    if q < 0:
+        return num_replicas_E[x] > 1 and not holds(content_P, s, slots_per_rank, expert)
+    t, y = q // slots_per_rank, content_P[q]
+    # A swap that leaves the slowest ranks as they are lowers nothing.
+    if s == t or x == y or not (is_slowest_S[s] or is_slowest_S[t]):
+        return False
+    return not (holds(content_P, s, slots_per_rank, y) or holds(content_P, t, slots_per_rank, x))
 
 
 @compiled
-def attempt_replica(problem, content_P, p, expert, num_replicas_E, limit, room):
-    """Score after filling slot p with another expert if its own has a replica elsewhere, else inf.
-
-    The content is left as it was.
-    """
-    tokens_NE, heaviest_NE, coefficient_S6, split = problem
-    slots_per_rank = len(content_P) // len(coefficient_S6)
+def make(content_P, p, q, expert):
+    """Swaps slots p and q, or fills slot p with `expert` if q is -1; returns what p held."""
     old = content_P[p]
-    if num_replicas_E[old] < 2 or holds(content_P, p // slots_per_rank, slots_per_rank, expert):
-        return np.inf
-    content_P[p] = expert
+    content_P[p] = expert if q < 0 else content_P[q]
+    if q >= 0:
+        content_P[q] = old
+    return old
+
+
+@compiled
+def attempt(problem, content_P, move, limit, room, kept, change_M4):
+    """Makes a move if it lowers the score below limit; returns the new score, else inf."""
+    tokens_NE, heaviest_NE, coefficient_S6, split = problem
+    load_NS3, time_NS = kept
+    p, q, expert = move
+    if split == EVEN:
+        m = changes(content_P, room, p, q, expert, change_M4)
+        guess = changed_score(problem, change_M4[:m], load_NS3, time_NS, limit, room[2])
+        if guess >= limit:
+            return np.inf
+    old = make(content_P, p, q, expert)
     score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limit, room)
-    content_P[p] = old
+    if score >= limit:
+        make(content_P, p, q, old)
+        index(content_P, room[0], room[1])
+        return np.inf
     return score
 
 
@@ -171,48 +124,34 @@ def descend_replicas(tokens_NE, content_P, coefficient_S6, split, trials, scores
     Returns (score, moves made); the scores, starting score first, go into `scores` as far as it
     reaches.
     """
-    num_experts, num_slots = tokens_NE.shape[1], len(content_P)
+    num_steps, num_experts = tokens_NE.shape
+    num_slots, num_ranks = len(content_P), len(coefficient_S6)
     heaviest_NE = np.empty(tokens_NE.shape, np.int64)
-    for n in range(len(tokens_NE)):
+    for n in range(num_steps):
         heaviest_NE[n] = np.argsort(-tokens_NE[n], kind="mergesort")
-    room = (
-        np.empty((num_experts, num_slots), np.int64),
-        np.empty(num_experts, np.int64),
-        np.empty((len(coefficient_S6), 3)),
-    )
+    slots_EP = np.empty((num_experts, num_slots), np.int64)
+    room = (slots_EP, np.empty(num_experts, np.int64), np.empty((num_ranks, 3)))
     problem = (tokens_NE, heaviest_NE, coefficient_S6, split)
+    kept = (np.empty((num_steps, num_ranks, 3)), np.empty((num_steps, num_ranks)))
+    change_M4 = np.empty((2 * num_slots + 8, 4), np.int64)
+    is_slowest_S = np.empty(num_ranks, np.bool_)
     score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, np.inf, room)
-    num_replicas_E = np.zeros(num_experts, np.int64)
-    index(content_P, room[0], num_replicas_E)
+    remember(problem, room, kept[0], kept[1], is_slowest_S)
     if len(scores):
         scores[0] = score
-    is_slowest_S = np.empty(len(coefficient_S6), np.bool_)
-    slowest_ranks(problem, room, is_slowest_S)
-    slots_per_rank = num_slots // len(coefficient_S6)
     made, tried, idle, p = 0, 0, 0, 0
     while idle < num_slots and tried < trials:
         idle += 1
         for other in range(num_slots + num_experts):
-            limit = score * (1.0 - 1e-9)
-            if other < num_slots:
-                # A swap that leaves the slowest ranks as they are lowers nothing.
-                if not is_slowest_S[p // slots_per_rank] and (
-                    not is_slowest_S[other // slots_per_rank]
-                ):
-                    continue
-                trial = attempt(problem, content_P, p, other, limit, room)
-            else:
-                expert = other - num_slots
-                trial = attempt_replica(problem, content_P, p, expert, num_replicas_E, limit, room)
+            q = other if other < num_slots else -1
+            expert = other - num_slots
+            if not allowed(content_P, room[1], is_slowest_S, p, q, expert):
+                continue
             tried += 1
+            limit = score * (1.0 - 1e-9)
+            trial = attempt(problem, content_P, (p, q, expert), limit, room, kept, change_M4)
             if trial < limit:
-                if other < num_slots:
-                    content_P[p], content_P[other] = content_P[other], content_P[p]
-                else:
-                    content_P[p] = other - num_slots
-                index(content_P, room[0], num_replicas_E)
-                room[1][:] = num_replicas_E
-                slowest_ranks(problem, room, is_slowest_S)
+                remember(problem, room, kept[0], kept[1], is_slowest_S)
                 score, idle, made = trial, 0, made + 1
                 if made < len(scores):
                     scores[made] = score

@@ -1,0 +1,133 @@
+"""Times of a placement with replicas, compiled. Import this inside a call: it imports numba.
+
+A placement of one layer is `content_P`, the expert of each slot; slots of a rank are consecutive.
+"""
+
+# Compiled functions carry no annotations, as those in kernels/.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_balance.placement.swap_search import compiled, num_tiles, rank_time
+
+EVEN, ONE = 0, 1
+"""Tokens of an expert spread evenly over its replicas, or all to the one that ends first."""
+
+
+@compiled
+def add(load_S3, s, tokens, tile_tokens, sign=1.0):
+    """Adds one slot's tokens, which may be a fraction, to (activated, tokens, tiles) of a rank."""
+    active = min(1.0, tokens)
+    load_S3[s, 0] += sign * active
+    load_S3[s, 1] += sign * tokens
+    if tokens < 1.0 or tile_tokens == 0:
+        load_S3[s, 2] += sign * active
+    else:
+        load_S3[s, 2] += sign * np.ceil(tokens / tile_tokens)
+
+
+@compiled
+def serve_with_one(tokens, slots_R, num_replicas, slots_per_rank, coefficient_S6, load_S3):
+    """Gives all tokens of an expert to the replica whose rank then has the least time."""
+    best, best_time = -1, np.inf
+    for r in range(num_replicas):
+        s = slots_R[r] // slots_per_rank
+        height = np.int64(coefficient_S6[s, 5])
+        time = rank_time(
+            coefficient_S6[s],
+            load_S3[s, 0] + 1.0,
+            load_S3[s, 1] + tokens,
+            load_S3[s, 2] + num_tiles(tokens, height),
+        )
+        if time < best_time:
+            best, best_time = s, time
+    add(load_S3, best, float(tokens), coefficient_S6[best, 5])
+
+
+@compiled
+def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S6, split, load_S3):
+    """Time of the slowest rank in one step; leaves the loads of the ranks in load_S3."""
+    num_ranks = len(coefficient_S6)
+    slots_per_rank = slots_EP.shape[1] // num_ranks
+    load_S3[:] = 0.0
+    for e in range(len(tokens_E)):
+        replicas = num_replicas_E[e]
+        if tokens_E[e] > 0 and (split == EVEN or replicas == 1):
+            for r in range(replicas):
+                s = slots_EP[e, r] // slots_per_rank
+                add(load_S3, s, tokens_E[e] / replicas, coefficient_S6[s, 5])
+    if split == ONE:
+        for place in range(len(tokens_E)):
+            e = heaviest_E[place]
+            if tokens_E[e] == 0:
+                break
+            if num_replicas_E[e] > 1:
+                serve_with_one(
+                    tokens_E[e],
+                    slots_EP[e],
+                    num_replicas_E[e],
+                    slots_per_rank,
+                    coefficient_S6,
+                    load_S3,
+                )
+    slowest = 0.0
+    for s in range(num_ranks):
+        time = rank_time(coefficient_S6[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
+        slowest = max(slowest, time)
+    return slowest
+
+
+@compiled
+def index(content_P, slots_EP, num_replicas_E):
+    """Fills the slots of each expert, in slot order, from the content of the slots."""
+    num_replicas_E[:] = 0
+    for p in range(len(content_P)):
+        e = content_P[p]
+        slots_EP[e, num_replicas_E[e]] = p
+        num_replicas_E[e] += 1
+
+
+@compiled
+def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limit, room):
+    """Score of a placement; inf as soon as it passes `limit`. `room` is scratch memory."""
+    slots_EP, num_replicas_E, load_S3 = room
+    index(content_P, slots_EP, num_replicas_E)
+    score = 0.0
+    for n in range(len(tokens_NE)):
+        score += step_time(
+            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S6, split, load_S3
+        )
+        if score >= limit:
+            return np.inf
+    return score
+
+
+@compiled
+def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
+    """Score after changes of even shares, up to rounding; inf as soon as it passes limit."""
+    tokens_NE, _, coefficient_S6, _ = problem
+    score = 0.0
+    for n in range(len(tokens_NE)):
+        for rank, _, _, _ in change_M4:
+            load_S3[rank] = load_NS3[n, rank]
+        for rank, e, replicas, sign in change_M4:
+            if tokens_NE[n, e] > 0:
+                tokens = tokens_NE[n, e] / replicas
+                add(load_S3, rank, tokens, coefficient_S6[rank, 5], sign)
+        slowest = 0.0
+        for s in range(len(coefficient_S6)):
+            time = time_NS[n, s]
+            if time > slowest and not (change_M4[:, 0] == s).any():
+                slowest = time
+        for rank, _, _, _ in change_M4:
+            load_3 = load_S3[rank]
+            # Counts of a rank without tokens are rounding errors.
+            if load_3[1] > 1e-9:
+                time = rank_time(coefficient_S6[rank], load_3[0], load_3[1], load_3[2])
+                slowest = max(slowest, time)
+        score += slowest
+        if score >= limit:
+            return np.inf
+    return score
