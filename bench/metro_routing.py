@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,8 @@ MEMORY_BOUND = float("inf")
 TIMED = ((256, 384, 32, 256, 40.0), (128, 192, 2, 32, 15.0), (128, 192, 8, 32, None),
          (128, 192, 8, 256, None), (64, 96, 8, 32, None))  # fmt: skip
 """Experts, slots, ranks, tokens and the target in microseconds of a time row."""
+SWEEPS = 15
+"""Time rows are measured this often, seconds apart; each figure is the median of its sweeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int,
 
 def time_row(num_experts: int, num_physical: int, num_ranks: int, num_tokens: int,
              target_us: float | None, repetitions: int) -> dict:  # fmt: skip
-    """Times of one whole call, of each stage inside the kernel and of the other choices."""
+    """One sweep: times of whole calls, of each stage inside the kernel and of other choices."""
     source = synthetic(num_experts, 0.8, num_experts)
     placement = eplb_placement(source, num_physical, num_ranks)
     ids_TK = source.draw_TK[:num_tokens]
@@ -197,11 +199,25 @@ def time_row(num_experts: int, num_physical: int, num_ranks: int, num_tokens: in
 def time_rows(repetitions: int) -> list[dict]:
     """All time rows, with their origin."""
     torch.set_num_threads(1)
-    origin = {
-        "config_hash": config_hash({"shapes": TIMED, "repetitions": repetitions}),
-        **provenance("numpy", "scipy"),
+    settings = {"shapes": TIMED, "sweeps": SWEEPS, "repetitions": repetitions}
+    origin = {"config_hash": config_hash(settings), **provenance("numpy", "scipy")}
+    sweeps = [[time_row(*shape, repetitions) for shape in TIMED] for _ in range(SWEEPS)]
+    return [median_row(rows) | origin for rows in zip(*sweeps, strict=True)]
+
+
+def median_row(rows: Sequence[dict]) -> dict:
+    """The sweeps of one shape as one row: medians, and the range over sweeps."""
+    found = rows[0] | {"sweeps": len(rows), "range_us": {}}
+    for key in ("metro_us", "vllm_hash_us", "first_copy_us", "greedy_choice_us",
+                "scipy_optimum_us"):  # fmt: skip
+        values = [row[key] for row in rows]
+        found[key] = round(float(np.median(values)), 2)
+        found["range_us"][key] = [min(values), max(values)]
+    found["stages_us"] = {
+        stage: round(float(np.median([row["stages_us"][stage] for row in rows])), 2)
+        for stage in rows[0]["stages_us"]
     }
-    return [time_row(*shape, repetitions) | origin for shape in TIMED]
+    return found
 
 
 def replace_times(repetitions: int) -> None:
@@ -243,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, help="folder with recorded routing (.npz)")
     parser.add_argument("--draws", type=int, default=3, help="batches per point of the grid")
-    parser.add_argument("--repetitions", type=int, default=10000, help="calls per time")
+    parser.add_argument("--repetitions", type=int, default=1000, help="calls per time and sweep")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("times",), help="measure and replace only these rows")
     parser.add_argument("--render", action="store_true", help="only write tables and plot")

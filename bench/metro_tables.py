@@ -72,13 +72,18 @@ def _table(heads: list[str], body: list[list[str]]) -> str:
 
 
 def call_table(rows: list[dict]) -> str:
-    """Whole calls of the routings as a layer makes them."""
+    """Whole calls of the routings as a layer makes them: median (range over sweeps)."""
     heads = ["target us", "metro us", "even (vLLM's hash) us", "first copy us"]
     return _table(heads, [
         [*_shape(row), "-" if row["target_us"] is None else f"{row['target_us']:.0f}",
-         *(f"{row[key]:.1f}" for key in ("metro_us", "vllm_hash_us", "first_copy_us"))]
+         *(_with_range(row, key) for key in ("metro_us", "vllm_hash_us", "first_copy_us"))]
         for row in rows
     ])  # fmt: skip
+
+
+def _with_range(row: dict, key: str) -> str:
+    low, high = row["range_us"][key]
+    return f"{row[key]:.1f} ({low:.1f}-{high:.1f})"
 
 
 def stage_table(rows: list[dict]) -> str:
@@ -106,8 +111,9 @@ def provenance(times: list[dict], grid: list[dict]) -> str:
     """Where the numbers are from."""
     sources = sorted({row["source"] for row in grid})
     return (
-        f"Times: {_origin(times[-1])}, {times[-1]['repetitions']} calls each "
-        f"({times[-1]['scipy_repetitions']} of SciPy's).\n\n"
+        f"Times: {_origin(times[-1])}; {times[-1]['sweeps']} sweeps, "
+        f"{times[-1]['repetitions']} calls in each ({times[-1]['scipy_repetitions']} of "
+        "SciPy's).\n\n"
         f"All else: {_origin(grid[-1])}, seed {grid[-1]['seed']}. Sources: {', '.join(sources)}."
     )
 
