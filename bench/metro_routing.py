@@ -185,6 +185,7 @@ def time_row(num_experts: int, num_physical: int, num_ranks: int, num_tokens: in
     flow_us = medians_us(
         {"": lambda: reference.optimal_activated(tokens_E, *maps, num_ranks, num_physical)},
         flow_repetitions,
+        clock=time.thread_time_ns,  # milliseconds: other work interrupts most calls
     )
     return {
         "kind": "time", "E": num_experts, "P": num_physical, "S": num_ranks,

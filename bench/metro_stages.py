@@ -86,16 +86,20 @@ def _repeat_record(calls, tokens_E, column_E, slot_E, per_rank, num_physical, lo
         _record(tokens_E, column_E, slot_E, per_rank, num_physical, load, record, sums)
 
 
-def medians_us(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+def medians_us(
+    runs: dict[str, Callable[[], object]],
+    repetitions: int,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, float]:
     """Median microseconds of one call of each run, over all its calls in all rounds."""
     times: dict[str, list[int]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             run()
             for _ in range(-(-repetitions // ROUNDS)):
-                start = time.perf_counter_ns()
+                start = clock()
                 run()
-                times[name].append(time.perf_counter_ns() - start)
+                times[name].append(clock() - start)
     return {name: round(float(np.median(taken)) / 1000, 2) for name, taken in times.items()}
 
 

@@ -81,9 +81,9 @@ def call_table(rows: list[dict]) -> str:
     ])  # fmt: skip
 
 
-def _with_range(row: dict, key: str) -> str:
+def _with_range(row: dict, key: str, digits: int = 1) -> str:
     low, high = row["range_us"][key]
-    return f"{row[key]:.1f} ({low:.1f}-{high:.1f})"
+    return f"{row[key]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def stage_table(rows: list[dict]) -> str:
@@ -97,12 +97,12 @@ def stage_table(rows: list[dict]) -> str:
 
 
 def choice_table(rows: list[dict]) -> str:
-    """Only the choice of replicas, counts given."""
+    """Only the choice of replicas, counts given: median, and the range of SciPy's."""
     heads = ["metro, compiled us", "greedy in id order, compiled us",
              "optimum by SciPy's maximum flow, from Python us"]  # fmt: skip
     return _table(heads, [
         [*_shape(row), f"{row['stages_us']['choose']:.2f}", f"{row['greedy_choice_us']:.2f}",
-         f"{row['scipy_optimum_us']:.0f}"]
+         _with_range(row, "scipy_optimum_us", 0)]
         for row in rows
     ])  # fmt: skip
 
