@@ -177,7 +177,8 @@ def _table(name: str, rows: list[Row]) -> str:
     head, body = (_growth if name == "growth" else _speeds if name == "speeds" else _traces)(own)
     lines = [head, ["---:"] * len(head), *body]
     text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    note = f"Commit {own[-1]['commit']}; {own[-1]['machine']}; seed {own[-1]['seed']}."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
+    note = f"Commits {commits}; {own[-1]['machine']}; seed {own[-1]['seed']}."
     return f"{text}\n\n{note}\n"
 
 

@@ -38,7 +38,7 @@ def place(
         str, typer.Option(help="How replicas are used: even, or one per expert as metro does.")
     ] = "even",
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a batch over all ranks.")] = 256,
-    steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 64,
+    steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 128,
     prefill: Annotated[bool, typer.Option(help="Batches of consecutive tokens.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
