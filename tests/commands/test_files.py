@@ -79,7 +79,8 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(commands.app, [str(argument) for argument in arguments])
+    runner = CliRunner(env={"COLUMNS": "200"})
+    return runner.invoke(commands.app, [str(argument) for argument in arguments])
 
 
 def test_samples_of_known_ranks_give_their_curves(folder):
