@@ -73,7 +73,12 @@ def _table(heads: list[str], body: list[list[str]]) -> str:
 
 def call_table(rows: list[dict]) -> str:
     """Whole calls of the routings as a layer makes them: median (range over sweeps)."""
-    heads = ["target us", "metro us", "even (vLLM's hash) us", "first copy us"]
+    heads = [
+        "target us",
+        "metro us (range)",
+        "even (vLLM's hash) us (range)",
+        "first copy us (range)",
+    ]
     return _table(heads, [
         [*_shape(row), "-" if row["target_us"] is None else f"{row['target_us']:.0f}",
          *(_with_range(row, key) for key in ("metro_us", "vllm_hash_us", "first_copy_us"))]
@@ -99,7 +104,7 @@ def stage_table(rows: list[dict]) -> str:
 def choice_table(rows: list[dict]) -> str:
     """Only the choice of replicas, counts given: median, and the range of SciPy's."""
     heads = ["metro, compiled us", "greedy in id order, compiled us",
-             "optimum by SciPy's maximum flow, from Python us"]  # fmt: skip
+             "SciPy's maximum flow from Python, CPU us (range)"]  # fmt: skip
     return _table(heads, [
         [*_shape(row), f"{row['stages_us']['choose']:.2f}", f"{row['greedy_choice_us']:.2f}",
          _with_range(row, "scipy_optimum_us", 0)]
