@@ -1,6 +1,11 @@
 """Two ranks answer as one dense rank does, while requests overlap and experts move."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
 import pytest
+import requests
 from serving import (
     DATA_PARALLEL,
     EAGER,
@@ -10,12 +15,14 @@ from serving import (
     REARRANGED,
     TENSOR_PARALLEL,
     balanced,
+    descendants,
     serve,
 )
 
 pytestmark = pytest.mark.timeout(900)
 
 LAYERS, TOP_K = 4, 4
+DIES_WITHIN_S = 60
 ONE_API_SERVER = ("--api-server-count", "1")
 SERVERS = {
     "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
@@ -113,3 +120,38 @@ def test_per_layer_counters_and_reset(server):
     server.reset()
     for rank in server.status():
         assert rank["pairs"] == 0
+
+
+def test_a_worker_that_dies(server):
+    """Requests fail and the server ends, without a hang and without a process left behind.
+
+    The last test of each server, because it kills one rank of it while requests run. vLLM 0.32
+    ends with status 0 if it has one API server only, but says why it ended.
+    """
+    with ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(ask_long, server, prompt) for prompt in PROMPTS[:8]]
+        deadline = time.monotonic() + 30
+        while server.metric("vllm:num_requests_running") < 8:
+            assert time.monotonic() < deadline, "the requests did not start"
+        workers = server.workers()
+        assert len(workers) == 2
+        started = time.monotonic()
+        workers[0].kill()
+        outcomes = [request.result(timeout=DIES_WITHIN_S) for request in running]
+        code = server.process.wait(timeout=DIES_WITHIN_S)
+    assert time.monotonic() - started < DIES_WITHIN_S
+    assert code != 0 or server.count_in_log("EngineDeadError") > 0
+    assert 200 not in outcomes
+    _, alive = psutil.wait_procs(descendants(server.process.pid), timeout=DIES_WITHIN_S)
+    assert alive == []
+
+
+def ask_long(server, prompt: str) -> int | str:
+    """HTTP status of a long request, or how the connection ended."""
+    body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    try:
+        return requests.post(
+            f"{server.url}/v1/completions", json=body, timeout=DIES_WITHIN_S
+        ).status_code
+    except requests.ConnectionError as error:
+        return type(error).__name__
