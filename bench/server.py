@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 
 START_TIMEOUT_S = 300.0
 
@@ -62,7 +63,7 @@ class Server:
         self, arm: Arm, model: Path, *, on_wait: Callable[[float], None] = lambda seconds: None
     ) -> None:
         self.arm, self.model = arm, model
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._on_wait = on_wait
         self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
@@ -73,13 +74,19 @@ class Server:
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             self.arm.command(self.model, self.port),
-            env=_environment(self.arm.num_ranks),
+            env=environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer"),
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            self._wait_until_healthy()
+            wait_until_healthy(
+                self._process,
+                self.url,
+                Path(self._log.name),
+                within_s=START_TIMEOUT_S,
+                on_wait=self._on_wait,
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -87,7 +94,7 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         assert self._process is not None
-        _end(self._process)
+        stop(self._process)
         self._log.close()
         if not exception or exception[0] is None:
             Path(self._log.name).unlink(missing_ok=True)
@@ -107,56 +114,85 @@ class Server:
         """Sets the counters to zero."""
         httpx.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()
 
-    def _wait_until_healthy(self) -> None:
-        assert self._process is not None
-        start = time.monotonic()
-        while time.monotonic() - start < START_TIMEOUT_S:
-            if self._process.poll() is not None:
-                raise RuntimeError(
-                    f"vllm serve ({self.arm.name}) ended with status {self._process.returncode}:\n"
-                    f"{self.log[-4000:]}"
-                )
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            self._on_wait(time.monotonic() - start)
-            time.sleep(0.25)
-        raise RuntimeError(
-            f"vllm serve ({self.arm.name}) was not healthy after {START_TIMEOUT_S:.0f} s:\n"
-            f"{self.log[-4000:]}"
-        )
+
+def wait_until_healthy(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    *,
+    within_s: float,
+    on_wait: Callable[[float], None] = lambda seconds: None,
+) -> None:
+    """Returns when the server answers its health check.
+
+    Raises:
+        RuntimeError: it ended, or was not healthy in time; with the end of its log.
+    """
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) < within_s:
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"vllm serve ended at its start with status {process.returncode}:\n{tail(log)}"
+            )
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            on_wait(waited)
+        time.sleep(0.2)
+    raise RuntimeError(f"vllm serve was not healthy after {within_s:.0f} s:\n{tail(log)}")
 
 
-def _environment(num_ranks: int) -> dict[str, str]:
-    """One core per rank, a small KV cache, no downloads, and our HTTP endpoint allow-listed."""
+def tail(log: Path, num_lines: int = 60) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+def environment(num_ranks: int, **more: str) -> dict[str, str]:
+    """The environment of a small CPU server: one core per rank, a small KV cache, no network."""
     cores = sorted(os.sched_getaffinity(0))
-    return {
-        **os.environ,
+    ours = {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(
             str(cores[rank % len(cores)]) for rank in range(num_ranks)
         ),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "moe_balancer",
         "HF_HUB_OFFLINE": "1",
     }
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    return inherited | ours | more
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the server to stop, then ends what is left of its process group."""
+def stop(process: subprocess.Popen[bytes], within_s: float = 20) -> None:
+    """Asks a server that leads its own session to end, then ends what is left of the session."""
+    family = descendants(process.pid)
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(within_s)
+    family = [*family, *descendants(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    if process.poll() is None:
+        process.kill()
     process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes of the session that a server leads, also orphaned ones."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == pid and process.pid != pid:
+                found.append(process)
+    return found

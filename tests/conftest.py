@@ -32,8 +32,8 @@ def _load(name: str, file: Path) -> None:
 
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, TESTS)]
-_load("cases", TESTS / "cases.py")
-_load("serving", TESTS / "server" / "serving.py")
 if "bench" not in sys.modules:
     sys.modules["bench"] = types.ModuleType("bench")
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]
+_load("cases", TESTS / "cases.py")
+_load("serving", TESTS / "server" / "serving.py")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
 
+from bench.server import environment, free_port, stop, tail, wait_until_healthy
+
 VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTS_WITHIN_S = 200
-STOPS_WITHIN_S = 20
 
 PROMPTS = [
     "The list of all files in a directory",
@@ -53,18 +50,6 @@ def balanced(name: str, **settings: Any) -> tuple[str, ...]:
     if name != "static":
         settings = MOVING | settings
     return ("--moe-balancer", name, "--moe-balancer-config", json.dumps(settings))
-
-
-def environment(num_ranks: int, **more: str) -> dict[str, str]:
-    """The environment of a small CPU server: one of the two cores for each rank, no network."""
-    ours = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(num_ranks)),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
-    return inherited | ours | more
 
 
 class Server:
@@ -127,8 +112,8 @@ class Server:
         workers = [child for child, name in named if "Worker" in name]
         return workers or [child for child, name in named if "EngineCore" in name]
 
-    def tail(self, num_lines: int = 60) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
+    def tail(self) -> str:
+        return tail(self.log)
 
 
 @contextmanager
@@ -139,7 +124,7 @@ def serve(
 
     Prompts of up to 512 tokens, 16 at once; more `arguments` win over these.
     """
-    port = _free_port()
+    port = free_port()
     command = [VLLM, "serve", str(model), "--port", str(port)]
     command += ["--max-model-len", "512", "--max-num-seqs", "16"]
     with log.open("w") as output:
@@ -153,56 +138,7 @@ def serve(
         )
     server = Server(process, port, log)
     try:
-        _wait_until_healthy(server)
+        wait_until_healthy(process, server.url, log, within_s=STARTS_WITHIN_S)
         yield server
     finally:
-        _stop(process)
-
-
-def _wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN_S
-    while time.monotonic() < deadline:
-        assert server.process.poll() is None, f"the server ended at its start:\n{server.tail()}"
-        try:
-            if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        except requests.ConnectionError:
-            time.sleep(0.2)
-    raise AssertionError(f"not healthy after {STARTS_WITHIN_S} s:\n{server.tail()}")
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Ends the server politely, then everything that is left of its session."""
-    family = descendants(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOPS_WITHIN_S)
-    family = [*family, *descendants(process.pid)]
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=10)
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    """All processes of the session that the server leads, also orphaned ones."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == pid and process.pid != pid:
-                found.append(process)
-        except ProcessLookupError:
-            continue
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        stop(process)

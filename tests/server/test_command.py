@@ -3,7 +3,9 @@
 import subprocess
 
 import pytest
-from serving import VLLM, environment
+from serving import VLLM
+
+from bench.server import environment
 
 pytestmark = pytest.mark.timeout(900)
 

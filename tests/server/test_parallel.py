@@ -15,9 +15,10 @@ from serving import (
     REARRANGED,
     TENSOR_PARALLEL,
     balanced,
-    descendants,
     serve,
 )
+
+from bench.server import descendants
 
 pytestmark = pytest.mark.timeout(900)
 
