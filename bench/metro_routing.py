@@ -42,6 +42,8 @@ MEMORY_BOUND = float("inf")
 TIMED = ((256, 384, 32, 256, 40.0), (128, 192, 2, 32, 15.0), (128, 192, 8, 32, None),
          (128, 192, 8, 256, None), (64, 96, 8, 32, None))  # fmt: skip
 """Experts, slots, ranks, tokens and the target in microseconds of a time row."""
+GRID_REPETITIONS = 20
+"""Calls per time at each point of the grid."""
 SWEEPS = 15
 """Time rows are measured this often, seconds apart; each figure is the median of its sweeps."""
 
@@ -143,6 +145,24 @@ def calls(ids_TK: torch.Tensor, placement: Placement) -> dict[str, Callable[[], 
     }
 
 
+def point_times_us(ids_TK: np.ndarray, placement: Placement, repetitions: int) -> dict[str, float]:
+    """Medians for one batch: whole calls of metro, even and first_copy; the choice alone of metro
+    and of the paper's greedy, both compiled; SciPy's optimum in CPU time."""
+    tokens_E = reference.count(ids_TK, placement.num_logical, None)
+    maps = placement.logical_to_physical_ER.numpy(), placement.num_replicas_E.numpy()
+    flow = {
+        "": lambda: reference.optimal_activated(
+            tokens_E, *maps, placement.num_ranks, placement.num_physical
+        )
+    }
+    stages_us = stage_times_us(ids_TK, placement, repetitions)
+    return medians_us(calls(torch.from_numpy(ids_TK), placement), repetitions) | {
+        "metro_choice": stages_us["choose"],
+        "greedy_choice": stages_us["greedy"],
+        "scipy_optimum": medians_us(flow, 3, clock=time.thread_time_ns)[""],
+    }
+
+
 def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int, draws: int,
              repetitions: int, rng: np.random.Generator) -> dict:  # fmt: skip
     """One row: a source, a placement and a batch size, over ``draws`` batches."""
@@ -166,7 +186,7 @@ def grid_row(source: Source, num_ranks: int, redundancy: float, num_tokens: int,
             "worst_excess": int((activated - best).max()),
             "busiest_tokens": round(float(tokens.mean()), 3),
         }
-    row["time_us"] = medians_us(calls(torch.from_numpy(batches[0]), placement), repetitions)
+    row["time_us"] = point_times_us(batches[0], placement, repetitions)
     return row
 
 
@@ -229,12 +249,36 @@ def replace_times(repetitions: int) -> None:
     RESULTS.write_text(times + "".join(others))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Writes all rows, one line each, as they are measured."""
+def replace_grid_times(arguments: argparse.Namespace) -> None:
+    """Measures the times of every point of the grid anew and leaves its other figures."""
     torch.set_num_threads(1)
+    sources = {source.name: source for source in all_sources(arguments)}
+    rng = np.random.default_rng(arguments.seed)
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    origin = {"time_commit": provenance()["commit"]}
+    for row in rows:
+        if row["kind"] != "grid":
+            continue
+        source = sources[row["source"]]
+        placement = eplb_placement(source, row["P"], row["S"])
+        batch_TK = source.draw_TK[rng.integers(len(source.draw_TK), size=row["batch_tokens"])]
+        row["time_us"] = point_times_us(batch_TK, placement, GRID_REPETITIONS)
+        row |= origin
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def all_sources(arguments: argparse.Namespace) -> list[Source]:
+    """The synthetic skews and every trace of the folder."""
     sources = [synthetic(experts, 0.8, arguments.seed) for experts in (128, 256)]
     for path in sorted(arguments.traces.glob("*.npz")) if arguments.traces else []:
         sources += list(traced(path, arguments.seed))
+    return sources
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes all rows, one line each, as they are measured."""
+    torch.set_num_threads(1)
+    sources = all_sources(arguments)
     settings = {"sources": [source.name for source in sources], "ranks": RANKS,
                 "redundancy": REDUNDANCY, "batches": BATCHES, "draws": arguments.draws,
                 "seed": arguments.seed}  # fmt: skip
@@ -251,7 +295,7 @@ def run(arguments: argparse.Namespace) -> None:
                 for redundancy in REDUNDANCY:
                     for num_tokens in BATCHES:
                         row = grid_row(source, num_ranks, redundancy, num_tokens, arguments.draws,
-                                       20, rng)  # fmt: skip
+                                       GRID_REPETITIONS, rng)  # fmt: skip
                         file.write(json.dumps(row | origin) + "\n")
             print(f"{source.name}: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -262,11 +306,15 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="batches per point of the grid")
     parser.add_argument("--repetitions", type=int, default=1000, help="calls per time and sweep")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("times",), help="measure and replace only these rows")
+    parser.add_argument(
+        "--only", choices=("times", "grid-times"), help="measure and replace only these"
+    )
     parser.add_argument("--render", action="store_true", help="only write tables and plot")
     arguments = parser.parse_args()
     if arguments.only == "times":
         replace_times(arguments.repetitions)
+    elif arguments.only == "grid-times":
+        replace_grid_times(arguments)
     elif not arguments.render:
         run(arguments)
     from bench.metro_tables import render

@@ -91,6 +91,25 @@ def _with_range(row: dict, key: str, digits: int = 1) -> str:
     return f"{row[key]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
+GRID_TIMES = {
+    "metro": "metro, whole call",
+    "even": "even (vLLM's hash), whole call",
+    "first_copy": "first copy, whole call",
+    "metro_choice": "metro, choice",
+    "greedy_choice": "the paper's greedy, choice",
+    "scipy_optimum": "SciPy's optimum",
+}
+
+
+def grid_time_table(rows: list[dict]) -> str:
+    """Microseconds by batch size: median over sources, ranks and redundancies."""
+    lines = [["batch", *GRID_TIMES.values()], ["---"] * (len(GRID_TIMES) + 1)]
+    for (batch,), group in _grouped(rows, "batch_tokens").items():
+        medians = [np.median([row["time_us"][name] for row in group]) for name in GRID_TIMES]
+        lines.append([str(batch), *(f"{median:,.1f}" for median in medians)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def stage_table(rows: list[dict]) -> str:
     """METRO's whole call, taken apart."""
     stages = ("count", "choose", "map", "record")
@@ -168,6 +187,7 @@ def render(rows: list[dict]) -> None:
         "sources": ratio_table(grid, ["source"], "source"),
         "batches": ratio_table(grid, ["batch"], "batch_tokens"),
         "shapes": ratio_table(replicated, ["ranks", "redundancy"], "S", "redundancy"),
+        "grid-times": grid_time_table(grid),
         "tokens": tokens_table(grid),
         "calls": call_table(times),
         "stages": stage_table(times),
