@@ -1,7 +1,6 @@
 """The demo model, and what one dense rank of stock vLLM answers: the truth for all servers."""
 
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,10 @@ class Dense:
 @pytest.fixture(scope="session", autouse=True)
 def stopped_cleanly():
     """A terminated test run unwinds like an interrupted one, and so stops its servers."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    status = 128 + signal.SIGTERM
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: pytest.exit("the test run was terminated", status)
+    )
     yield
     signal.signal(signal.SIGTERM, before)
 
