@@ -25,6 +25,9 @@ NUM_TOKENS = 48
 WARM_TOKENS = 24
 """Enough steps for vLLM's EPLB to place its experts before anything is measured."""
 REPLICAS = {"redundancy": 1.5, "window_size": 16, "step_interval": 32}
+METRO = REPLICAS | {"knee_tokens": 32}
+"""16 requests on 32 experts are many tokens per expert: without a higher knee metro would step
+aside in most batches on a CPU without AMX, and the demo would not show it."""
 SUBJECTS = ("a list", "a socket", "the heap", "an iterator", "a thread", "a file", "the locale")
 
 console = Console()
@@ -35,7 +38,7 @@ def arms(ranks: int) -> list[Arm]:
     flags = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
     return [
         Arm(name=name, balancer=name, settings=settings, tensor_parallel=ranks, flags=flags)
-        for name, settings in (("metro", REPLICAS), ("static", {}), ("eplb", REPLICAS))
+        for name, settings in (("metro", METRO), ("static", {}), ("eplb", REPLICAS))
     ]
 
 
