@@ -123,10 +123,11 @@ def test_per_layer_counters_and_reset(server):
         assert rank["pairs"] == 0
 
 
+@pytest.mark.parametrize("layout", ["tensor-metro", "data-static", "data-metro"], indirect=True)
 def test_a_worker_that_dies(server):
     """Requests fail and the server ends, without a hang and without a process left behind.
 
-    The last test of each server, because it kills one rank of it while requests run. vLLM 0.32
+    The last test of its server, because it kills one rank of it while requests run. vLLM 0.32
     ends with status 0 if it has one API server only, but says why it ended.
     """
     with ThreadPoolExecutor(8) as clients:
