@@ -43,7 +43,8 @@ def configure(vllm_config: Any) -> None:
     if parallel.eplb_config.num_redundant_experts and config.num_redundant_experts is None:
         count = parallel.eplb_config.num_redundant_experts
         config = config.model_copy(update={"num_redundant_experts": count})
-    redundant = num_redundant_experts(config, read_deployment(vllm_config))
+    deployment = read_deployment(vllm_config)
+    redundant = num_redundant_experts(config, deployment)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
@@ -54,7 +55,7 @@ def configure(vllm_config: Any) -> None:
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
-    _announce(config, redundant, read_deployment(vllm_config))
+    _announce(config, redundant, deployment)
 
 
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
