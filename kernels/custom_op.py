@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from .tensor_checks import require_out
+
 NAMESPACE = "vllm_balance"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -26,3 +28,29 @@ def register(
         _library.impl(name, run, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def call(
+    op: Callable[..., torch.Tensor],
+    run: Callable[..., torch.Tensor],
+    arguments: tuple[object, ...],
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Slots of the pairs, in ``out`` if given: by the registered operation while compiling, else
+    directly.
+
+    Args:
+        op: what ``register`` returned; allocates its output.
+        run: the same with a last argument for the output, or None.
+        arguments: checked arguments of both, the ids first.
+
+    Raises:
+        ValueError: ``out`` cannot take the slots.
+    """
+    if torch.compiler.is_compiling():
+        slots = op(*arguments)
+        return slots if out is None else out.copy_(slots)
+    if out is not None:
+        ids: torch.Tensor = arguments[0]
+        require_out(ids, out)
+    return run(*arguments, out)

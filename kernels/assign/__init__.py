@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from ..custom_op import register
+from ..custom_op import call, register
 from ..tensor_checks import (
     require_dense,
     require_integers,
-    require_out,
     require_routing_buffers,
     unsupported_device,
 )
@@ -110,9 +109,5 @@ def assign(
     if offset_E is not None:
         require_integers("offset_E", offset_E, dim=1)
         require_dense("offset_E", offset_E, offset_E.dtype, at_least=num_experts, device=device)
-    if torch.compiler.is_compiling():
-        slots = _op(topk_ids_TK, split_ER, logical_to_physical_ER, offset_E, num_valid_tokens)
-        return slots if out is None else out.copy_(slots)
-    if out is not None:
-        require_out(topk_ids_TK, out)
-    return _run(topk_ids_TK, split_ER, logical_to_physical_ER, offset_E, num_valid_tokens, out)
+    arguments = (topk_ids_TK, split_ER, logical_to_physical_ER, offset_E, num_valid_tokens)
+    return call(_op, _run, arguments, out)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ..custom_op import register
+from ..custom_op import call, register
 from ..record.layout import counters_size
-from ..tensor_checks import require_map, require_out, require_routing_buffers
+from ..tensor_checks import require_map, require_routing_buffers
 
 __all__ = ["map_and_record"]
 
@@ -114,9 +114,4 @@ def map_and_record(
         num_valid_tokens,
         counters,
     )
-    if torch.compiler.is_compiling():
-        slots = _op(*arguments)
-        return slots if out is None else out.copy_(slots)
-    if out is not None:
-        require_out(topk_ids_TK, out)
-    return _run(*arguments, out)
+    return call(_op, _run, arguments, out)
