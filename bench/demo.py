@@ -6,6 +6,8 @@ of the OpenAI API would, then sends the same prompts to static, eplb and metro.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +54,7 @@ def demo(
     rows: dict[str, tuple[Load, list[dict]]] = {}
     for arm in arms(ranks):
         console.rule(f"--moe-balancer {arm.name}")
-        with _starting(arm, model) as server:
+        with _started(arm, model) as server:
             if arm.name == "metro":
                 _talk(server, model)
             rows[arm.name] = _measure(server, model)
@@ -60,21 +62,18 @@ def demo(
     _judge(rows)
 
 
-def _starting(arm: Arm, model: Path) -> Server:
+@contextmanager
+def _started(arm: Arm, model: Path) -> Iterator[Server]:
     console.print("$ " + " ".join(arm.command(Path(model.name), 8000)), soft_wrap=True)
     progress = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
     )
     task = progress.add_task("starting the server")
-
-    class Shown(Server):
-        def __enter__(self) -> Server:
-            with progress:
-                super().__enter__()
-                progress.update(task, description="the server is up")
-            return self
-
-    return Shown(arm, model)
+    with ExitStack() as running:
+        with progress:
+            server = running.enter_context(Server(arm, model))
+            progress.update(task, description="the server is up")
+        yield server
 
 
 def _talk(server: Server, model: Path) -> None:
@@ -140,13 +139,12 @@ def _table(rows: dict[str, tuple[Load, list[dict]]]) -> Table:
         "batches decided",
     ):
         table.add_column(heading, justify="left" if heading == "balancer" else "right")
-    truth = [answer.token_ids for answer in rows["static"][0].answers]
     for name in ("static", "eplb", "metro"):
         load, ranks = rows[name]
         steps = ranks[0]["decisions"] / ranks[0]["num_layers"]
         table.add_row(
             name,
-            "yes" if [answer.token_ids for answer in load.answers] == truth else "no",
+            "yes" if _tokens(load) == _tokens(rows["static"][0]) else "no",
             f"{load.tpot_ms:.1f}",
             f"{load.ttft_ms:.0f}",
             f"{load.tokens_per_s:.0f}",
@@ -161,6 +159,10 @@ def _table(rows: dict[str, tuple[Load, list[dict]]]) -> Table:
     return table
 
 
+def _tokens(load: Load) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in load.answers]
+
+
 def _decided(rank: dict) -> int:
     """Batches (layers times steps) in which the policy did what its name says."""
     if rank["balancer"] == "metro":
@@ -170,9 +172,8 @@ def _decided(rank: dict) -> int:
 
 def _judge(rows: dict[str, tuple[Load, list[dict]]]) -> None:
     """Ends with status 1 if tokens differ or a policy never ran."""
-    truth = [answer.token_ids for answer in rows["static"][0].answers]
     for name, (load, ranks) in rows.items():
-        if [answer.token_ids for answer in load.answers] != truth:
+        if _tokens(load) != _tokens(rows["static"][0]):
             raise SystemExit(f"{name} generated other tokens than static.")
         if any(_decided(rank) == 0 for rank in ranks):
             raise SystemExit(f"{name} never decided anything; its numbers mean nothing.")

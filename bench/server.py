@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -59,13 +59,10 @@ class Server:
         RuntimeError: the server ended or was not healthy in time; with the end of its log.
     """
 
-    def __init__(
-        self, arm: Arm, model: Path, *, on_wait: Callable[[float], None] = lambda seconds: None
-    ) -> None:
+    def __init__(self, arm: Arm, model: Path) -> None:
         self.arm, self.model = arm, model
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._on_wait = on_wait
         self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
             prefix=f"vllm-{arm.name}-", suffix=".log", delete=False
         )
@@ -85,7 +82,6 @@ class Server:
                 self.url,
                 Path(self._log.name),
                 within_s=START_TIMEOUT_S,
-                on_wait=self._on_wait,
             )
         except BaseException:
             self.__exit__()
@@ -121,7 +117,6 @@ def wait_until_healthy(
     log: Path,
     *,
     within_s: float,
-    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> None:
     """Returns when the server answers its health check.
 
@@ -129,16 +124,14 @@ def wait_until_healthy(
         RuntimeError: it ended, or was not healthy in time; with the end of its log.
     """
     start = time.monotonic()
-    while (waited := time.monotonic() - start) < within_s:
+    while time.monotonic() - start < within_s:
         if process.poll() is not None:
             raise RuntimeError(
                 f"vllm serve ended at its start with status {process.returncode}:\n{tail(log)}"
             )
-        try:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
-            on_wait(waited)
         time.sleep(0.2)
     raise RuntimeError(f"vllm serve was not healthy after {within_s:.0f} s:\n{tail(log)}")
 
