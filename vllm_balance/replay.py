@@ -11,7 +11,6 @@ end, so routing costs one row look-up. Two processes that see the same batches i
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from vllm_balance.replay_rows import ReplaySettings, draw, name_experts

@@ -77,9 +77,7 @@ def draw(
     return torch.stack(layers)
 
 
-def name_experts(
-    settings: ReplaySettings, num_experts: int, layer: int, phase: int
-) -> np.ndarray:
+def name_experts(settings: ReplaySettings, num_experts: int, layer: int, phase: int) -> np.ndarray:
     """Which expert is the most popular, the second ...: int32 [E]; the same on every rank."""
     random = np.random.default_rng((settings.seed, layer, phase))
     names_E = random.permutation(num_experts).astype(np.int32)

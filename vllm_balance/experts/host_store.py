@@ -116,9 +116,7 @@ class HostStore:
         Raises:
             BalancerError: the driver refuses.
         """
-        status = torch.cuda.cudart().cudaHostRegister(
-            self._rows_LEB.data_ptr(), self.size_bytes, 0
-        )
+        status = torch.cuda.cudart().cudaHostRegister(self._rows_LEB.data_ptr(), self.size_bytes, 0)
         if int(status) != 0:
             raise BalancerError(
                 f"CUDA cannot pin the {self.size_bytes:,} bytes of the host store (error "
@@ -130,7 +128,5 @@ class HostStore:
         row_B = self._rows_LEB[layer, expert]
         return [
             row_B[offset : offset + size]
-            for offset, size in zip(
-                self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True
-            )
+            for offset, size in zip(self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True)
         ]

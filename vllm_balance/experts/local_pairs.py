@@ -172,9 +172,7 @@ class LocalPairExperts:
         return buffers[0][:num_pairs], buffers[1][:num_pairs]
 
 
-def _present_first(
-    expert_N1: torch.Tensor, pending: set[int]
-) -> tuple[torch.Tensor | None, int]:
+def _present_first(expert_N1: torch.Tensor, pending: set[int]) -> tuple[torch.Tensor | None, int]:
     """An order with the pairs of present experts in front, and their number.
 
     None stands for the order as it is, when all are present.
