@@ -120,6 +120,8 @@ class WorkerBalancer:
 
     balancer: str
     rank: int
+    placement: str = "vLLM's own"
+    """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
 
     def reset(self) -> None:
@@ -135,6 +137,7 @@ class WorkerBalancer:
         status: dict[str, Any] = {
             "balancer": self.balancer,
             "rank": self.rank,
+            "placement": self.placement,
             "num_ranks": first.tables.num_ranks,
             "num_layers": len(layers),
             "num_logical_experts": first.tables.num_replicas_E.shape[0],

@@ -25,7 +25,7 @@ from vllm_balance.replay_rows import ReplaySettings
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""
 
-BalancerName = Literal["static", "eplb", "first_copy", "metro"]
+BalancerName = Literal["static", "eplb", "first_copy", "metro", "gem"]
 BALANCERS: tuple[str, ...] = get_args(BalancerName)
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
@@ -51,12 +51,16 @@ class BalancerConfig(BaseModel):
     spreads tokens evenly. Default: 32 on CPU (measured), 160 on GPU (TEMPO, section 3)."""
     exchange: Literal["auto", "after_gather", "all_reduce"] = "auto"
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
+    map: str | None = Field(default=None, min_length=1)
+    """Placement map (`vllm-balance place`) that the weights are loaded by."""
     replay: ReplaySettings | None = None
     """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
 
     @property
     def replicates(self) -> bool:
         """Whether this balancer can use more than one copy of an expert."""
+        if self.name == "gem":
+            return bool(self.num_redundant_experts) or (self.redundancy or 1.0) > 1.0
         return self.name != "static"
 
 

@@ -11,14 +11,16 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam, install, is_installed, uninstall
 from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 
 SETS = {
     "arguments": ARGUMENT_SEAMS,
     "refusing": REFUSING_SEAMS,
     "router": ROUTER_SEAMS,
+    "loading": LOADING_SEAMS,
     "cpu": CPU_SEAMS,
-    "worker": (*ROUTER_SEAMS, *CPU_SEAMS),
+    "worker": (*ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS),
 }
 
 

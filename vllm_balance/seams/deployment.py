@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
+from vllm_balance.initial_placement import InitialPlacement, read_map
+from vllm_balance.maps import PlacementMap
+from vllm_balance.model_shape import ModelShape, from_mapping
 from vllm_balance.replay_rows import draw
 from vllm_balance.seams.versions import unsupported_version
 
@@ -39,15 +44,18 @@ def configure(vllm_config: Any) -> None:
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
     parallel = vllm_config.parallel_config
+    found = None if config.map is None else read_map(config.map)
+    config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
-    if parallel.eplb_config.num_redundant_experts and config.num_redundant_experts is None:
-        count = parallel.eplb_config.num_redundant_experts
-        config = config.model_copy(update={"num_redundant_experts": count})
     deployment = read_deployment(vllm_config)
     redundant = num_redundant_experts(config, deployment)
+    if found is not None:
+        placement_of(found, vllm_config, redundant)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
+    if config.map is not None:
+        settled["map"] = str(Path(config.map).expanduser().resolve())
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.replicates:
@@ -56,6 +64,60 @@ def configure(vllm_config: Any) -> None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
     _announce(config, redundant, deployment)
+
+
+def _with_redundancy(
+    config: BalancerConfig, vllms_own: int, found: PlacementMap | None
+) -> BalancerConfig:
+    """The settings with vLLM's own number of redundant experts or the map's, if they name none."""
+    if config.num_redundant_experts is None and vllms_own:
+        return config.model_copy(update={"num_redundant_experts": vllms_own})
+    if found is None or config.num_redundant_experts is not None or config.redundancy is not None:
+        return config
+    count = found.num_physical - found.shape.num_experts
+    return config.model_copy(update={"num_redundant_experts": count})
+
+
+def initial_placement(vllm_config: Any) -> InitialPlacement | None:
+    """Where the settings of a configured ``VllmConfig`` want the experts at load time, if they do.
+
+    Raises:
+        BalancerError: the placement cannot be read or does not fit the model and the ranks.
+    """
+    config = settings_of(vllm_config)
+    if config is None or config.map is None:
+        return None
+    return placement_of(read_map(config.map), vllm_config, config.num_redundant_experts or 0)
+
+
+def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
+    """The placement of a map, checked against the deployment.
+
+    Raises:
+        BalancerError: another model, number of ranks or redundancy; a layer without entry.
+    """
+    parallel = vllm_config.parallel_config
+    layers = moe_layers(vllm_config.model_config.hf_text_config)
+    shape = read_shape(vllm_config.model_config)
+    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    found.require(shape=shape, num_ranks=num_ranks, layers=layers)
+    if found.num_physical != shape.num_experts + redundant:
+        raise BalancerError(
+            f"The placement map has {found.num_physical} slots per layer, and {shape.num_experts} "
+            f"experts with {redundant} redundant ones make {shape.num_experts + redundant}. Leave "
+            f"`num_redundant_experts` and `redundancy` out to take the map's, or make another map "
+            f"with `vllm-balance place --redundant {redundant}`."
+        )
+    return InitialPlacement.of_map(found, layers)
+
+
+def read_shape(model_config: Any) -> ModelShape:
+    """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
+    return from_mapping(
+        model_config.hf_config.to_dict(),
+        name=Path(model_config.model).name,
+        where=str(model_config.model),
+    )
 
 
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
@@ -82,9 +144,9 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
-    if parallel.enable_eplb and not config.replicates:
+    if parallel.enable_eplb and (config.name == "gem" or not config.replicates):
         raise BalancerError(
-            f"--moe-balancer {config.name} keeps one copy of every expert at its place, and "
+            f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
         )
 
@@ -112,7 +174,7 @@ def read_deployment(vllm_config: Any) -> Deployment:
     return Deployment(
         model=model.model,
         num_experts=model.get_num_experts(),
-        num_moe_layers=_num_moe_layers(text),
+        num_moe_layers=len(moe_layers(text)),
         expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
         num_ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
         enable_expert_parallel=parallel.enable_expert_parallel,
@@ -121,10 +183,19 @@ def read_deployment(vllm_config: Any) -> Deployment:
     )
 
 
-def _num_moe_layers(text: Any) -> int:
-    layers = text.num_hidden_layers - getattr(text, "first_k_dense_replace", 0)
-    layers -= len(getattr(text, "mlp_only_layers", None) or ())
-    return max(0, layers // max(1, getattr(text, "decoder_sparse_step", 1) or 1))
+def moe_layers(text: Any) -> tuple[int, ...]:
+    """Indices of the MoE layers, by what the configurations of models say about dense ones."""
+    listed = getattr(text, "moe_layers", None)
+    if listed:
+        return tuple(listed)
+    first = getattr(text, "first_k_dense_replace", None) or 0
+    dense = set(getattr(text, "mlp_only_layers", None) or ())
+    step = max(1, getattr(text, "decoder_sparse_step", None) or 1)
+    return tuple(
+        layer
+        for layer in range(first, text.num_hidden_layers)
+        if layer not in dense and (layer + 1) % step == 0
+    )
 
 
 def _usable_bytes(vllm_config: Any, on_cpu: bool, local_ranks: int) -> int:
@@ -147,6 +218,9 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb = copy.copy(parallel.eplb_config)
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
+    if config.name == "gem":
+        # Its placement stays; a step counter never gets here.
+        eplb.window_size, eplb.step_interval = 1, sys.maxsize
     if current_platform.is_cpu():
         # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
         # works on the group it is given, which is gloo here; torch_gloo asks for an accelerator.
