@@ -59,27 +59,22 @@ class LayerBalancer:
     ) -> torch.Tensor:
         start = time.perf_counter_ns()
         topk_ids_TK = topk_ids_TK.contiguous()
-        if self.way == "all_reduce" and self.policy.counts_decide:
-            physical_TK = self._route_by_exchanged_counts(topk_ids_TK)
-        else:
-            physical_TK = self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
+        physical_TK = self._route(topk_ids_TK, num_valid_tokens)
         self.decisions += 1
         self.decide_ns += time.perf_counter_ns() - start
         return physical_TK
 
+    def _route(
+        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Maps and counts one batch."""
+        if self.way == "all_reduce" and self.policy.counts_decide:
+            return self._route_by_exchanged_counts(topk_ids_TK)
+        return self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
+
     def _route_by_exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        tables = self.tables
-        start = time.perf_counter_ns()
-        counts_SE = counts_per_rank(
-            topk_ids_TK,
-            num_logical=tables.num_replicas_E.shape[0],
-            rank=self.rank,
-            num_ranks=tables.num_ranks,
-            all_reduce=self.all_reduce,
-        )
-        self.exchange_ns += time.perf_counter_ns() - start
-        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
-        placement = tables.placement
+        tables, placement = self.tables, self.tables.placement
+        counts_SE = self._exchanged_counts(topk_ids_TK)
         tokens_E = counts_SE.sum(0, dtype=torch.int32)
         plan = self.policy.plan(Demand(tokens_E=tokens_E, tokens_SE=counts_SE), placement)
         physical_TK = assign(
@@ -92,6 +87,43 @@ class LayerBalancer:
         if tables.load_P is not None and tables.record_enabled is not None:
             add_load(tables.load_P, physical_TK, tables.record_enabled)
         return physical_TK
+
+    def _exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Pairs of each expert on each rank, [S, E] int32; a collective."""
+        start = time.perf_counter_ns()
+        counts_SE = counts_per_rank(
+            topk_ids_TK,
+            num_logical=self.tables.num_replicas_E.shape[0],
+            rank=self.rank,
+            num_ranks=self.tables.num_ranks,
+            all_reduce=self.all_reduce,
+        )
+        self.exchange_ns += time.perf_counter_ns() - start
+        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
+        return counts_SE
+
+    def recent_experts_us(self) -> list[float]:
+        """Time of this rank's experts in each of the last batches, us; empty on GPUs."""
+        return [ns / 1e3 for ns in self.experts.recent_ns] if self.experts else []
+
+    def stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
+        """Batches in which the balancer did not do what its name says, by reason.
+
+        Args:
+            summed: the status summed over the layers.
+        """
+        if not self.policy.counts_decide:
+            return {}
+        if self.tables.num_physical == self.tables.num_replicas_E.shape[0]:
+            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
+        return {
+            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
+            "no tokens": summed["empty_batches"],
+        }
+
+    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
+        """Routes ids on scratch buffers: compiles the kernels, counts nothing."""
+        self.policy.route(ids_TK, tables, None)
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -145,23 +177,14 @@ class WorkerBalancer:
             "exchange": first.way,
             "counts_are_global": first.way != "all_reduce" or first.policy.counts_decide,
             **summed,
-            "stepped_aside": self._stepped_aside(summed),
+            "stepped_aside": first.stepped_aside(summed),
         }
         if per_layer:
-            status["layers"] = layers
+            status["layers"] = [
+                {**layer, "recent_experts_us": balancer.recent_experts_us()}
+                for layer, balancer in zip(layers, self.layers, strict=True)
+            ]
         return status
-
-    def _stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
-        """Batches in which the balancer did not do what its name says, by reason."""
-        policy = self.layers[0].policy
-        if not policy.counts_decide:
-            return {}
-        if self.layers[0].tables.num_physical == self.layers[0].tables.num_replicas_E.shape[0]:
-            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
-        return {
-            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
-            "no tokens": summed["empty_batches"],
-        }
 
 
 def warm_up(layer: LayerBalancer) -> None:
@@ -172,7 +195,7 @@ def warm_up(layer: LayerBalancer) -> None:
     tables = replace(layer.tables, load_P=None, counters=torch.zeros_like(layer.tables.counters))
     device = tables.counters.device
     for dtype in (torch.int32, torch.int64):
-        layer.policy.route(torch.zeros((1, 1), dtype=dtype, device=device), tables, None)
+        layer.warm_up(torch.zeros((1, 1), dtype=dtype, device=device), tables)
 
 
 def new_counters(num_ranks: int, device: torch.device) -> torch.Tensor:

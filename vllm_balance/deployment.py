@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_balance.config import DEFAULT_REDUNDANCY, BalancerConfig
+from vllm_balance.config import (
+    DEFAULT_DYNAMIC_SLOTS,
+    DEFAULT_REDUNDANCY,
+    FETCHES,
+    LOADED_BY_MAP,
+    BalancerConfig,
+)
 from vllm_balance.errors import BalancerError
 
 
@@ -26,6 +32,18 @@ class Deployment:
     """Memory that the experts may take: of the machine on CPU, of one device otherwise."""
     ranks_sharing_memory: int
     """Ranks that share ``free_bytes``."""
+    free_host_bytes: int
+    """Memory of the machine that a host store may take; the same as ``free_bytes`` on CPU."""
+    on_cpu: bool
+    is_eager: bool
+    """Whether the model runs without CUDA graphs."""
+    one_machine: bool
+    """Whether all ranks run on this machine."""
+
+    @property
+    def store_bytes(self) -> int:
+        """A host store of all experts: one copy."""
+        return self.num_experts * self.num_moe_layers * self.expert_bytes
 
 
 def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int:
@@ -37,6 +55,9 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
     """
     _check_layout(config, deployment)
     _check_map(config)
+    if config.fetches:
+        return num_dynamic_slots(config, deployment) * deployment.num_ranks
+    _check_no_slots(config)
     redundant = _asked_for(config, deployment)
     if redundant and not config.replicates:
         raise BalancerError(
@@ -47,6 +68,92 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
     _check_divides(redundant, deployment)
     _check_memory(redundant, deployment)
     return redundant
+
+
+def num_dynamic_slots(config: BalancerConfig, deployment: Deployment) -> int:
+    """Dynamic slots per rank and layer of a balancer that fetches, after all checks.
+
+    Raises:
+        BalancerError: experts that do not divide over the ranks, more slots than experts
+            elsewhere, a map or redundancy beside the slots, CUDA graphs, ranks on several
+            machines, or too little memory.
+    """
+    _check_layout(config, deployment)
+    experts, ranks = deployment.num_experts, deployment.num_ranks
+    if experts % ranks:
+        raise BalancerError(
+            f"--moe-balancer {config.name} gives every rank the same number of home experts, and "
+            f"{experts} experts do not divide over {ranks} ranks. Use a number of ranks that "
+            f"divides {experts}."
+        )
+    foreign = experts - experts // ranks
+    asked = config.dynamic_slots
+    slots = min(DEFAULT_DYNAMIC_SLOTS, foreign) if asked is None else asked
+    if not 2 <= slots <= foreign:
+        raise BalancerError(
+            f"`dynamic_slots` = {slots} cannot be used: a rank needs at least 2 slots and has use "
+            f"for {foreign}, the experts of the other ranks."
+        )
+    _check_beside_slots(config, slots * ranks)
+    if not deployment.one_machine:
+        raise BalancerError(
+            f"--moe-balancer {config.name} fetches experts from one host store per machine, which "
+            f"the ranks of that machine fill; ranks on several machines are not supported. Use "
+            f"eplb or metro there."
+        )
+    if not deployment.on_cpu and not deployment.is_eager:
+        raise BalancerError(
+            f"--moe-balancer {config.name} decides on the host and changes where experts are in "
+            f"every batch, which a captured CUDA graph cannot do. Add --enforce-eager, or use "
+            f"metro."
+        )
+    _check_slots_memory(slots, deployment)
+    return slots
+
+
+def _check_beside_slots(config: BalancerConfig, redundant: int) -> None:
+    beside = {
+        "map": config.map is not None,
+        "redundancy": config.redundancy is not None,
+        "num_redundant_experts": config.num_redundant_experts not in (None, redundant),
+    }
+    found = [f"`{name}`" for name, present in beside.items() if present]
+    if found:
+        raise BalancerError(
+            f"--moe-balancer {config.name} keeps every expert on its home rank and others in "
+            f"dynamic slots, so {' and '.join(found)} cannot be used with it. Give "
+            f"`dynamic_slots`, the number per rank and layer."
+        )
+
+
+def _check_no_slots(config: BalancerConfig) -> None:
+    names = ("dynamic_slots", "threshold_tokens", "prefetch", "look_ahead")
+    found = [f"`{name}`" for name in names if getattr(config, name) is not None]
+    if found:
+        raise BalancerError(
+            f"--moe-balancer {config.name} fetches no experts, and {' and '.join(found)} say how. "
+            f"Leave them out, or use {', '.join(FETCHES)}."
+        )
+
+
+def _check_slots_memory(slots: int, deployment: Deployment) -> None:
+    home = deployment.num_experts // deployment.num_ranks
+    per_rank = (home + slots) * deployment.num_moe_layers * deployment.expert_bytes
+    in_ranks = per_rank * deployment.ranks_sharing_memory
+    store = deployment.store_bytes
+    on_device = in_ranks + (store if deployment.on_cpu else 0)
+    for needed, free, what in (
+        (on_device, deployment.free_bytes, "experts"),
+        (store, deployment.free_host_bytes, "host store"),
+    ):
+        if needed > free:
+            raise BalancerError(
+                f"The {what} of {deployment.model} with {slots} dynamic slots per rank and layer "
+                f"need {needed:,} bytes ({needed / 2**30:.1f} GiB), and {free:,} bytes "
+                f"({free / 2**30:.1f} GiB) can be used. The host store of all experts takes "
+                f"{store:,} bytes of memory beside what the ranks hold. Lower `dynamic_slots`, "
+                f"free memory, or use another balancer."
+            )
 
 
 def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
@@ -68,11 +175,11 @@ def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
 
 
 def _check_map(config: BalancerConfig) -> None:
-    if config.name == "gem" and config.map is None:
+    if config.name in LOADED_BY_MAP and config.map is None:
         raise BalancerError(
-            "--moe-balancer gem loads the weights by a placement map, and `map` is missing. Make "
-            "one with `vllm-balance place --policy gem -o FILE` and pass --moe-balancer-config "
-            '\'{"map": "FILE"}\'.'
+            f"--moe-balancer {config.name} loads the weights by a placement map, and `map` is "
+            f"missing. Make one with `vllm-balance place --policy {config.name} -o FILE` and pass "
+            f'--moe-balancer-config \'{{"map": "FILE"}}\'.'
         )
     if config.name == "static" and config.map is not None:
         raise BalancerError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ class LayerSlots:
     expert_bytes: int
     counted: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[Outcome] = field(default_factory=Counter)
+    waiting_ns: int = 0
+    """Time of the rank's own thread for copies: starting them, and waiting for their end."""
     _unused: dict[int, bool] = field(default_factory=dict)
     """Slots fetched and not computed with since; whether a guess fetched them."""
     _computing: bool = False
@@ -54,12 +57,14 @@ class LayerSlots:
             self.outcomes[schedule.outcome] += 1
             self._count_uses(fetched)
         if fetched:
+            start = time.perf_counter_ns()
             self.prefetch.start(
                 [
                     Copy(layer=self.layer, expert=expert, slot=self.num_home + slot)
                     for slot, expert in fetched.items()
                 ]
             )
+            self.waiting_ns += time.perf_counter_ns() - start
 
     @property
     def num_home(self) -> int:
@@ -72,7 +77,9 @@ class LayerSlots:
 
     def wait(self) -> None:
         """Returns when all copies are in place. Raises BalancerError if one failed."""
+        start = time.perf_counter_ns()
         self.prefetch.wait(self.layer)
+        self.waiting_ns += time.perf_counter_ns() - start
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -85,12 +92,14 @@ class LayerSlots:
 
     def reset(self) -> None:
         """Sets the counters to zero; slots and copies stay."""
+        self.waiting_ns = 0
         self.counted.clear()
         self.outcomes.clear()
 
     def status(self) -> dict[str, Any]:
         """This rank's counters of this layer; see docs/configuration.md."""
         return {
+            "fetch_wait_us": self.waiting_ns / 1e3,
             **{name: self.counted[name] for name in COUNTERS},
             **{f"{outcome.name.lower()}_schedules": self.outcomes[outcome] for outcome in Outcome},
         }

@@ -7,6 +7,7 @@ vLLM's CPU experts take local expert ids and no map, so a rank must hand over ex
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch.nn.functional import embedding_bag
 
 PairKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(output [N, D], hidden states [N, D], weights float32 [N, 1], local ids int32 [N, 1]) -> None."""
+
+RECENT_BATCHES = 1024
 
 
 class Arrivals(Protocol):
@@ -84,6 +87,8 @@ class LocalPairExperts:
         """Time in the kernel, ns."""
         self.wrapping_ns = 0
         """Time around it: choosing, gathering and adding back local pairs, ns."""
+        self.recent_ns: deque[int] = deque(maxlen=RECENT_BATCHES)
+        """Time of each of the last batches, in the kernel and around it, without waiting, ns."""
 
     def __call__(
         self,
@@ -105,15 +110,19 @@ class LocalPairExperts:
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
             output_TD.zero_()
+            self.recent_ns.append(0)
             return
         outputs_ND = self._room_for(num_pairs, hidden_states_TD)[1]
+        kernel_ns_before = self.kernel_ns
         if self.arrivals is None:
             away_ns = self._compute(hidden_states_TD, pairs, None, 0, num_pairs, kernel)
             row_N = torch.arange(num_pairs)
         else:
             row_N, away_ns = self._as_they_arrive(hidden_states_TD, pairs, kernel, self.arrivals)
         output_TD.copy_(embedding_bag(row_N, outputs_ND, pairs.first_T, mode="sum"))
-        self.wrapping_ns += time.perf_counter_ns() - start - away_ns
+        around_ns = time.perf_counter_ns() - start - away_ns
+        self.wrapping_ns += around_ns
+        self.recent_ns.append(around_ns + self.kernel_ns - kernel_ns_before)
 
     def _as_they_arrive(
         self,
@@ -162,6 +171,7 @@ class LocalPairExperts:
     def reset(self) -> None:
         """Sets the times to zero."""
         self.kernel_ns = self.wrapping_ns = 0
+        self.recent_ns.clear()
 
     def _room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""

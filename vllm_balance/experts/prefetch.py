@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ class Prefetch(Protocol):
     """Runs copies in the order in which they were started."""
 
     kind: ClassVar[str]
-    waiting_ns: int
-    """Host time in :meth:`wait` and, if copies are synchronous, in :meth:`start`."""
 
     def start(self, copies: Sequence[Copy]) -> None:
         """Begins copies; their slots must not be computed with at this moment."""
@@ -78,16 +75,13 @@ class SyncPrefetch:
 
     def __init__(self, run: RunCopy) -> None:
         self._run = run
-        self.waiting_ns = 0
 
     def start(self, copies: Sequence[Copy]) -> None:
-        begin = time.perf_counter_ns()
         for copy in copies:
             try:
                 self._run(copy)
             except (OSError, RuntimeError, ValueError) as error:
                 raise failed(copy, error) from error
-        self.waiting_ns += time.perf_counter_ns() - begin
 
     def pending(self, layer: int) -> set[int]:
         return set()
@@ -112,7 +106,6 @@ class ThreadPrefetch:
         self._run = run
         self._started: dict[int, list[tuple[Copy, Future[None]]]] = {}
         """Copies of each layer that nobody has waited for; touched by the rank's thread only."""
-        self.waiting_ns = 0
         self._thread = ThreadPoolExecutor(
             1, "expert-prefetch", initializer=_run_on, initargs=(cores,)
         )
@@ -132,13 +125,11 @@ class ThreadPrefetch:
         return {copy.slot for copy, _ in started}
 
     def wait(self, layer: int) -> None:
-        begin = time.perf_counter_ns()
         for copy, future in self._started.pop(layer, ()):
             try:
                 future.result()
             except (OSError, RuntimeError, ValueError) as error:
                 raise failed(copy, error) from error
-        self.waiting_ns += time.perf_counter_ns() - begin
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -160,9 +151,8 @@ class StreamPrefetch:
 
     def __init__(self, run: RunCopy) -> None:
         self._run = run
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._events: dict[int, torch.cuda.Event] = {}
-        self.waiting_ns = 0
 
     def start(self, copies: Sequence[Copy]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
+import numpy as np
+
+from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 from vllm_balance.initial_placement import InitialPlacement, read_map
@@ -54,6 +56,8 @@ def configure(vllm_config: Any) -> None:
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
+    if config.fetches:
+        settled["dynamic_slots"] = redundant // deployment.num_ranks
     if config.map is not None:
         settled["map"] = str(Path(config.map).expanduser().resolve())
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
@@ -85,9 +89,24 @@ def initial_placement(vllm_config: Any) -> InitialPlacement | None:
         BalancerError: the placement cannot be read or does not fit the model and the ranks.
     """
     config = settings_of(vllm_config)
-    if config is None or config.map is None:
+    if config is None:
+        return None
+    if config.fetches:
+        return _home_placement(vllm_config, config.num_redundant_experts or 0)
+    if config.map is None:
         return None
     return placement_of(read_map(config.map), vllm_config, config.num_redundant_experts or 0)
+
+
+def _home_placement(vllm_config: Any, num_slots: int) -> InitialPlacement:
+    """Every rank holds its home experts in linear order, then empty dynamic slots."""
+    parallel = vllm_config.parallel_config
+    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    layers = moe_layers(vllm_config.model_config.hf_text_config)
+    home_SE = np.arange(vllm_config.model_config.get_num_experts()).reshape(num_ranks, -1)
+    empty_SD = np.full((num_ranks, num_slots // num_ranks), -1)
+    slots_P = np.concatenate([home_SE, empty_SD], axis=1).ravel()
+    return InitialPlacement.of("home experts", layers, np.tile(slots_P, (len(layers), 1)))
 
 
 def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
@@ -144,7 +163,8 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
-    if parallel.enable_eplb and (config.name == "gem" or not config.replicates):
+    stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
+    if parallel.enable_eplb and stays:
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
@@ -180,6 +200,11 @@ def read_deployment(vllm_config: Any) -> Deployment:
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
+        free_host_bytes=_usable_bytes(vllm_config, True, local_ranks),
+        on_cpu=on_cpu,
+        is_eager=bool(model.enforce_eager),
+        one_machine=parallel.nnodes == 1
+        and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
     )
 
 
@@ -218,8 +243,8 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb = copy.copy(parallel.eplb_config)
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
-    if config.name == "gem":
-        # Its placement stays; a step counter never gets here.
+    if config.fetches or config.name in LOADED_BY_MAP:
+        # The placement stays; a step counter never gets here.
         eplb.window_size, eplb.step_interval = 1, sys.maxsize
     if current_platform.is_cpu():
         # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
@@ -233,6 +258,9 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
 def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
     from vllm.logger import init_logger
 
+    if config.fetches:
+        _announce_slots(config, redundant // deployment.num_ranks, deployment)
+        return
     extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
     init_logger("vllm_balance").info(
         "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
@@ -243,4 +271,21 @@ def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) ->
         deployment.num_ranks,
         extra / 2**30,
         extra / deployment.num_ranks / 2**30,
+    )
+
+
+def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) -> None:
+    from vllm.logger import init_logger
+
+    per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
+    init_logger("vllm_balance").info(
+        "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
+        "per rank); the host store of all experts takes %.2f GiB, %.2f GiB are free.",
+        config.name,
+        deployment.num_experts,
+        deployment.num_ranks,
+        slots,
+        per_rank / 2**30,
+        deployment.store_bytes / 2**30,
+        deployment.free_host_bytes / 2**30,
     )

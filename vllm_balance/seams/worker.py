@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,12 +13,16 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
-from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
+from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.routing import FETCHING, ROUTING, FetchingPolicy, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import initial_placement, settings_of
 from vllm_balance.seams.loading import PlacedLoading, layer_index, load_by
 from vllm_balance.seams.router import BALANCER
+from vllm_balance.seams.slots import ModelSlots
+
+Balancer = TypeVar("Balancer", bound=LayerBalancer)
 
 
 class BalancedWorker:
@@ -58,16 +64,32 @@ class BalancedWorker:
             )
         if self.balancer_config.replay is not None:
             self._register_replay(vllm_config, runners)
-        policy = make_policy(self.balancer_config)
         self.worker_balancer = WorkerBalancer(
-            balancer=policy.name,
+            balancer=self.balancer_config.name,
             rank=get_ep_group().rank_in_group,
             placement=self._verified_placement(vllm_config, runners),
         )
-        for runner in runners:
-            layer = bind_layer(runner, policy, self.balancer_config, self.loading)
-            self.worker_balancer.layers.append(layer)
+        if self.balancer_config.fetches:
+            self._bind_slots(runners)
+        else:
+            make = partial(LayerBalancer, policy=make_policy(self.balancer_config))
+            for runner in runners:
+                layer = bind_layer(runner, make, self.balancer_config, self.loading)
+                self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+
+    def _bind_slots(self, runners: list[Any]) -> None:
+        from vllm.distributed import get_ep_group
+
+        config = self.balancer_config
+        shared = ModelSlots(runners, config, get_ep_group())
+        policy = make_fetching_policy(config)
+        layers = []
+        for index, runner in enumerate(runners):
+            make = partial(shared.maker(index), policy=policy)
+            layers.append(bind_layer(runner, make, config, self.loading))
+        shared.connect(layers, min_pairs=0)
+        self.worker_balancer.layers.extend(layers)
 
     def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
         """What the status says of the initial placement; every rank takes part or none.
@@ -125,6 +147,15 @@ def make_policy(config: BalancerConfig) -> RoutingPolicy:
     return policy()
 
 
+def make_fetching_policy(config: BalancerConfig) -> FetchingPolicy:
+    """The policy with dynamic slots that the settings name."""
+    rules = Rules(
+        threshold_tokens=config.threshold_tokens or 32,
+        knee_tokens=config.knee_tokens or default_knee_tokens(),
+    )
+    return FETCHING[config.name](rules)
+
+
 def default_knee_tokens() -> float:
     """Tokens per expert where its GEMM turns compute-bound, without a profile of the device.
 
@@ -140,11 +171,16 @@ def default_knee_tokens() -> float:
 
 def bind_layer(
     runner: Any,
-    policy: RoutingPolicy,
+    make: Callable[..., Balancer],
     config: BalancerConfig,
     loading: PlacedLoading | None = None,
-) -> LayerBalancer:
-    """Gives one layer's router and dispatch their balancer; `loading` put its weights in place."""
+) -> Balancer:
+    """Gives one layer's router and dispatch their balancer.
+
+    Args:
+        make: the balancer from the keyword arguments that every one takes.
+        loading: what put the layer's weights in place.
+    """
     from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
         MoEPrepareAndFinalizeNaiveDPEPModular,
@@ -154,9 +190,8 @@ def bind_layer(
     kernel = runner.routed_experts.quant_method.moe_kernel
     dispatch = None if kernel is None else kernel.prepare_finalize
     gathers = isinstance(dispatch, MoEPrepareAndFinalizeNaiveDPEPModular)
-    balancer = LayerBalancer(
+    balancer = make(
         layer_name=runner.layer_name,
-        policy=policy,
         tables=_tables(runner, group.world_size, loading),
         way=way_of_exchange(
             data_parallel_size=runner.moe_config.dp_size,
