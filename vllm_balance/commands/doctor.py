@@ -95,8 +95,9 @@ def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
     from vllm_balance.seams.arguments import ARGUMENT_SEAMS
     from vllm_balance.seams.cpu import CPU_SEAMS
     from vllm_balance.seams.router import ROUTER_SEAMS
+    from vllm_balance.seams.server import SERVER_SEAMS
 
-    return (*ARGUMENT_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if cpu else ()))
+    return (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if cpu else ()))
 
 
 def examine() -> Findings:
