@@ -11,7 +11,6 @@ does from itself cannot be ranked by anybody, and are counted apart.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from bench import markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.commands.expert_probe import Probe, kernel_isa, probing
@@ -33,7 +33,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Row = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "placement_accuracy.jsonl"
 PAGE = ROOT / "docs" / "placement.md"
-MARKED = re.compile(r"(<!-- placement:accuracy -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHES = {"decode": 32, "prefill": 512}
 STEPS, RANDOM_PLACEMENTS, RANKS, SEED = 6, 5, 2, 0
 console = Console()
@@ -55,7 +54,7 @@ def run(
                     rows.write(json.dumps({**row, **provenance()}) + "\n")
                 console.print({k: v for k, v in row.items() if not isinstance(v, dict)})
     if docs:
-        PAGE.write_text(MARKED.sub(lambda found: found[1] + _table() + found[2], PAGE.read_text()))
+        PAGE.write_text(markdown.filled(PAGE, "accuracy", _table))
 
 
 def measure(trace: traces.Trace) -> Iterator[Row]:
@@ -151,11 +150,11 @@ def agreement(rows: list[Row]) -> tuple[int, int, int]:
     return right, rankable, total
 
 
-def _table() -> str:
+def _table(_: str) -> str:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     rows = list({(row["trace"], row["batch"]): row for row in rows}.values())
     head = ["batch", "fit error", "time error", "ranked as measured", "of pairs", "too close"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    body = []
     for kind in (*BATCHES, "both"):
         own = [row for row in rows if kind in (row["batch"], "both")]
         right, rankable, total = agreement(own)
@@ -166,10 +165,10 @@ def _table() -> str:
         ]
         fits = statistics.median(row["fit_error"] for row in own)
         cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", f"{right / rankable:.1%}"]
-        lines.append([kind, *cells, str(rankable), str(total - rankable)])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        body.append([kind, *cells, str(rankable), str(total - rankable)])
     origin = f"{len({row['trace'] for row in rows})} traces; {rows[-1]['machine']}; commit"
-    return f"{text}\n\nMeasured on {origin} {rows[-1]['commit']}; seed {SEED}.\n"
+    origin = f"Measured on {origin} {rows[-1]['commit']}; seed {SEED}."
+    return f"{markdown.table(head, body)}\n\n{origin}"
 
 
 if __name__ == "__main__":
