@@ -116,7 +116,8 @@ class HostStore:
         Raises:
             BalancerError: the driver refuses.
         """
-        status = torch.cuda.cudart().cudaHostRegister(self._rows_LEB.data_ptr(), self.size_bytes, 0)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = runtime.cudaHostRegister(self._rows_LEB.data_ptr(), self.size_bytes, 0)
         if int(status) != 0:
             raise BalancerError(
                 f"CUDA cannot pin the {self.size_bytes:,} bytes of the host store (error "

@@ -13,10 +13,12 @@ import numpy as np
 from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
+from vllm_balance.exchange import way_of_exchange
 from vllm_balance.initial_placement import InitialPlacement, read_map
 from vllm_balance.maps import PlacementMap
 from vllm_balance.model_shape import ModelShape, from_mapping
 from vllm_balance.replay_rows import draw
+from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.versions import unsupported_version
 
 _WORKERS = {
@@ -67,6 +69,7 @@ def configure(vllm_config: Any) -> None:
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
+    install_in_api_server()
     _announce(config, redundant, deployment)
 
 
@@ -163,6 +166,11 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
+    way_of_exchange(
+        data_parallel_size=parallel.data_parallel_size,
+        gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
+        asked_for=config.exchange,
+    )
     stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
     if parallel.enable_eplb and stays:
         raise BalancerError(
@@ -262,7 +270,7 @@ def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) ->
         _announce_slots(config, redundant // deployment.num_ranks, deployment)
         return
     extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
-    init_logger("vllm_balance").info(
+    init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
         "take %.2f GiB in all, %.2f GiB per rank.",
         config.name,
