@@ -1,7 +1,8 @@
 """Runs one table: `python -m bench.run configs/runs/decode.toml`.
 
 Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the machine hits all
-alike. A row is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
+alike. A run file may have cells: skews that every arm's server replays one after the other. A row
+is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
 bench/results/; a run that was ended continues behind its last row.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,25 +23,33 @@ from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Arm, Server
 
 RESULTS = ROOT / "bench" / "results"
+REARRANGED = ("eplb", "first_copy", "metro")
+"""Balancers whose experts vLLM's EPLB places anew."""
 console = Console()
 
 
 def run(
     file: Annotated[Path, typer.Argument(help="A run file, e.g. configs/runs/decode.toml.")],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
+    arms: Annotated[str, typer.Option(help="Only these arms, with commas between.")] = "",
+    cells: Annotated[str, typer.Option(help="Only these cells, with commas between.")] = "",
 ) -> None:
     """Run all arms of a run file and append their rows to bench/results/."""
     settings = tomllib.loads(file.read_text())
+    of_cells = chosen(settings.get("cells", {"": settings["replay"]}), cells)
+    of_arms = chosen(settings["arms"], arms)
     results = RESULTS / f"{file.stem}.jsonl"
     digest = config_hash(settings)
     done = _rows(results, digest)
     model = real_size_model.ensure(**settings["model"])
     order = [*settings["arms"], *reversed(settings["arms"])] * rounds
     for position, name in enumerate(order):
-        if any(row["position"] == position and row["arm"] == name for row in done):
+        measured_cells = {row.get("cell", "") for row in done if row["position"] == position}
+        todo = {cell: skew for cell, skew in of_cells.items() if cell not in measured_cells}
+        if name not in of_arms or not todo:
             continue
         console.print(f"[bold]{position + 1}/{len(order)} {name}[/]")
-        for measured in _measure(name, settings, model):
+        for measured in _measure(name, settings, model, todo):
             row = {
                 "run": file.stem,
                 "arm": name,
@@ -51,6 +61,15 @@ def run(
             }
             _append(results, row)
             console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
+
+
+def chosen(named: dict[str, Any], names: str) -> dict[str, Any]:
+    """Those with one of the names, all if there are none.
+
+    Raises:
+        KeyError: a name that does not exist.
+    """
+    return {name: named[name] for name in names.split(",")} if names else named
 
 
 def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
@@ -71,9 +90,10 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     own = settings["arms"][name]
     balancer = own.get("balancer", name)
     asked = {key: value for key, value in own.items() if key != "balancer"}
-    if balancer != "static":
+    if balancer in REARRANGED:
         asked |= settings.get("eplb", {})
-    asked["replay"] = {**settings["replay"], "seed": settings["seed"]}
+    first = next(iter(settings["cells"].values())) if "cells" in settings else settings["replay"]
+    asked["replay"] = {**first, "seed": settings["seed"]}
     serve = settings["serve"]
     return Arm(
         name=name,
@@ -94,21 +114,36 @@ def _prompts(load: dict[str, Any], seed: int) -> list[str]:
     ]
 
 
-def _measure(name: str, settings: dict[str, Any], model: Path) -> list[dict[str, Any]]:
-    """One row per repeat, from one fresh and warm server."""
+def _measure(
+    name: str, settings: dict[str, Any], model: Path, cells: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One row per cell and repeat, from one fresh and warm server."""
     load = settings["load"]
     prompts = _prompts(load, settings["seed"])
-    rows = []
+    top_k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
+
+    def send(max_tokens: int) -> client.Load:
+        return client.send(server.url, str(model), prompts, max_tokens=max_tokens)
+
     with Server(arm_of(name, settings), model) as server:
-        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-        for repeat in range(load["repeats"]):
-            server.reset()
-            answers = client.send(server.url, str(model), prompts, max_tokens=load["max_tokens"])
-            ranks = server.status()
-            require_trustworthy(name, ranks)
-            rows.append({"repeat": repeat, **_times(answers), **_counters(ranks)})
-    return rows
+        for cell, skew in cells.items():
+            if cell:
+                server.replay({**skew, "seed": settings["seed"]})
+            send(load["warm_tokens"])
+            send(load["warm_tokens"])
+            for repeat in range(load["repeats"]):
+                server.reset()
+                answers = send(load["max_tokens"])
+                ranks = server.status(per_layer=True)
+                require_trustworthy(name, ranks)
+                where = {"cell": cell} if cell else {}
+                yield {
+                    **where,
+                    "repeat": repeat,
+                    **_times(answers),
+                    **_counters(ranks),
+                    **_balance(ranks, answers.seconds, top_k),
+                }
 
 
 def require_trustworthy(name: str, ranks: list[dict[str, Any]]) -> None:
@@ -150,6 +185,32 @@ def _counters(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "compute_bound_batches": first["compute_bound_batches"],
         "policy": first["balancer"],
     }
+
+
+def _balance(ranks: list[dict[str, Any]], seconds: float, top_k: int) -> dict[str, Any]:
+    """Tokens through the model per second, how long ranks wait for the slowest, and fetches.
+
+    The waiting share is of the time in a layer's experts: 1 - mean / maximum over the ranks, with
+    time for fetches counted as waiting, summed over layers and batches.
+    """
+    first = ranks[0]
+    tokens = first["pairs"] / first["num_layers"] / top_k
+    busy_us = fetch_us = slowest_us = 0.0
+    for layers in zip(*(rank["layers"] for rank in ranks), strict=True):
+        batches = zip(*(layer["recent_experts_us"] for layer in layers), strict=True)
+        for of_ranks in batches:
+            busy_us += sum(of_ranks) / len(ranks)
+            slowest_us += max(of_ranks)
+        fetch_us += max(layer.get("fetch_wait_us", 0.0) for layer in layers)
+    found = {
+        "model_tokens_per_s": tokens / seconds,
+        "waiting_share": 1 - busy_us / (slowest_us + fetch_us),
+        "fetch_wait_share": fetch_us / (slowest_us + fetch_us),
+    }
+    for name in ("fetches", "early_fetches", "early_hits", "hits", "wasted_bytes", "evictions"):
+        if name in first:
+            found[name] = sum(rank[name] for rank in ranks)
+    return found
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=moe_balancer``, which
 names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
-``POST /moe_balancer/reset`` sets all counters to zero.
+``POST /moe_balancer/reset`` sets all counters to zero. ``POST /moe_balancer/replay`` is for
+benchmarks: another skew for a server whose routing is a replay.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ async def reset(request: Request) -> dict[str, str]:
     """Sets the counters of every rank to zero."""
     await _ask(request, "moe_balancer_reset", {})
     return {"status": "reset"}
+
+
+@router.post("/moe_balancer/replay")
+async def replay(request: Request) -> dict[str, str]:
+    """Benchmarks only: replays another skew, in a server that was started with `replay`."""
+    await _ask(request, "moe_balancer_replay", {"settings": await request.json()})
+    return {"status": "replaying"}
 
 
 async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[Any]:

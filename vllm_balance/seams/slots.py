@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,9 @@ from vllm_balance.experts.prefetch import (
     SyncPrefetch,
     ThreadPrefetch,
 )
+from vllm_balance.fetch_cost import FetchCost
+from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.seams.fetch_speed import copy_bytes_per_s, token_us
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
 
@@ -55,7 +59,46 @@ class ModelSlots:
         )
         return partial(SlotBalancer, dynamic=dynamic)
 
-    def connect(self, layers: list[SlotBalancer], min_pairs: float) -> None:
+    def rules(self, knee_tokens: float) -> Rules:
+        """What the schedules decide by, the same on every rank; a collective, and logged.
+
+        Raises:
+            BalancerError: nothing could be measured.
+        """
+        threshold = self._config.threshold_tokens
+        if threshold is None:
+            threshold = self._measured_threshold()
+        # A copy takes the core that computes, unless a device copies on its own.
+        is_hidden = not self._on_cpu and self._config.prefetch != "sync"
+        return Rules(
+            threshold_tokens=threshold,
+            fetch_tokens=0 if is_hidden else threshold,
+            knee_tokens=knee_tokens,
+        )
+
+    def _measured_threshold(self) -> int:
+        """q from the speeds of this device, means over the ranks."""
+        from vllm.logger import init_logger
+
+        first, layout = self._runners[0].moe_config, self.store.layout
+        slot = first.num_logical_experts // self._group.world_size
+
+        def copy(expert: int) -> None:
+            self._copy(Copy(layer=0, expert=expert, slot=slot))
+            if not self._on_cpu:
+                torch.cuda.synchronize()
+
+        own = (
+            copy_bytes_per_s(copy, layout.expert_bytes, first.num_logical_experts),
+            token_us(self._runners[0].routed_experts),
+        )
+        of_ranks = _share(self._group, own)
+        speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
+        cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
+        init_logger("vllm_balance").info("MoE balancer %s: %s.", self._config.name, cost)
+        return cost.threshold_tokens
+
+    def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:
         """Tells the experts of each layer what to wait for, and each layer which one is next."""
         for layer in layers:
             if layer.experts is not None:
@@ -65,7 +108,7 @@ class ModelSlots:
             return
         for index, layer in enumerate(layers[:-1]):
             layer.following = layers[index + 1]
-            layer.look_ahead = self._look_ahead(index + 1, layer, min_pairs)
+            layer.look_ahead = self._look_ahead(index + 1, layer, knee_tokens)
 
     def _fill_store(self) -> HostStore:
         layouts = {ExpertLayout.of(tensors) for tensors in self._tensors_L}
@@ -109,7 +152,7 @@ class ModelSlots:
             non_blocking=not self._on_cpu,
         )
 
-    def _look_ahead(self, index: int, layer: SlotBalancer, min_pairs: float) -> LookAhead:
+    def _look_ahead(self, index: int, layer: SlotBalancer, knee_tokens: float) -> LookAhead:
         runner = self._runners[index]
         if runner.gate is None:
             raise BalancerError(
@@ -124,7 +167,7 @@ class ModelSlots:
             rank=layer.rank,
             num_ranks=layer.tables.num_ranks,
             all_reduce=layer.all_reduce,
-            min_pairs=min_pairs,
+            min_pairs=knee_tokens * runner.moe_config.num_logical_experts,
         )
 
 

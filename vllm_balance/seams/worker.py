@@ -13,8 +13,8 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
-from vllm_balance.kernels.rebalance import Rules
-from vllm_balance.routing import FETCHING, ROUTING, FetchingPolicy, LayerTables, RoutingPolicy
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.routing import FETCHING, ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import initial_placement, settings_of
@@ -31,6 +31,8 @@ class BalancedWorker:
     balancer_config: BalancerConfig
     worker_balancer: WorkerBalancer
     loading: PlacedLoading | None
+    _replay_as: Callable[[ReplaySettings], None] | None = None
+    """Routes by these settings from now on; None if the model's own router decides."""
 
     def read_settings(self, vllm_config: Any) -> None:
         """Takes the balancer's settings out of the config that reached this process."""
@@ -63,7 +65,8 @@ class BalancedWorker:
                 f"balanced; leave the flag away."
             )
         if self.balancer_config.replay is not None:
-            self._register_replay(vllm_config, runners)
+            self._replay_as = partial(_register_replay, vllm_config, runners)
+            self._replay_as(self.balancer_config.replay)
         self.worker_balancer = WorkerBalancer(
             balancer=self.balancer_config.name,
             rank=get_ep_group().rank_in_group,
@@ -83,12 +86,13 @@ class BalancedWorker:
 
         config = self.balancer_config
         shared = ModelSlots(runners, config, get_ep_group())
-        policy = make_fetching_policy(config)
+        knee_tokens = config.knee_tokens or default_knee_tokens()
+        policy = FETCHING[config.name](shared.rules(knee_tokens))
         layers = []
         for index, runner in enumerate(runners):
             make = partial(shared.maker(index), policy=policy)
             layers.append(bind_layer(runner, make, config, self.loading))
-        shared.connect(layers, min_pairs=0)
+        shared.connect(layers, knee_tokens)
         self.worker_balancer.layers.extend(layers)
 
     def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
@@ -118,18 +122,6 @@ class BalancedWorker:
             )
         return f"{placement.origin} {placement.checksum[:12]} verified"
 
-    def _register_replay(self, vllm_config: Any, runners: list[Any]) -> None:
-        from vllm_balance import replay
-
-        assert self.balancer_config.replay is not None
-        replay.register(
-            self.balancer_config.replay,
-            num_layers=len(runners),
-            num_experts=vllm_config.model_config.get_num_experts(),
-            top_k=runners[0].moe_config.experts_per_token,
-            rank=vllm_config.parallel_config.data_parallel_rank,
-        )
-
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
         return self.worker_balancer.status(per_layer=per_layer)
@@ -138,6 +130,34 @@ class BalancedWorker:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
         self.worker_balancer.reset()
 
+    def moe_balancer_replay(self, settings: dict[str, Any]) -> None:
+        """Replays another skew from now on; for ``collective_rpc`` of benchmarks.
+
+        Raises:
+            BalancerError: the server was started without `replay`, or the settings do not fit.
+        """
+        if self._replay_as is None:
+            raise BalancerError(
+                "The routing is the model's own, so no other skew can be replayed. Start the "
+                "server with `replay` in --moe-balancer-config."
+            )
+        try:
+            self._replay_as(ReplaySettings.model_validate(settings))
+        except ValueError as error:
+            raise BalancerError(f"`replay` cannot be changed: {error}.") from error
+
+
+def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySettings) -> None:
+    from vllm_balance import replay
+
+    replay.register(
+        settings,
+        num_layers=len(runners),
+        num_experts=vllm_config.model_config.get_num_experts(),
+        top_k=runners[0].moe_config.experts_per_token,
+        rank=vllm_config.parallel_config.data_parallel_rank,
+    )
+
 
 def make_policy(config: BalancerConfig) -> RoutingPolicy:
     """The routing policy that the settings name."""
@@ -145,15 +165,6 @@ def make_policy(config: BalancerConfig) -> RoutingPolicy:
     if policy is MetroRouting:
         return MetroRouting(knee_tokens=config.knee_tokens or default_knee_tokens())
     return policy()
-
-
-def make_fetching_policy(config: BalancerConfig) -> FetchingPolicy:
-    """The policy with dynamic slots that the settings name."""
-    rules = Rules(
-        threshold_tokens=config.threshold_tokens or 32,
-        knee_tokens=config.knee_tokens or default_knee_tokens(),
-    )
-    return FETCHING[config.name](rules)
 
 
 def default_knee_tokens() -> float:
