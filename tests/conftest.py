@@ -1,4 +1,4 @@
-"""Makes ``cases``, ``serving`` (a real server) and ``bench`` importable from any folder.
+"""Makes ``cases``, ``gloo``, ``serving`` (a real server) and ``bench`` importable from any folder.
 
 Neither ``tests`` nor the repository's root may be on sys.path: with one of them there, ``kernels``
 would become a top-level package, and transformers probes for a package of that name.
@@ -37,3 +37,4 @@ if "bench" not in sys.modules:
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]
 _load("cases", TESTS / "cases.py")
 _load("serving", TESTS / "server" / "serving.py")
+_load("gloo", TESTS / "distributed" / "gloo.py")

@@ -27,7 +27,7 @@ ROWS = [
     ["plugin"],
     ["commands", "endpoint"],
     ["seams"],
-    ["deployment", "balancer", "simulate", "initial_placement"],
+    ["deployment", "slot_deployment", "balancer", "slot_balancer", "simulate", "initial_placement"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "fetch_cost", "profiles", "maps"],
     ["metrics", "replay", "replay_rows", "traces", "trace_summary", "model_shape", "documents"],

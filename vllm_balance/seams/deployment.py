@@ -20,6 +20,7 @@ from vllm_balance.model_shape import ModelShape, from_mapping
 from vllm_balance.replay_rows import draw
 from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.versions import unsupported_version
+from vllm_balance.slot_deployment import num_dynamic_slots
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_balance.seams.worker_cpu.BalancedCPUWorker",
@@ -52,7 +53,10 @@ def configure(vllm_config: Any) -> None:
     config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
     deployment = read_deployment(vllm_config)
-    redundant = num_redundant_experts(config, deployment)
+    if config.fetches:
+        redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
+    else:
+        redundant = num_redundant_experts(config, deployment)
     if found is not None:
         placement_of(found, vllm_config, redundant)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
