@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """Run all arms of a run file and append their rows to bench/results/."""
     settings = tomllib.loads(file.read_text())
-    of_cells = chosen(settings.get("cells", {"": settings["replay"]}), cells)
+    of_cells = chosen(skews_of(settings), cells)
     of_arms = chosen(settings["arms"], arms)
     results = RESULTS / f"{file.stem}.jsonl"
     digest = config_hash(settings)
@@ -61,6 +61,14 @@ def run(
             }
             _append(results, row)
             console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
+
+
+def skews_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The skew of each cell; a file without cells has one without a name."""
+    if "cells" in settings:
+        skews: dict[str, Any] = settings["cells"]
+        return skews
+    return {"": settings["replay"]}
 
 
 def chosen(named: dict[str, Any], names: str) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     asked = {key: value for key, value in own.items() if key != "balancer"}
     if balancer in REARRANGED:
         asked |= settings.get("eplb", {})
-    first = next(iter(settings["cells"].values())) if "cells" in settings else settings["replay"]
+    first = next(iter(skews_of(settings).values()))
     asked["replay"] = {**first, "seed": settings["seed"]}
     serve = settings["serve"]
     return Arm(
