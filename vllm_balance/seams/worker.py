@@ -15,10 +15,11 @@ from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.router import BALANCER
 
 
-class BalancedWorker:
+class BalancedWorker(RecordingWorker):
     """Mixed in front of a vLLM worker class: binds the balancer to the model once it is loaded."""
 
     balancer_config: BalancerConfig
@@ -60,6 +61,9 @@ class BalancedWorker:
             layer = bind_layer(runner, policy, self.balancer_config)
             self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+        self.attach_recorder(
+            vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
+        )
 
     def _register_replay(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm_balance import replay
@@ -75,7 +79,8 @@ class BalancedWorker:
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
-        return self.worker_balancer.status(per_layer=per_layer)
+        status = self.worker_balancer.status(per_layer=per_layer)
+        return {**status, "recording": self.moe_record_status()}
 
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
