@@ -99,7 +99,7 @@ class RecordingFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file if it were closed now."""
+        """Size that the file would have at most if it were closed now."""
         return self._file.tell() + self._directory_bytes
 
     def append(self, arrays: Mapping[str, Array]) -> bool:
