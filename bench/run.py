@@ -49,7 +49,7 @@ def run(
                 **measured,
                 **provenance(),
             }
-            _append(results, row)
+            append(results, row)
             console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
 
 
@@ -60,7 +60,8 @@ def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["config_hash"] == digest]
 
 
-def _append(results: Path, row: dict[str, Any]) -> None:
+def append(results: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file of results, which is made if it is missing."""
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -85,7 +86,8 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     )
 
 
-def _prompts(load: dict[str, Any], seed: int) -> list[str]:
+def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
+    """The prompts of a load, drawn with a seed."""
     words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
     pick = random.Random(seed)
     return [
@@ -97,7 +99,7 @@ def _prompts(load: dict[str, Any], seed: int) -> list[str]:
 def _measure(name: str, settings: dict[str, Any], model: Path) -> list[dict[str, Any]]:
     """One row per repeat, from one fresh and warm server."""
     load = settings["load"]
-    prompts = _prompts(load, settings["seed"])
+    prompts = prompts_of(load, settings["seed"])
     rows = []
     with Server(arm_of(name, settings), model) as server:
         client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
