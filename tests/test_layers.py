@@ -33,7 +33,9 @@ ROWS = [
     [
         "metrics",
         "recorder",
+        "recorded",
         "recording",
+        "step_writer",
         "replay",
         "replay_rows",
         "traces",

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_balance import recorder as module
-from vllm_balance import traces
+from vllm_balance import recorder as recorder_module
+from vllm_balance import step_writer, traces
 from vllm_balance.errors import BalancerError
-from vllm_balance.recorder import RecordedModel, Recorder, Step
+from vllm_balance.recorder import RecordedModel, Recorder
 from vllm_balance.recording import Phase, RecordingFile, RecordSettings
+from vllm_balance.step_writer import Step
 
 LAYERS, EXPERTS, TOP_K = 3, 7, 2
 
@@ -62,12 +63,12 @@ def run(chosen: Recorder, number: int, ids_LTK: torch.Tensor, **step) -> None:
 @pytest.mark.parametrize("what", ["counts", "ids"])
 def test_what_layers_add_is_in_the_file(tmp_path, monkeypatch, dtype, sizes, what):
     """Also over many blocks: they hold three steps, or sixteen tokens."""
-    monkeypatch.setattr(module, "BLOCK_BYTES", 3 * 4 * LAYERS * (EXPERTS + 1))
+    monkeypatch.setattr(recorder_module, "BLOCK_BYTES", 3 * 4 * LAYERS * (EXPERTS + 1))
     chosen = recorder()
     chosen.start(settings(tmp_path, what))
     batches = [random_ids(size, seed).to(dtype) for seed, size in enumerate(sizes)]
     for number, ids_LTK in enumerate(batches):
-        while not chosen._free:
+        while not chosen._writer._free:
             threading.Event().wait(0.001)
         run(chosen, number, ids_LTK)
     chosen.stop()
@@ -120,7 +121,7 @@ def test_all_tokens_to_one_expert_beyond_sixteen_bits(tmp_path):
 
 def test_it_is_written_without_a_stop(tmp_path, monkeypatch):
     """What a killed server leaves: a thread writes what there is, every few seconds."""
-    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
     chosen = recorder()
     chosen.start(settings(tmp_path))
     run(chosen, 0, random_ids(4, 0))
@@ -131,7 +132,7 @@ def test_it_is_written_without_a_stop(tmp_path, monkeypatch):
 
 
 def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FLUSH_S", 0.01)
+    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
     lines = []
     chosen = recorder(log=lines.append)
     limit = 2**16
@@ -153,7 +154,7 @@ def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch
 
 
 def test_steps_are_dropped_and_counted_if_the_writer_is_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * LAYERS * (EXPERTS + 1))
+    monkeypatch.setattr(recorder_module, "BLOCK_BYTES", 4 * LAYERS * (EXPERTS + 1))
     may_write = threading.Event()
     append = RecordingFile.append
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance import recording, traces
+from vllm_balance import recorded, recording, traces
 from vllm_balance.errors import BalancerError
 from vllm_balance.recording import Phase, RecordingFile, RecordSettings, path_of_rank
 
@@ -231,8 +231,8 @@ def test_a_recording_without_a_step_and_a_newer_format_are_refused(tmp_path):
 def test_an_ordinary_archive_is_no_recording(tmp_path):
     np.savez(tmp_path / "a.npz", counts=np.ones((1, 1, 1), int))
     (tmp_path / "b.npz").write_bytes(io.BytesIO().getvalue())
-    assert recording.read(tmp_path / "a.npz") is None
-    assert recording.read(tmp_path / "b.npz") is None
+    assert recorded.read(tmp_path / "a.npz") is None
+    assert recorded.read(tmp_path / "b.npz") is None
 
 
 def test_a_file_is_made_only_where_there_is_none(tmp_path):

@@ -10,7 +10,7 @@ A trace is an ``.npz`` file without pickles that holds either of
 beside the scalars ``num_experts`` and ``top_k`` (may be left out beside ``topk_ids``), and
 optionally ``layer_index`` [layers]: which layer of the model each one is (0, 1, 2 ... if it is
 missing). Other arrays are ignored. What a server recorded holds the same arrays in chunks;
-``recording.py`` describes and joins them.
+``recording.py`` describes them and ``recorded.py`` joins them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_balance import recording
+from vllm_balance import recorded
 from vllm_balance.errors import BalancerError
 from vllm_balance.recording import Phase
 
@@ -194,7 +194,7 @@ def load(path: Path) -> Trace:
     if not path.is_file():
         raise BalancerError(f"Trace {path} does not exist or is not a file.")
     try:
-        arrays = recording.read(path)
+        arrays = recorded.read(path)
         held = [] if arrays is None else list(arrays)
         if arrays is None:
             arrays, held = _read_npz(path)

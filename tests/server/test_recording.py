@@ -9,7 +9,7 @@ from serving import FLOAT32, PROMPTS, TENSOR_PARALLEL, serve
 
 from bench.server import descendants
 from vllm_balance import traces
-from vllm_balance.recorder import FLUSH_S
+from vllm_balance.step_writer import FLUSH_S
 
 pytestmark = pytest.mark.timeout(900)
 

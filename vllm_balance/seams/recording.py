@@ -9,8 +9,9 @@ import numpy as np
 
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.errors import BalancerError
-from vllm_balance.recorder import RecordedModel, Recorder, Step
+from vllm_balance.recorder import RecordedModel, Recorder
 from vllm_balance.recording import Phase, RecordSettings
+from vllm_balance.step_writer import Step
 
 
 class RecordingWorker:
