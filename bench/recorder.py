@@ -17,7 +17,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from bench import client, real_size_model
+from bench import client, markdown, real_size_model
 from bench.provenance import ROOT, config_hash, provenance
 from bench.run import append, arm_of, prompts_of
 from bench.server import Server
@@ -28,7 +28,7 @@ console = Console()
 
 
 def recorder() -> None:
-    """Append one row per burst to bench/results/recorder.jsonl and print the ratios."""
+    """Append one row per burst to bench/results/recorder.jsonl and print the table."""
     settings = tomllib.loads(RUN.read_text())
     model = real_size_model.ensure(**settings["model"])
     load, order = settings["load"], settings["recordings"]["order"]
@@ -47,7 +47,7 @@ def recorder() -> None:
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
     for row in rows:
         append(ROOT / "bench" / "results" / "recorder.jsonl", origin | row | provenance())
-    _print_ratios(rows)
+    console.print(table(rows))
 
 
 def _burst(
@@ -80,19 +80,31 @@ def _post(server: Server, action: str, body: dict[str, str] | None) -> list[dict
     return ranks
 
 
-def _print_ratios(rows: list[dict[str, Any]]) -> None:
-    tpot_ms = {
-        arm: [row["tpot_ms"] for row in rows if row["arm"] == arm]
-        for arm in ("off", "counts", "ids")
-    }
-    base = statistics.median(tpot_ms["off"])
-    for arm, values in tpot_ms.items():
-        median = statistics.median(values)
-        spread = (max(values) - min(values)) / median
-        console.print(
-            f"{arm}: median TPOT {median:.2f} ms of {len(values)} bursts, {median / base - 1:+.2%} "
-            f"against off; from least to most {spread:.1%}"
+def table(rows: list[dict[str, Any]]) -> str:
+    """Per arm: time per token, against no recording, and what a step takes in the file."""
+    bursts = {arm: [row for row in rows if row["arm"] == arm] for arm in ("off", "counts", "ids")}
+    base_ms = statistics.median(row["tpot_ms"] for row in bursts["off"])
+    body = []
+    for arm, own in bursts.items():
+        values_ms = [row["tpot_ms"] for row in own]
+        median_ms = statistics.median(values_ms)
+        steps = sum(row.get("steps", 0) for row in own)
+        size = f"{sum(row['bytes'] for row in own) / steps:,.0f}" if steps else "-"
+        dropped = str(sum(row.get("dropped_steps", 0) for row in own))
+        body.append(
+            [
+                arm,
+                str(len(own)),
+                f"{median_ms:.1f}",
+                f"{median_ms / base_ms - 1:+.2%}",
+                f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
+                size,
+                dropped,
+            ]
         )
+    headings = ("recording", "bursts", "TPOT ms", "against off", "least to most", "bytes a step",
+                "dropped steps")  # fmt: skip
+    return markdown.table(headings, body)
 
 
 if __name__ == "__main__":

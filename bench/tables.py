@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from bench import markdown
+from bench import markdown, recorder
 from bench.provenance import ROOT
 
 Row = dict[str, Any]
@@ -50,7 +50,19 @@ def tables(
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    return exchange_table() if run == "exchange" else arms_table(run)
+    kinds = {"exchange": exchange_table, "recorder": recorder_table}
+    return kinds[run]() if run in kinds else arms_table(run)
+
+
+def recorder_table() -> str:
+    """What a recording costs, by the newest run."""
+    lines = (ROOT / "bench" / "results" / "recorder.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if (row["commit"], row["config_hash"])
+            == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
+    title = tomllib.loads((ROOT / "configs" / "runs" / "recorder.toml").read_text())["title"]
+    origin = _origin(rows[-1], "bench.recorder")
+    return "\n".join((f"{title}. Medians over bursts.", "", recorder.table(rows), "", origin))
 
 
 def exchange_table() -> str:

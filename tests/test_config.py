@@ -111,7 +111,7 @@ def test_a_recording_of_two_files_or_with_wrong_settings():
     assert "Name one file" in message(read, "metro", other, "t.npz")
     assert "Name one file" in message(read, "metro", '{"record": "other.npz"}', "t.npz")
     text = message(parse, {"name": "metro", "record": {"file": "t.npz", "wat": "ids"}})
-    assert "Unknown key 'wat'. Did you mean 'what'?" in text
+    assert "Unknown key 'record.wat'. Did you mean 'record.what'?" in text
 
 
 def test_an_unknown_key_of_the_replay_gets_the_nearest_of_its_keys():
