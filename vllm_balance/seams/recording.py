@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -132,14 +133,13 @@ class RecordingWorker:
         if not with_tokens:
             return step
         computed = _num_computed(scheduler_output)
-        start_R = [computed[request] for request in request_ids]
-        ends_T = np.repeat(np.cumsum(num_tokens_R) - num_tokens_R - start_R, num_tokens_R)
-        return Step(
-            number=step.number,
-            phase=phase,
-            num_tokens=step.num_tokens,
+        start_R = np.array([computed[request] for request in request_ids])
+        first_token_R = np.cumsum(num_tokens_R) - num_tokens_R
+        return replace(
+            step,
             request_id_T=np.repeat(self._numbers(scheduler_output, request_ids), num_tokens_R),
-            position_T=np.arange(step.num_tokens) - ends_T,
+            position_T=np.arange(step.num_tokens)
+            + np.repeat(start_R - first_token_R, num_tokens_R),
             phase_T=np.repeat(phase_R, num_tokens_R),
         )
 
