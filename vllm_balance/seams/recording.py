@@ -60,7 +60,7 @@ class RecordingWorker:
             ),
             captured=None if settings is None else settings.what,
             graphs=vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-            log=init_logger("vllm_balance").warning,
+            log=init_logger(f"vllm.{__name__}").warning,
         )
         for index, layer in enumerate(layers):
             layer.record = partial(self.recorder.add, index)
