@@ -27,7 +27,7 @@ ROWS = [
     ["plugin"],
     ["commands", "endpoint"],
     ["seams"],
-    ["deployment", "balancer", "simulate", "initial_placement"],
+    ["deployment", "balancer", "simulate", "initial_placement", "online"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "profiles", "maps"],
     ["metrics", "replay", "replay_rows", "traces", "trace_summary", "model_shape", "documents"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -114,6 +114,14 @@ class LayerBalancer:
         }
 
 
+class FollowsSteps(Protocol):
+    """What acts between the steps of a worker."""
+
+    def after_step(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerBalancer:
     """The balanced layers of one rank."""
@@ -123,6 +131,13 @@ class WorkerBalancer:
     placement: str = "vLLM's own"
     """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
+    online: FollowsSteps | None = None
+    """What moves experts while serving, if anything does."""
+
+    def after_step(self) -> None:
+        """To be called on every rank after every step of the model."""
+        if self.online is not None:
+            self.online.after_step()
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -147,6 +162,8 @@ class WorkerBalancer:
             **summed,
             "stepped_aside": self._stepped_aside(summed),
         }
+        if self.online is not None:
+            status["online"] = self.online.status()
         if per_layer:
             status["layers"] = layers
         return status

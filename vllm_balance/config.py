@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.replay import STRATEGY
 from vllm_balance.replay_rows import ReplaySettings
 
@@ -53,6 +54,10 @@ class BalancerConfig(BaseModel):
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
     map: str | None = Field(default=None, min_length=1)
     """Placement map (`vllm-balance place`) that the weights are loaded by."""
+    profile: str | None = Field(default=None, min_length=1)
+    """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one."""
+    online: OnlineSettings | None = None
+    """Only gem: moves a few experts while serving, when that pays."""
     replay: ReplaySettings | None = None
     """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
 
@@ -62,6 +67,11 @@ class BalancerConfig(BaseModel):
         if self.name == "gem":
             return bool(self.num_redundant_experts) or (self.redundancy or 1.0) > 1.0
         return self.name != "static"
+
+    @property
+    def uses_eplb(self) -> bool:
+        """Whether it needs the state of vLLM's EPLB: maps and the exchange of weights."""
+        return self.replicates or self.online is not None
 
 
 def parse(settings: Any) -> BalancerConfig:
@@ -159,7 +169,9 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            model = ReplaySettings if item["loc"][0] == "replay" else BalancerConfig
+            inner: dict[Any, type[BaseModel]] = {"replay": ReplaySettings, "online": OnlineSettings}
+            model = inner.get(item["loc"][0], BalancerConfig)
+            model = model if len(item["loc"]) > 1 else BalancerConfig
             parts.append(_unknown("key", str(item["loc"][-1]), model.model_fields))
         else:
             parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")

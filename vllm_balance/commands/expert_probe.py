@@ -78,23 +78,6 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
                 process.terminate()
 
 
-def kernel_isa() -> str:
-    """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
-
-    Raises:
-        BalancerError: this is no x86 CPU; other devices are not profiled yet.
-    """
-    import torch
-    from vllm.platforms import CpuArchEnum, current_platform
-
-    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
-        raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is "
-            f"{current_platform.get_device_name()}. Run it on the machine that serves."
-        )
-    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
-
-
 def _receive(rank: int, connection: Connection) -> Timing:
     try:
         if not connection.poll(_TIMEOUT):

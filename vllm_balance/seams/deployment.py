@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
+from vllm_balance.cost import knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
-from vllm_balance.initial_placement import InitialPlacement, read_map
 from vllm_balance.maps import PlacementMap
-from vllm_balance.model_shape import ModelShape, from_mapping
 from vllm_balance.replay_rows import draw
+from vllm_balance.seams.settings_files import (
+    absolute,
+    measured_costs,
+    moe_layers,
+    num_ranks,
+    placement_of,
+    read_map,
+)
 from vllm_balance.seams.versions import unsupported_version
 
 _WORKERS = {
@@ -44,9 +50,10 @@ def configure(vllm_config: Any) -> None:
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
     parallel = vllm_config.parallel_config
-    found = None if config.map is None else read_map(config.map)
+    found = read_map(config)
     config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
+    _check_online(config)
     deployment = read_deployment(vllm_config)
     redundant = num_redundant_experts(config, deployment)
     if found is not None:
@@ -54,11 +61,13 @@ def configure(vllm_config: Any) -> None:
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
-    if config.map is not None:
-        settled["map"] = str(Path(config.map).expanduser().resolve())
+    settled |= absolute(config)
+    costs = measured_costs(config, vllm_config)
+    if costs is not None and config.knee_tokens is None:
+        settled["knee_tokens"] = knee_of(costs)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    if config.replicates:
+    if config.uses_eplb:
         _enable_eplb(vllm_config, config, redundant)
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
@@ -76,48 +85,6 @@ def _with_redundancy(
         return config
     count = found.num_physical - found.shape.num_experts
     return config.model_copy(update={"num_redundant_experts": count})
-
-
-def initial_placement(vllm_config: Any) -> InitialPlacement | None:
-    """Where the settings of a configured ``VllmConfig`` want the experts at load time, if they do.
-
-    Raises:
-        BalancerError: the placement cannot be read or does not fit the model and the ranks.
-    """
-    config = settings_of(vllm_config)
-    if config is None or config.map is None:
-        return None
-    return placement_of(read_map(config.map), vllm_config, config.num_redundant_experts or 0)
-
-
-def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
-    """The placement of a map, checked against the deployment.
-
-    Raises:
-        BalancerError: another model, number of ranks or redundancy; a layer without entry.
-    """
-    parallel = vllm_config.parallel_config
-    layers = moe_layers(vllm_config.model_config.hf_text_config)
-    shape = read_shape(vllm_config.model_config)
-    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    found.require(shape=shape, num_ranks=num_ranks, layers=layers)
-    if found.num_physical != shape.num_experts + redundant:
-        raise BalancerError(
-            f"The placement map has {found.num_physical} slots per layer, and {shape.num_experts} "
-            f"experts with {redundant} redundant ones make {shape.num_experts + redundant}. Leave "
-            f"`num_redundant_experts` and `redundancy` out to take the map's, or make another map "
-            f"with `vllm-balance place --redundant {redundant}`."
-        )
-    return InitialPlacement.of_map(found, layers)
-
-
-def read_shape(model_config: Any) -> ModelShape:
-    """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
-    return from_mapping(
-        model_config.hf_config.to_dict(),
-        name=Path(model_config.model).name,
-        where=str(model_config.model),
-    )
 
 
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
@@ -151,6 +118,16 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         )
 
 
+def _check_online(config: BalancerConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if config.online is not None and not current_platform.is_cpu():
+        raise BalancerError(
+            "`online` measures the ranks by the time in their experts, which is done on CPU only "
+            "so far. Leave `online` out and load a map; make it anew when traffic has changed."
+        )
+
+
 def _check_replay(config: BalancerConfig, model_config: Any) -> None:
     """Draws one layer, so that a skew or trace that does not fit the model is refused here."""
     assert config.replay is not None
@@ -176,25 +153,10 @@ def read_deployment(vllm_config: Any) -> Deployment:
         num_experts=model.get_num_experts(),
         num_moe_layers=len(moe_layers(text)),
         expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
-        num_ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        num_ranks=num_ranks(vllm_config),
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
-    )
-
-
-def moe_layers(text: Any) -> tuple[int, ...]:
-    """Indices of the MoE layers, by what the configurations of models say about dense ones."""
-    listed = getattr(text, "moe_layers", None)
-    if listed:
-        return tuple(listed)
-    first = getattr(text, "first_k_dense_replace", None) or 0
-    dense = set(getattr(text, "mlp_only_layers", None) or ())
-    step = max(1, getattr(text, "decoder_sparse_step", None) or 1)
-    return tuple(
-        layer
-        for layer in range(first, text.num_hidden_layers)
-        if layer not in dense and (layer + 1) % step == 0
     )
 
 

@@ -11,12 +11,15 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.initial_placement import tables
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
-from vllm_balance.seams.deployment import initial_placement, settings_of
+from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.loading import PlacedLoading, layer_index, load_by
+from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.router import BALANCER
+from vllm_balance.seams.settings_files import initial_placement
 
 
 class BalancedWorker:
@@ -25,6 +28,8 @@ class BalancedWorker:
     balancer_config: BalancerConfig
     worker_balancer: WorkerBalancer
     loading: PlacedLoading | None
+    model_runner: Any
+    """vLLM's, of the worker class that this is mixed into."""
 
     def read_settings(self, vllm_config: Any) -> None:
         """Takes the balancer's settings out of the config that reached this process."""
@@ -35,7 +40,7 @@ class BalancedWorker:
                 f"Use --moe-balancer NAME instead of --worker-cls."
             )
         self.balancer_config = config
-        placement = initial_placement(vllm_config)
+        placement = initial_placement(config, vllm_config)
         self.loading = None if placement is None else PlacedLoading(placement)
         load_by(self.loading)
 
@@ -68,6 +73,13 @@ class BalancedWorker:
             layer = bind_layer(runner, policy, self.balancer_config, self.loading)
             self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+        if self.balancer_config.online is not None:
+            self.worker_balancer.online = online_placement(
+                self.balancer_config,
+                vllm_config,
+                self.model_runner.eplb_state,
+                self.worker_balancer.layers,
+            )
 
     def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
         """What the status says of the initial placement; every rank takes part or none.
@@ -202,7 +214,7 @@ def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> Layer
     table_ER = torch.arange(num_physical, dtype=torch.int64)[:, None]
     if loading is not None:
         index = layer_index(runner.layer_name)
-        table_ER = torch.from_numpy(loading.placement.tables(index, num_physical)[0])
+        table_ER = torch.from_numpy(tables(loading.placement.slots_P(index), num_physical)[0])
     return LayerTables(
         logical_to_physical_ER=table_ER.to(device),
         num_replicas_E=torch.ones(num_physical, dtype=torch.int64, device=device),
