@@ -69,6 +69,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        # A run that is ended takes its server along.
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._process = subprocess.Popen(
             self.arm.command(self.model, self.port),
             env=environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer"),
@@ -91,6 +93,7 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         assert self._process is not None
         stop(self._process)
+        signal.signal(signal.SIGTERM, self._before)
         self._log.close()
         if not exception or exception[0] is None:
             Path(self._log.name).unlink(missing_ok=True)

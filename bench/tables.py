@@ -7,7 +7,6 @@ Ratios compare medians of the same run; every table names machine, commit and co
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import tomllib
 from collections.abc import Iterable
@@ -15,10 +14,10 @@ from typing import Any
 
 import typer
 
+from bench import markdown
 from bench.provenance import ROOT
 
 Row = dict[str, Any]
-MARKED = re.compile(r"(<!-- table:([a-z0-9_-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = (
     ("TPOT ms", "tpot_ms", ".1f"),
     ("TTFT ms", "ttft_ms", ".0f"),
@@ -37,7 +36,9 @@ def tables(
     old = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
-        fresh = MARKED.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+        if "<!-- table:" not in text:
+            continue
+        fresh = markdown.filled(page, "table", table)
         if fresh == text:
             continue
         old.append(page.name)
@@ -78,9 +79,8 @@ def exchange_table() -> str:
         for row in rows
     ]
     intro = f"Per layer, {rows[0]['tokens_per_rank']} tokens per rank, top-8; medians of rank 0."
-    return "\n".join(
-        (intro, "", *_markdown(headings, body), "", _origin(rows[-1], "bench.exchange"))
-    )
+    text = markdown.table(headings, body)
+    return "\n".join((intro, "", text, "", _origin(rows[-1], "bench.exchange")))
 
 
 def arms_table(run: str) -> str:
@@ -94,15 +94,12 @@ def arms_table(run: str) -> str:
     body = [[name, *_cells(own), *_ratios(own, arms)] for name, own in arms.items()]
     intro = f"{settings['title']}. Medians of {len(rows) // len(arms)} runs per arm."
     command = f"bench.run configs/runs/{run}.toml"
-    return "\n".join((intro, "", *_markdown(headings, body), "", _origin(rows[-1], command)))
-
-
-def _markdown(headings: list[str], body: list[list[str]]) -> list[str]:
-    return [_line(headings), _line(["---", *["---:"] * (len(headings) - 1)]), *map(_line, body)]
+    text = markdown.table(headings, body)
+    return "\n".join((intro, "", text, "", _origin(rows[-1], command)))
 
 
 def _origin(row: Row, command: str) -> str:
-    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`.\n"
+    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`."
 
 
 def _median(rows: Iterable[Row], key: str) -> float:
@@ -118,10 +115,6 @@ def _ratios(rows: list[Row], arms: dict[str, list[Row]]) -> list[str]:
     key = "tpot_ms" if rows[0]["steps"] > 8 else "ttft_ms"
     ours = _median(rows, key)
     return [f"{ours / _median(arms[base], key) - 1:+.1%}" for base in ("static", "eplb")]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -100,7 +100,14 @@ def test_an_unknown_key_gets_the_nearest_key(key, nearest):
 
 def test_an_unknown_key_of_the_replay_gets_the_nearest_of_its_keys():
     text = message(parse, {"name": "metro", "replay": {"zipff": 1.0}})
-    assert "Unknown key 'zipff'. Did you mean 'zipf'?" in text
+    assert "Unknown key 'replay.zipff'. Did you mean 'replay.zipf'?" in text
+
+
+def test_an_unknown_key_of_a_table_in_a_table_gets_the_nearest_of_its_keys():
+    settings = {"hot": {"expert": 1, "fraction": 0.5}}
+    text = message(parse, {"name": "metro", "replay": settings})
+    assert "Unknown key 'replay.hot.expert'. Did you mean 'replay.hot.experts'?" in text
+    assert "Allowed: replay.hot.experts, replay.hot.fraction." in text
 
 
 def test_all_wrong_values_are_named_at_once():

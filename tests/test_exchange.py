@@ -5,14 +5,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import counts_per_rank, way_of_exchange
 
 
-@pytest.mark.parametrize("asked_for", ["auto", "after_gather", "all_reduce"])
 @pytest.mark.parametrize("gathers", [True, False])
-def test_tensor_parallel_ranks_hold_all_tokens(asked_for, gathers):
-    way = way_of_exchange(data_parallel_size=1, gathers_tokens=gathers, asked_for=asked_for)
-    assert way == "replicated"
+def test_tensor_parallel_ranks_hold_all_tokens(gathers):
+    assert way_of_exchange(data_parallel_size=1, gathers_tokens=gathers) == "replicated"
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("asked_for", ["after_gather", "all_reduce"])
+def test_tensor_parallel_ranks_have_nothing_to_exchange(asked_for, gathers):
+    with pytest.raises(BalancerError, match=f"asks for '{asked_for}', but tensor-parallel ranks"):
+        way_of_exchange(data_parallel_size=1, gathers_tokens=gathers, asked_for=asked_for)
+
+
+def test_a_dispatch_that_gathers_nothing_cannot_be_mapped_after_it():
+    with pytest.raises(BalancerError, match="--all2all-backend allgather_reducescatter"):
+        way_of_exchange(data_parallel_size=2, gathers_tokens=False, asked_for="after_gather")
 
 
 @pytest.mark.parametrize(

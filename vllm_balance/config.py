@@ -169,13 +169,21 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            inner: dict[Any, type[BaseModel]] = {"replay": ReplaySettings, "online": OnlineSettings}
-            model = inner.get(item["loc"][0], BalancerConfig)
-            model = model if len(item["loc"]) > 1 else BalancerConfig
-            parts.append(_unknown("key", str(item["loc"][-1]), model.model_fields))
+            parts.append(_unknown("key", where, _keys_beside(item["loc"])))
         else:
             parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")
     return "The settings of the MoE balancer are wrong. " + " ".join(parts)
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The keys, written in full, that the table around an unknown key may hold."""
+    table: type[BaseModel] = BalancerConfig
+    for name in location[:-1]:
+        kinds = (table.model_fields[str(name)].annotation,)
+        kinds = get_args(kinds[0]) or kinds
+        table = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    prefix = "".join(f"{name}." for name in location[:-1])
+    return [prefix + key for key in table.model_fields]
 
 
 def route_by_replay() -> None:

@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 
+from vllm_balance.errors import BalancerError
+
 Way = Literal["replicated", "after_gather", "all_reduce"]
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
@@ -31,9 +33,23 @@ def way_of_exchange(
     Args:
         gathers_tokens: the dispatch gives every rank all tokens (vLLM's allgather_reducescatter).
         asked_for: the setting ``exchange``.
+
+    Raises:
+        BalancerError: the layout does not have the way that was asked for.
     """
     if data_parallel_size == 1:
+        if asked_for != "auto":
+            raise BalancerError(
+                f"`exchange` asks for {asked_for!r}, but tensor-parallel ranks hold all tokens and "
+                f"exchange nothing. Leave `exchange` out, or use --data-parallel-size."
+            )
         return "replicated"
+    if asked_for == "after_gather" and not gathers_tokens:
+        raise BalancerError(
+            "`exchange` asks for 'after_gather', but this dispatch does not gather all tokens on "
+            "every rank. Use --all2all-backend allgather_reducescatter, or `exchange` 'all_reduce' "
+            "or 'auto'."
+        )
     if gathers_tokens and asked_for != "all_reduce":
         return "after_gather"
     return "all_reduce"

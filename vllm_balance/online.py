@@ -13,6 +13,8 @@ import torch
 
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.cost import CostModel
+from vllm_balance.errors import BalancerError
+from vllm_balance.exchange import Way
 from vllm_balance.placement.online import Decision, OnlineSettings, decide, drift
 from vllm_balance.placement.policy import Array, Cluster
 
@@ -199,6 +201,16 @@ class OnlinePlacement:
             "slowdown_per_rank": self._slowdown_S,
             "recent": list(self._recent),
         }
+
+
+def require_whole_batch(way: Way) -> None:
+    """Raises BalancerError if a rank sees only its own tokens in this way of exchange."""
+    if way == "all_reduce":
+        raise BalancerError(
+            "`online` records the load of the whole batch, and with this layout every rank sees "
+            "only its own tokens. Use tensor parallelism, or data parallelism with vLLM's "
+            "all-gather dispatch and `exchange` = auto; or leave `online` out."
+        )
 
 
 def recording(layer: LayerBalancer, load_P: torch.Tensor) -> None:

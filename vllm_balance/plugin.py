@@ -10,14 +10,19 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Installs the argument seams. Safe to call again; imports nothing heavy."""
+    """Installs the argument seams. Safe to call again; imports nothing heavy.
+
+    A vLLM into which they do not fit must still start for everybody who does not balance: it gets
+    a warning and no flags, so that vLLM's parser refuses ``--moe-balancer``.
+    """
+    from vllm_balance.errors import BalancerError
     from vllm_balance.seams import install
-    from vllm_balance.seams.arguments import ARGUMENT_SEAMS
+    from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
     from vllm_balance.seams.versions import unsupported_version
 
-    if unsupported_version() is None:
-        install(ARGUMENT_SEAMS)
-    else:
-        from vllm_balance.seams.arguments import REFUSING_SEAMS
+    try:
+        install(ARGUMENT_SEAMS if unsupported_version() is None else REFUSING_SEAMS)
+    except BalancerError as error:
+        from vllm.logger import init_logger
 
-        install(REFUSING_SEAMS)
+        init_logger(f"vllm.{__name__}").warning("--moe-balancer is not available. %s", error)

@@ -5,6 +5,7 @@ are configurations without weights.
 """
 
 import json
+import logging
 import pickle
 
 import pytest
@@ -38,6 +39,14 @@ def engine_args(model: str, *arguments: str) -> AsyncEngineArgs:
 
 def configured(model: str, *arguments: str):
     return engine_args(model, *arguments).create_engine_config()
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """What vLLM's logger says, which does not pass its lines on to the root logger."""
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("vllm").removeHandler(caplog.handler)
 
 
 @pytest.fixture
@@ -312,3 +321,34 @@ def test_the_flags_have_a_group_of_their_own_in_the_help():
     assert options == ["--moe-balancer", "--moe-balancer-config"]
     shown = groups["MoEBalancerConfig"]._group_actions[0].help
     assert all(name in shown for name in BALANCERS)
+
+
+def test_another_plugin_that_wrapped_the_same_places_is_wrapped_too(moe_model, monkeypatch):
+    seams.uninstall(ARGUMENT_SEAMS)
+    create = EngineArgs.create_engine_config
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda *a, **k: create(*a, **k))
+    plugin.register()
+    config = configured(moe_model, *TWO_RANKS, "--moe-balancer", "static")
+    assert config.parallel_config.worker_cls == WORKER
+    seams.uninstall(ARGUMENT_SEAMS)
+
+
+def test_a_place_that_does_not_fit_leaves_vllm_as_it_is_and_says_so(
+    moe_model, monkeypatch, capfd, caplog_vllm
+):
+    seams.uninstall(ARGUMENT_SEAMS)
+    original = EngineArgs.__dict__["create_engine_config"]
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda: None)
+    plugin.register()
+    assert "--moe-balancer is not available. vLLM 0.32" in caplog_vllm.text
+    monkeypatch.setattr(EngineArgs, "create_engine_config", original)
+    assert configured(moe_model).additional_config == {}
+    with pytest.raises(SystemExit) as raised:
+        configured(moe_model, "--moe-balancer", "static")
+    assert raised.value.code == 2
+    assert "unrecognized arguments: --moe-balancer" in capfd.readouterr().err
+
+
+def test_the_start_says_what_the_balancer_takes(moe_model, caplog_vllm):
+    configured(moe_model, *TWO_RANKS, "--moe-balancer", "metro")
+    assert "MoE balancer metro: 8 experts + 2 redundant per layer on 2 ranks" in caplog_vllm.text

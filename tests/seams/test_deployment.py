@@ -19,13 +19,17 @@ def registered(untouched_vllm, monkeypatch):
 
 
 def configure(model: str, replay: dict) -> None:
+    configure_with(model, {"name": "static", "replay": replay}, tensor_parallel_size=2)
+
+
+def configure_with(model: str, settings: dict, **layout: object) -> None:
     EngineArgs(
         model=model,
         skip_tokenizer_init=True,
         max_model_len=64,
-        tensor_parallel_size=2,
         enable_expert_parallel=True,
-        additional_config={"moe_balancer": {"name": "static", "replay": replay}},
+        additional_config={"moe_balancer": settings},
+        **layout,
     ).create_engine_config()
 
 
@@ -40,3 +44,16 @@ def test_a_replay_that_does_not_fit_the_model_is_refused_before_workers_start(mo
 def test_a_replay_that_fits_is_named_to_vllm(moe_model):
     configure(moe_model, {"zipf": 0.8})
     assert os.environ[VARIABLE] == STRATEGY
+
+
+def test_a_way_of_exchange_that_the_layout_does_not_have_is_refused(moe_model):
+    after_gather = {"name": "metro", "exchange": "after_gather"}
+    with pytest.raises(BalancerError, match="tensor-parallel ranks hold all tokens"):
+        configure_with(moe_model, after_gather, tensor_parallel_size=2)
+    with pytest.raises(BalancerError, match="does not gather all tokens"):
+        configure_with(
+            moe_model,
+            after_gather,
+            data_parallel_size=2,
+            all2all_backend="deepep_low_latency",
+        )

@@ -65,12 +65,15 @@ def write(moe_model, tmp_path):
     return run
 
 
-def configured(model: str, name: str = "metro", **settings):
+ALL_REDUCE = {"exchange": "all_reduce"}
+
+
+def configured(model: str, name: str = "metro", parallel: str = "tensor", **settings):
     return EngineArgs(
         model=model,
         skip_tokenizer_init=True,
         max_model_len=64,
-        tensor_parallel_size=2,
+        **{f"{parallel}_parallel_size": 2},
         enable_expert_parallel=True,
         additional_config={"moe_balancer": {"name": name, **settings}},
     ).create_engine_config()
@@ -134,6 +137,8 @@ def test_what_online_needs(moe_model, write):
     assert "`profile` is missing" in refused(moe_model, "gem", online={})
     assert "belongs to --moe-balancer gem" in refused(moe_model, profile=write(), online={})
     text = refused(moe_model, "gem", profile=write(), online={"intervall": 5})
-    assert "Did you mean 'interval'?" in text
+    assert "Did you mean 'online.interval'?" in text
+    text = refused(moe_model, "gem", profile=write(), online={}, parallel="data", **ALL_REDUCE)
+    assert "only its own tokens" in text
     text = refused(moe_model, "gem", profile=write(), online={}, redundancy=1.5)
     assert "redundant experts were asked for" in text

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,12 @@ from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.cpu import CPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
+from vllm_balance.seams.server import SERVER_SEAMS
 
 SETS = {
     "arguments": ARGUMENT_SEAMS,
     "refusing": REFUSING_SEAMS,
+    "server": SERVER_SEAMS,
     "router": ROUTER_SEAMS,
     "loading": LOADING_SEAMS,
     "cpu": CPU_SEAMS,
@@ -180,6 +183,26 @@ def test_a_function_that_somebody_else_replaced_is_refused(library):
         install((METHOD, FREE))
     assert vars(library.Speaker)["say"] is patched_by_another_plugin
     assert not is_installed(FREE)
+
+
+def test_a_seam_that_only_adds_goes_around_the_wrapper_of_another_plugin(library):
+    original = library.Speaker.say
+
+    def shouted(*args, **kwargs):
+        return original(*args, **kwargs).upper()
+
+    library.Speaker.say = shouted
+    wraps_wrapped = replace(METHOD, may_be_wrapped=True)
+    install((wraps_wrapped,))
+    assert library.Speaker().say("a") == "A!"
+    uninstall((wraps_wrapped,))
+    assert vars(library.Speaker)["say"] is shouted
+
+
+def test_a_wrapper_of_another_plugin_that_drops_a_parameter_is_refused(library):
+    library.Speaker.say = lambda self: "a"
+    with pytest.raises(BalancerError, match=r"Speaker\.say has no parameter word; it has self"):
+        install((replace(METHOD, may_be_wrapped=True),))
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -127,8 +127,7 @@ def test_per_layer_counters_and_reset(server):
 def test_a_worker_that_dies(server):
     """Requests fail and the server ends, without a hang and without a process left behind.
 
-    The last test of its server, because it kills one rank of it while requests run. vLLM 0.32
-    ends with status 0 if it has one API server only, but says why it ended.
+    The last test of its server, because it kills one rank of it while requests run.
     """
     with ThreadPoolExecutor(8) as clients:
         running = [clients.submit(ask_long, server, prompt) for prompt in PROMPTS[:8]]
@@ -142,7 +141,7 @@ def test_a_worker_that_dies(server):
         outcomes = [request.result(timeout=DIES_WITHIN_S) for request in running]
         code = server.process.wait(timeout=DIES_WITHIN_S)
     assert time.monotonic() - started < DIES_WITHIN_S
-    assert code != 0 or server.count_in_log("EngineDeadError") > 0
+    assert code != 0
     assert 200 not in outcomes
     _, alive = psutil.wait_procs(descendants(server.process.pid), timeout=DIES_WITHIN_S)
     assert alive == []

@@ -37,12 +37,20 @@ class Probe:
         self._connections = connections
 
     def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
-        """Times a batch with these tokens per activated expert on each rank.
+        """Times the same batch, tokens per activated expert, on every rank.
 
         Raises:
             BalancerError: a rank died.
         """
-        for connection in self._connections:
+        return self.measure_each([tokens_E] * len(self._connections))
+
+    def measure_each(self, tokens_SE: Sequence[Sequence[int]]) -> list[Timing]:
+        """Times one batch per rank, each as tokens per activated expert, at least one token.
+
+        Raises:
+            BalancerError: a rank died.
+        """
+        for connection, tokens_E in zip(self._connections, tokens_SE, strict=True):
             connection.send(list(tokens_E))
         return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
 

@@ -32,6 +32,8 @@ class Seam:
     delete_when: str
     only_if_missing: bool = False
     """Apply only if the class does not define the function itself: a fix upstream will make."""
+    may_be_wrapped: bool = False
+    """Other plugins may have wrapped the target too: the wrapper only adds to what it calls."""
 
     def owner(self) -> tuple[Any, str]:
         """The class or module that holds the target, and the attribute's name.
@@ -62,9 +64,12 @@ class Seam:
             return None
         expected = self.target.partition(":")[2].rpartition(".")[0]
         qualname = getattr(function, "__qualname__", "")
-        if not self.only_if_missing and expected and qualname.rpartition(".")[0] != expected:
+        is_foreign = bool(expected) and qualname.rpartition(".")[0] != expected
+        if is_foreign and not self.only_if_missing and not self.may_be_wrapped:
             return f"{self.target} is already replaced by {function.__module__}.{qualname}"
         present = inspect.signature(function).parameters
+        if is_foreign and any(p.kind is p.VAR_KEYWORD for p in present.values()):
+            return None  # a wrapper that passes everything on
         missing = [p for p in self.parameters if p not in present]
         if missing:
             return (

@@ -120,6 +120,7 @@ _FLAGS = (
         wrap=_add_cli_args,
         why="puts --moe-balancer and --moe-balancer-config into every vLLM command",
         delete_when="vLLM lets plugins add arguments",
+        may_be_wrapped=True,
     ),
     Seam(
         target=f"{_ENGINE_ARGS}.from_cli_args",
@@ -127,6 +128,7 @@ _FLAGS = (
         wrap=_from_cli_args,
         why="carries the two flags into additional_config, which reaches every process",
         delete_when="vLLM lets plugins add arguments",
+        may_be_wrapped=True,
     ),
 )
 
@@ -138,6 +140,7 @@ def _config_seam(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Se
         wrap=wrap,
         why="checks the deployment before weights are loaded, and selects worker and EPLB settings",
         delete_when="vLLM calls plugins with the finished VllmConfig",
+        may_be_wrapped=True,
     )
 
 

@@ -11,8 +11,11 @@ from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
 from vllm_balance.cost import knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
+from vllm_balance.exchange import way_of_exchange
 from vllm_balance.maps import PlacementMap
+from vllm_balance.online import require_whole_batch
 from vllm_balance.replay_rows import draw
+from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.settings_files import (
     absolute,
     measured_costs,
@@ -72,6 +75,7 @@ def configure(vllm_config: Any) -> None:
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
+    install_in_api_server()
     _announce(config, redundant, deployment)
 
 
@@ -111,6 +115,13 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
+    way = way_of_exchange(
+        data_parallel_size=parallel.data_parallel_size,
+        gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
+        asked_for=config.exchange,
+    )
+    if config.online is not None:
+        require_whole_batch(way)
     if parallel.enable_eplb and (config.name == "gem" or not config.replicates):
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
@@ -196,7 +207,7 @@ def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) ->
     from vllm.logger import init_logger
 
     extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
-    init_logger("vllm_balance").info(
+    init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
         "take %.2f GiB in all, %.2f GiB per rank.",
         config.name,

@@ -10,8 +10,7 @@ import torch
 
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.config import BalancerConfig
-from vllm_balance.errors import BalancerError
-from vllm_balance.online import OnlinePlacement, recording
+from vllm_balance.online import OnlinePlacement, recording, require_whole_batch
 from vllm_balance.placement.online import Decision
 from vllm_balance.placement.policy import Array
 from vllm_balance.seams.loading import write_maps
@@ -100,12 +99,7 @@ def online_placement(
     """
     from vllm.logger import init_logger
 
-    if layers[0].way == "all_reduce":
-        raise BalancerError(
-            "`online` records the load of the whole batch, and with this layout every rank sees "
-            "only its own tokens. Use tensor parallelism, or data parallelism with vLLM's "
-            "all-gather dispatch and `exchange` = auto; or leave `online` out."
-        )
+    require_whole_batch(layers[0].way)
     costs = measured_costs(config, vllm_config)
     assert config.online is not None and costs is not None
     (state,) = eplb_state.model_states.values()

@@ -64,8 +64,8 @@ def _parameters(target: str, read: Callable[[str], str]) -> list[str] | None:
         if not found:
             raise BalancerError(f"{target}: this vLLM has no class {class_name} in {file}")
         body = found[-1].body
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
+    for node in reversed(body):  # behind its overloads
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             arguments = node.args
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             return [argument.arg for argument in every]

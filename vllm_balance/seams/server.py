@@ -1,0 +1,48 @@
+"""The end of an API server: status 1 if it ended because an engine died."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from vllm_balance.seams import Seam, install
+
+_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+
+
+def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Serves as vLLM does; what the caller awaits for the shutdown then fails if an engine died."""
+
+    async def build_and_serve(
+        engine_client: Any, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, None]:
+        shutdown = await original(engine_client, *args, **kwargs)
+        # Asked here, as the caller shuts the engines down before it awaits the shutdown.
+        died = engine_client.engine_core.resources.engine_dead
+
+        async def shut_down() -> None:
+            await shutdown
+            if died:
+                raise SystemExit(1)
+
+        return shut_down()
+
+    return build_and_serve
+
+
+SERVER_SEAMS = (
+    Seam(
+        target=f"{_MODULE}:build_and_serve",
+        parameters=("engine_client",),
+        wrap=_build_and_serve,
+        why="a server whose engine died ends with status 0 if it is the only API server",
+        delete_when="vLLM ends with an error then",
+    ),
+)
+
+
+def install_in_api_server() -> None:
+    """Wraps the end of the server in a process that serves HTTP; does nothing in others."""
+    if _MODULE in sys.modules:
+        install(SERVER_SEAMS)
