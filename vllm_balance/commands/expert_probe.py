@@ -33,8 +33,10 @@ class Timing:
 class Probe:
     """The rank processes; every sample runs on all of them at the same time."""
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
+    def __init__(self, connections: Sequence[Connection], pids: Sequence[int]) -> None:
         self._connections = connections
+        self.pids = tuple(pids)
+        """The process of each rank."""
 
     def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
         """Times the same batch, tokens per activated expert, on every rank.
@@ -76,7 +78,7 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
             processes.append(process)
         for rank, connection in enumerate(connections):
             _receive(rank, connection)
-        yield Probe(connections)
+        yield Probe(connections, [process.pid or 0 for process in processes])
     finally:
         for connection in connections:
             connection.close()
