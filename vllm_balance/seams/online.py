@@ -116,5 +116,5 @@ def online_placement(
         placement_LP=placement_LP,
         ranks=ranks,
         swap_us=ranks.swap_us(),
-        report=init_logger("vllm_balance").info if layers[0].rank == 0 else lambda _: None,
+        report=init_logger(f"vllm.{__name__}").info if layers[0].rank == 0 else lambda _: None,
     )
