@@ -27,7 +27,7 @@ ROWS = [
     ["plugin"],
     ["commands", "endpoint"],
     ["seams"],
-    ["deployment", "balancer", "simulate"],
+    ["deployment", "balancer", "simulate", "initial_placement", "online"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "profiles", "maps"],
     [

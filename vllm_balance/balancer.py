@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -119,13 +119,30 @@ class LayerBalancer:
         }
 
 
+class FollowsSteps(Protocol):
+    """What acts between the steps of a worker."""
+
+    def after_step(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerBalancer:
     """The balanced layers of one rank."""
 
     balancer: str
     rank: int
+    placement: str = "vLLM's own"
+    """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
+    online: FollowsSteps | None = None
+    """What moves experts while serving, if anything does."""
+
+    def after_step(self) -> None:
+        """To be called on every rank after every step of the model."""
+        if self.online is not None:
+            self.online.after_step()
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -140,6 +157,7 @@ class WorkerBalancer:
         status: dict[str, Any] = {
             "balancer": self.balancer,
             "rank": self.rank,
+            "placement": self.placement,
             "num_ranks": first.tables.num_ranks,
             "num_layers": len(layers),
             "num_logical_experts": first.tables.num_replicas_E.shape[0],
@@ -149,6 +167,8 @@ class WorkerBalancer:
             **summed,
             "stepped_aside": self._stepped_aside(summed),
         }
+        if self.online is not None:
+            status["online"] = self.online.status()
         if per_layer:
             status["layers"] = layers
         return status

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.recording import RecordSettings
 from vllm_balance.replay import STRATEGY
 from vllm_balance.replay_rows import ReplaySettings
@@ -26,7 +27,7 @@ from vllm_balance.replay_rows import ReplaySettings
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""
 
-BalancerName = Literal["static", "eplb", "first_copy", "metro"]
+BalancerName = Literal["static", "eplb", "first_copy", "metro", "gem"]
 BALANCERS: tuple[str, ...] = get_args(BalancerName)
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
@@ -54,13 +55,26 @@ class BalancerConfig(BaseModel):
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
     record: RecordSettings | None = None
     """Records what the router chooses into a new file; see docs/recording.md."""
+    map: str | None = Field(default=None, min_length=1)
+    """Placement map (`vllm-balance place`) that the weights are loaded by."""
+    profile: str | None = Field(default=None, min_length=1)
+    """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one."""
+    online: OnlineSettings | None = None
+    """Only gem: moves a few experts while serving, when that pays."""
     replay: ReplaySettings | None = None
     """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
 
     @property
     def replicates(self) -> bool:
         """Whether this balancer can use more than one copy of an expert."""
+        if self.name == "gem":
+            return bool(self.num_redundant_experts) or (self.redundancy or 1.0) > 1.0
         return self.name != "static"
+
+    @property
+    def uses_eplb(self) -> bool:
+        """Whether it needs the state of vLLM's EPLB: maps and the exchange of weights."""
+        return self.replicates or self.online is not None
 
 
 def parse(settings: Any) -> BalancerConfig:

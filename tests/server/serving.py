@@ -47,7 +47,7 @@ REARRANGED = "Rearranged experts"
 
 def balanced(name: str, **settings: Any) -> tuple[str, ...]:
     """The flags that ask for a balancer; those with replicas get EPLB that moves often."""
-    if name != "static":
+    if name not in ("static", "gem"):
         settings = MOVING | settings
     return ("--moe-balancer", name, "--moe-balancer-config", json.dumps(settings))
 
