@@ -23,11 +23,12 @@ from rich.console import Console
 from bench import markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
-from vllm_balance.commands.expert_probe import Probe, kernel_isa, probing
+from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.profile import cores_of, sample
 from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import PLACEMENT, Cluster, score_L
+from vllm_balance.seams.device import kernel_isa
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Row = dict[str, Any]

@@ -1,65 +1,79 @@
 """Runs one table: `python -m bench.run configs/runs/decode.toml`.
 
 Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the machine hits all
-alike. A run file may have cells: skews that every arm's server replays one after the other. A row
-is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
+alike. A row is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
 bench/results/; a run that was ended continues behind its last row.
+
+A run file may hold several `cells` instead of one `replay`: skews that every arm's server replays
+one after the other. It may hold several `loads` instead of one `load`, factors by which one rank
+is made `slow`, and arms with a `place`: a policy of `vllm-balance place` whose map the server
+loads. A trace is looked for in the folder that --traces names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import random
+import tempfile
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from bench import client, real_size_model
+from bench import client, real_size_model, waiting
+from bench.placed import SLOW_RANK, Placed
 from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Arm, Server
+from bench.slow_rank import slowed
+from vllm_balance.config import FETCHES
 
 RESULTS = ROOT / "bench" / "results"
-REARRANGED = ("eplb", "first_copy", "metro")
-"""Balancers whose experts vLLM's EPLB places anew."""
 console = Console()
 
 
 def run(
     file: Annotated[Path, typer.Argument(help="A run file, e.g. configs/runs/decode.toml.")],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
-    arms: Annotated[str, typer.Option(help="Only these arms, with commas between.")] = "",
-    cells: Annotated[str, typer.Option(help="Only these cells, with commas between.")] = "",
+    traces: Annotated[Path | None, typer.Option(help="Folder of the recorded traces.")] = None,
+    arms: Annotated[str, typer.Option(help="Only these arms, with semicolons between.")] = "",
+    cells: Annotated[str, typer.Option(help="Only these cells, with semicolons between.")] = "",
 ) -> None:
     """Run all arms of a run file and append their rows to bench/results/."""
     settings = tomllib.loads(file.read_text())
-    of_cells = chosen(skews_of(settings), cells)
-    of_arms = chosen(settings["arms"], arms)
+    skews, of_arms = chosen(skews_of(settings), cells), chosen(settings["arms"], arms)
     results = RESULTS / f"{file.stem}.jsonl"
     digest = config_hash(settings)
     done = _rows(results, digest)
     model = real_size_model.ensure(**settings["model"])
-    order = [*settings["arms"], *reversed(settings["arms"])] * rounds
-    for position, name in enumerate(order):
-        measured_cells = {row.get("cell", "") for row in done if row["position"] == position}
-        todo = {cell: skew for cell, skew in of_cells.items() if cell not in measured_cells}
-        if name not in of_arms or not todo:
+    placed = None
+    if "trace" in settings.get("replay", {}):
+        placed = _placed(settings, model, traces, digest)
+    starts = starts_of(settings)
+    order = [*starts, *reversed(starts)] * rounds
+    for position, start in enumerate(order):
+        ready = [row for row in done if (row["position"], row["arm"]) == (position, start.arm)]
+        measured_cells = {row.get("cell", "") for row in ready}
+        todo = {cell: skew for cell, skew in skews.items() if cell not in measured_cells}
+        if start.arm not in of_arms or not todo:
             continue
-        console.print(f"[bold]{position + 1}/{len(order)} {name}[/]")
-        for measured in _measure(name, settings, model, todo):
+        console.print(f"[bold]{position + 1}/{len(order)} {start.arm}[/]")
+        for measured in list(_measure(start, settings, model, placed, todo)):
             row = {
                 "run": file.stem,
-                "arm": name,
+                "arm": start.arm,
                 "position": position,
                 "config_hash": digest,
                 "seed": settings["seed"],
                 **measured,
                 **provenance(),
             }
-            _append(results, row)
+            append(results, row)
             console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
 
 
@@ -77,7 +91,7 @@ def chosen(named: dict[str, Any], names: str) -> dict[str, Any]:
     Raises:
         KeyError: a name that does not exist.
     """
-    return {name: named[name] for name in names.split(",")} if names else named
+    return {name: named[name] for name in names.split(";")} if names else named
 
 
 def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
@@ -87,21 +101,65 @@ def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["config_hash"] == digest]
 
 
-def _append(results: Path, row: dict[str, Any]) -> None:
+def append(results: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file of results, which is made if it is missing."""
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def arm_of(name: str, settings: dict[str, Any]) -> Arm:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a server, and the factors by which the slow rank is slowed while it runs."""
+
+    arm: str
+    factors: tuple[float, ...]
+
+
+def starts_of(settings: dict[str, Any]) -> list[Start]:
+    """One start for each arm; one for each factor where the map depends on it."""
+    factors = tuple(float(factor) for factor in settings.get("slow", [1.0]))
+    starts = []
+    for name, arm in settings["arms"].items():
+        if arm.get("place") == "gem":
+            starts += [Start(arm=name, factors=(factor,)) for factor in factors]
+        else:
+            starts.append(Start(arm=name, factors=factors))
+    return starts
+
+
+def _placed(settings: dict[str, Any], model: Path, folder: Path | None, digest: str) -> Placed:
+    """The files of arms with a placement, made and verified."""
+    if folder is None:
+        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
+    placed = Placed(
+        model=model,
+        trace=folder / settings["replay"]["trace"],
+        folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
+        num_ranks=settings["serve"].get("tensor_parallel", 1),
+        settings=settings["place"],
+        seed=settings["seed"],
+    )
+    placed.prepare(settings.get("slow", [1.0]))
+    console.print(f"slowdown asked and shown by the profile's kernels: {placed.shown_slowdown}")
+    return placed
+
+
+def arm_of(start: Start, settings: dict[str, Any], placed: Placed | None = None) -> Arm:
     """The server of one arm: its own settings, the shared ones, and the replayed routing."""
-    own = settings["arms"][name]
+    name, own = start.arm, settings["arms"][start.arm]
     balancer = own.get("balancer", name)
-    asked = {key: value for key, value in own.items() if key != "balancer"}
-    if balancer in REARRANGED:
+    asked = {key: value for key, value in own.items() if key not in ("balancer", "place")}
+    if balancer not in (*FETCHES, "static"):
         asked |= settings.get("eplb", {})
     first = next(iter(skews_of(settings).values()))
     asked["replay"] = {**first, "seed": settings["seed"]}
+    if placed is not None:
+        asked["replay"]["trace"] = str(placed.replayed)
+        if "place" in own:
+            asked["map"] = str(placed.map(own["place"], start.factors[0]))
+        if "online" in own:
+            asked["profile"] = str(placed.profile)
     serve = settings["serve"]
     return Arm(
         name=name,
@@ -113,7 +171,8 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     )
 
 
-def _prompts(load: dict[str, Any], seed: int) -> list[str]:
+def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
+    """The prompts of a load, drawn with a seed."""
     words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
     pick = random.Random(seed)
     return [
@@ -123,35 +182,48 @@ def _prompts(load: dict[str, Any], seed: int) -> list[str]:
 
 
 def _measure(
-    name: str, settings: dict[str, Any], model: Path, cells: dict[str, Any]
+    start: Start,
+    settings: dict[str, Any],
+    model: Path,
+    placed: Placed | None,
+    skews: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """One row per cell and repeat, from one fresh and warm server."""
-    load = settings["load"]
-    prompts = _prompts(load, settings["seed"])
-    top_k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
-
-    def send(max_tokens: int) -> client.Load:
-        return client.send(server.url, str(model), prompts, max_tokens=max_tokens)
-
-    with Server(arm_of(name, settings), model) as server:
-        for cell, skew in cells.items():
+    """One row per cell, factor, load and repeat, from one fresh and warm server."""
+    loads = settings.get("loads") or {"": settings["load"]}
+    with Server(arm_of(start, settings, placed), model) as server:
+        for (cell, skew), factor in itertools.product(skews.items(), start.factors):
             if cell:
                 server.replay({**skew, "seed": settings["seed"]})
-            send(load["warm_tokens"])
-            send(load["warm_tokens"])
-            for repeat in range(load["repeats"]):
-                server.reset()
-                answers = send(load["max_tokens"])
-                ranks = server.status(per_layer=True)
-                require_trustworthy(name, ranks)
-                where = {"cell": cell} if cell else {}
-                yield {
-                    **where,
-                    "repeat": repeat,
-                    **_times(answers),
-                    **_counters(ranks),
-                    **_balance(ranks, answers.seconds, top_k),
-                }
+            with _slow(server, factor):
+                for name, load in loads.items():
+                    where = {"cell": cell} if cell else {}
+                    where |= {"load": name} if name else {}
+                    if placed is not None:
+                        where |= {"slow": factor, "slow_shown": placed.shown_slowdown[factor]}
+                    for measured in _repeat(server, load, settings["seed"], model):
+                        yield {**where, **measured}
+
+
+def _slow(server: Server, factor: float) -> contextlib.AbstractContextManager[None]:
+    """The slow rank slowed, if at all: other layouts name their workers otherwise."""
+    return slowed(server.worker(SLOW_RANK), factor) if factor > 1 else contextlib.nullcontext()
+
+
+def _repeat(
+    server: Server, load: dict[str, Any], seed: int, model: Path
+) -> Iterator[dict[str, Any]]:
+    """One row per repeat of a load, behind its warm-up."""
+    prompts = prompts_of(load, seed)
+    top_k = json.loads((model / "config.json").read_text())["num_experts_per_tok"]
+    for _ in range(load.get("warm_repeats", 2)):
+        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
+    for repeat in range(load["repeats"]):
+        server.reset()
+        answers = client.send(server.url, str(model), prompts, max_tokens=load["max_tokens"])
+        ranks = server.status(per_layer=True)
+        require_trustworthy(server.arm.name, ranks)
+        shares = waiting.shares(ranks, answers.seconds, top_k)
+        yield {"repeat": repeat, **_times(answers), **_counters(ranks), **shares}
 
 
 def require_trustworthy(name: str, ranks: list[dict[str, Any]]) -> None:
@@ -172,6 +244,7 @@ def _times(load: client.Load) -> dict[str, float]:
     return {
         "tpot_ms": load.tpot_ms,
         "ttft_ms": load.ttft_ms,
+        "e2e_ms": load.e2e_ms,
         "tokens_per_s": load.tokens_per_s,
     }
 
@@ -192,33 +265,10 @@ def _counters(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_bound_batches": first["memory_bound_batches"],
         "compute_bound_batches": first["compute_bound_batches"],
         "policy": first["balancer"],
+        "placement": first["placement"],
+        "experts_us_per_rank": [rank["experts_us"] for rank in ranks],
+        **({"online": first["online"]} if "online" in first else {}),
     }
-
-
-def _balance(ranks: list[dict[str, Any]], seconds: float, top_k: int) -> dict[str, Any]:
-    """Tokens through the model per second, how long ranks wait for the slowest, and fetches.
-
-    The waiting share is of the time in a layer's experts: 1 - mean / maximum over the ranks, with
-    time for fetches counted as waiting, summed over layers and batches.
-    """
-    first = ranks[0]
-    tokens = first["pairs"] / first["num_layers"] / top_k
-    busy_us = fetch_us = slowest_us = 0.0
-    for layers in zip(*(rank["layers"] for rank in ranks), strict=True):
-        batches = zip(*(layer["recent_experts_us"] for layer in layers), strict=True)
-        for of_ranks in batches:
-            busy_us += sum(of_ranks) / len(ranks)
-            slowest_us += max(of_ranks)
-        fetch_us += max(layer.get("fetch_wait_us", 0.0) for layer in layers)
-    found = {
-        "model_tokens_per_s": tokens / seconds,
-        "waiting_share": 1 - busy_us / (slowest_us + fetch_us),
-        "fetch_wait_share": fetch_us / (slowest_us + fetch_us),
-    }
-    for name in ("fetches", "early_fetches", "early_hits", "hits", "wasted_bytes", "evictions"):
-        if name in first:
-            found[name] = sum(rank[name] for rank in ranks)
-    return found
 
 
 if __name__ == "__main__":

@@ -111,6 +111,19 @@ class Server:
         ranks: list[dict[str, Any]] = answer.json()["ranks"]
         return ranks
 
+    def worker(self, rank: int) -> int:
+        """Process id of the worker of a tensor-parallel rank.
+
+        Raises:
+            RuntimeError: no process, or several, have the name that vLLM gives it.
+        """
+        assert self._process is not None
+        name = f"VLLM::Worker_TP{rank}"
+        found = [p.pid for p in descendants(self._process.pid) if name in " ".join(p.cmdline())]
+        if len(found) != 1:
+            raise RuntimeError(f"{len(found)} processes are named {name}")
+        return found[0]
+
     def reset(self) -> None:
         """Sets the counters to zero."""
         httpx.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()

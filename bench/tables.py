@@ -6,6 +6,7 @@ Ratios compare medians of the same run; every table names machine, commit and co
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any
 
 import typer
 
-from bench import markdown
+from bench import markdown, recorder
 from bench.provenance import ROOT
 
 Row = dict[str, Any]
@@ -50,12 +51,24 @@ def tables(
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    return exchange_table() if run == "exchange" else arms_table(run)
+    kinds = {"exchange": exchange_table, "recorder": recorder_table, "slow_rank": slow_table}
+    return kinds[run](run) if run in kinds else arms_table(run)
 
 
-def exchange_table() -> str:
+def recorder_table(run: str) -> str:
+    """What a recording costs, by the newest run."""
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if (row["commit"], row["config_hash"])
+            == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
+    title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
+    origin = _origin(rows[-1], "bench.recorder")
+    return "\n".join((f"{title}. Medians over bursts.", "", recorder.table(rows), "", origin))
+
+
+def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
-    lines = (ROOT / "bench" / "results" / "exchange.jsonl").read_text().splitlines()
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     headings = [
         "processes",
@@ -86,9 +99,7 @@ def exchange_table() -> str:
 def arms_table(run: str) -> str:
     """The newest configuration of a run file, one line per arm."""
     settings = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())
-    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
+    rows = _newest(run)
     arms = {name: [row for row in rows if row["arm"] == name] for name in settings["arms"]}
     headings = ["arm", *(title for title, _, _ in COLUMNS), "against static", "against eplb"]
     body = [[name, *_cells(own), *_ratios(own, arms)] for name, own in arms.items()]
@@ -96,6 +107,37 @@ def arms_table(run: str) -> str:
     command = f"bench.run configs/runs/{run}.toml"
     text = markdown.table(headings, body)
     return "\n".join((intro, "", text, "", _origin(rows[-1], command)))
+
+
+def slow_table(run: str) -> str:
+    """End-to-end latency of every load and slowdown, and each arm against static and eplb."""
+    rows = _newest(run)
+    settings = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())
+    pairs = [(arm, base) for base in ("static", "eplb") for arm in ("gem", "online")]
+    headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in settings["arms"])]
+    headings += [f"{arm} against {base}" for arm, base in pairs]
+    body = []
+    for load, factor in itertools.product(settings["loads"], settings["slow"]):
+        here = [row for row in rows if (row["load"], row["slow"]) == (load, factor)]
+        e2e_ms = {
+            arm: _median((row for row in here if row["arm"] == arm), "e2e_ms")
+            for arm in settings["arms"]
+        }
+        shown = f"{here[0]['slow_shown'] - 1:+.1%}"
+        times = [f"{time_ms:.0f}" for time_ms in e2e_ms.values()]
+        gains = [f"{e2e_ms[arm] / e2e_ms[base] - 1:+.1%}" for arm, base in pairs]
+        body.append([load, f"{factor - 1:+.0%}", shown, *times, *gains])
+    intro = f"{settings['title']}. End-to-end latency of a request, medians."
+    command = f"bench.run configs/runs/{run}.toml --traces DIR"
+    text = markdown.table(headings, body)
+    return "\n".join((intro, "", text, "", _origin(rows[-1], command)))
+
+
+def _newest(run: str) -> list[Row]:
+    """The rows of the newest configuration of a run file."""
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
 
 
 def _origin(row: Row, command: str) -> str:

@@ -53,7 +53,7 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
             balancer cannot use, that does not divide over the ranks or does not fit in memory.
     """
     check_layout(config, deployment)
-    _check_map(config)
+    _check_sources(config)
     _check_no_slots(config)
     redundant = _asked_for(config, deployment)
     if redundant and not config.replicates:
@@ -100,17 +100,41 @@ def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
         )
 
 
-def _check_map(config: BalancerConfig) -> None:
-    if config.name in LOADED_BY_MAP and config.map is None:
+def _check_sources(config: BalancerConfig) -> None:
+    """Raises BalancerError if the balancer lacks a file that it needs, or has one it cannot use."""
+    _check_online(config)
+    if config.name in LOADED_BY_MAP and config.map is None and config.online is None:
         raise BalancerError(
             f"--moe-balancer {config.name} loads the weights by a placement map, and `map` is "
             f"missing. Make one with `vllm-balance place --policy {config.name} -o FILE` and pass "
-            f'--moe-balancer-config \'{{"map": "FILE"}}\'.'
+            f'--moe-balancer-config \'{{"map": "FILE"}}\', or let gem find one while serving with '
+            f"`online`."
         )
     if config.name == "static" and config.map is not None:
         raise BalancerError(
             "--moe-balancer static leaves the experts where vLLM puts them, and `map` asks to put "
             "them elsewhere. Use --moe-balancer gem, which keeps to the map, or leave `map` out."
+        )
+
+
+def _check_online(config: BalancerConfig) -> None:
+    if config.online is None:
+        return
+    if config.name != "gem":
+        raise BalancerError(
+            f"`online` belongs to --moe-balancer gem, and {config.name} was asked for. Use gem, or "
+            f"leave `online` out."
+        )
+    if config.profile is None:
+        raise BalancerError(
+            "`online` weighs moves by the measured times of the ranks, and `profile` is missing. "
+            "Run `vllm-balance profile MODEL -o FILE` on this machine and name the file there."
+        )
+    if config.replicates:
+        raise BalancerError(
+            "`online` moves the only copy of each expert, and redundant experts were asked for. "
+            "Leave `num_redundant_experts` and `redundancy` out and use a map without redundant "
+            "experts, or leave `online` out."
         )
 
 

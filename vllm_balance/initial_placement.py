@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from vllm_balance import maps
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import PlacementMap
 
@@ -76,16 +74,15 @@ class InitialPlacement:
         row: Array = self.placement_LP[self.layers.index(layer)]
         return row
 
-    def tables(self, layer: int, num_experts: int) -> tuple[Array, Array]:
-        """Slots of each expert, int64 [E, R] padded with -1, and their number, int64 [E]."""
-        slots_P = self.slots_P(layer)
-        num_replicas_E = np.bincount(slots_P[slots_P >= 0], minlength=num_experts)
-        table_ER = np.full((num_experts, int(num_replicas_E.max())), -1, dtype=np.int64)
-        for expert in range(num_experts):
-            table_ER[expert, : num_replicas_E[expert]] = np.flatnonzero(slots_P == expert)
-        return table_ER, num_replicas_E.astype(np.int64)
 
+def tables(slots_P: Array, num_experts: int) -> tuple[Array, Array]:
+    """Slots of each expert, int64 [E, R] padded with -1, and their number, int64 [E].
 
-def read_map(path: str) -> PlacementMap:
-    """The map that the setting ``map`` names. Raises BalancerError as `maps.load` does."""
-    return maps.load(Path(path).expanduser())
+    Args:
+        slots_P: expert of each slot, [P]; slots with -1 hold none.
+    """
+    num_replicas_E = np.bincount(slots_P[slots_P >= 0], minlength=num_experts)
+    table_ER = np.full((num_experts, int(num_replicas_E.max())), -1, dtype=np.int64)
+    for expert in range(num_experts):
+        table_ER[expert, : num_replicas_E[expert]] = np.flatnonzero(slots_P == expert)
+    return table_ER, num_replicas_E.astype(np.int64)

@@ -11,13 +11,7 @@ from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.server import SERVER_SEAMS
 
-ALL_SEAMS = (
-    *ARGUMENT_SEAMS,
-    *SERVER_SEAMS,
-    *ROUTER_SEAMS,
-    *LOADING_SEAMS,
-    *CPU_SEAMS,
-)
+ALL_SEAMS = (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS)
 
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -168,3 +168,32 @@ def test_the_mark_by_which_models_load_experts_survives():
 
     install(LOADING_SEAMS)
     assert RoutedExperts.weight_loader.supports_moe_loading
+
+
+def verified(monkeypatch, loading: PlacedLoading, rank: Rank, other: tuple[str, str | None]) -> str:
+    """What a worker says of its placement if the other rank of two reports this."""
+    from vllm_balance.seams.worker import BalancedWorker
+
+    def all_gather_object(found, own, group) -> None:
+        found[:] = [own, other]
+
+    group = SimpleNamespace(world_size=2, cpu_group=None)
+    monkeypatch.setattr("vllm.distributed.get_ep_group", lambda: group)
+    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
+    worker = BalancedWorker()
+    worker.loading = loading
+    vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
+    return worker._verified_placement(vllm_config, [SimpleNamespace(routed_experts=rank)])
+
+
+def test_all_ranks_verify_or_all_refuse(monkeypatch):
+    rank = Rank(0, EXPERTS)
+    loading = loaded([3, 2, 1, 0], rank)
+    same = loading.placement.checksum
+    assert verified(monkeypatch, loading, rank, (same, None)) == f"test {same[:12]} verified"
+    with pytest.raises(BalancerError, match="rank 1: slot 5 got nothing"):
+        verified(monkeypatch, loading, rank, (same, "slot 5 got nothing"))
+    with pytest.raises(BalancerError, match="the ranks loaded different files"):
+        verified(monkeypatch, loading, rank, ("0" * 64, None))
+    with pytest.raises(BalancerError, match="rank 0: slot 0"):
+        verified(monkeypatch, loaded([3, 2, 1, 0], rank, skip=(3,)), rank, (same, None))

@@ -11,7 +11,8 @@ from vllm_balance import maps, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import LayerMap
 from vllm_balance.model_shape import from_config
-from vllm_balance.seams.deployment import initial_placement, moe_layers
+from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.settings_files import initial_placement, moe_layers
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,11 @@ def configured(model: str, name: str, **settings):
     ).create_engine_config()
 
 
+def placement_of(vllm_config):
+    """As a worker reads it."""
+    return initial_placement(settings_of(vllm_config), vllm_config)
+
+
 def refused(model: str, name: str, **settings) -> str:
     with pytest.raises(BalancerError) as raised:
         configured(model, name, **settings)
@@ -64,7 +70,7 @@ def refused(model: str, name: str, **settings) -> str:
 def test_gem_without_redundancy_needs_no_eplb(moe_model, write):
     config = configured(moe_model, "gem", map=write())
     assert not config.parallel_config.enable_eplb
-    placement = initial_placement(config)
+    placement = placement_of(config)
     assert placement.origin == "gem map" and placement.num_physical == 8
     assert placement.slots_P(1).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
 
@@ -81,7 +87,7 @@ def test_others_start_from_the_map_and_go_on(moe_model, write, name):
     config = configured(moe_model, name, map=write(num_redundant=4))
     eplb = config.parallel_config.eplb_config
     assert (eplb.num_redundant_experts, eplb.step_interval) == (4, 3000)
-    assert initial_placement(config).slots_P(0).tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4]
+    assert placement_of(config).slots_P(0).tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4]
 
 
 def test_the_path_is_absolute_for_the_workers(moe_model, write, monkeypatch):
@@ -120,8 +126,8 @@ def test_redundancy_that_contradicts_the_map(moe_model, write, setting):
 
 
 def test_no_balancer_has_no_initial_placement(moe_model):
-    assert initial_placement(configured(moe_model, "static")) is None
-    assert initial_placement(configured(moe_model, "metro")) is None
+    assert placement_of(configured(moe_model, "static")) is None
+    assert placement_of(configured(moe_model, "metro")) is None
 
 
 class Text:

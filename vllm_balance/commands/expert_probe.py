@@ -33,8 +33,10 @@ class Timing:
 class Probe:
     """The rank processes; every sample runs on all of them at the same time."""
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
+    def __init__(self, connections: Sequence[Connection], pids: Sequence[int]) -> None:
         self._connections = connections
+        self.pids = tuple(pids)
+        """The process of each rank."""
 
     def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
         """Times the same batch, tokens per activated expert, on every rank.
@@ -76,7 +78,7 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
             processes.append(process)
         for rank, connection in enumerate(connections):
             _receive(rank, connection)
-        yield Probe(connections)
+        yield Probe(connections, [process.pid or 0 for process in processes])
     finally:
         for connection in connections:
             connection.close()
@@ -84,23 +86,6 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
-
-
-def kernel_isa() -> str:
-    """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
-
-    Raises:
-        BalancerError: this is no x86 CPU; other devices are not profiled yet.
-    """
-    import torch
-    from vllm.platforms import CpuArchEnum, current_platform
-
-    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
-        raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is "
-            f"{current_platform.get_device_name()}. Run it on the machine that serves."
-        )
-    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
 
 def _receive(rank: int, connection: Connection) -> Timing:

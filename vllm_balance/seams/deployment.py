@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
+from vllm_balance.cost import knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
-from vllm_balance.initial_placement import InitialPlacement, read_map
 from vllm_balance.maps import PlacementMap
-from vllm_balance.model_shape import ModelShape, from_mapping
+from vllm_balance.online import require_whole_batch
+from vllm_balance.recording import RecordSettings, require_new
 from vllm_balance.replay_rows import draw
 from vllm_balance.seams.server import install_in_api_server
+from vllm_balance.seams.settings_files import (
+    absolute,
+    measured_costs,
+    moe_layers,
+    num_ranks,
+    placement_of,
+    read_map,
+)
 from vllm_balance.seams.versions import unsupported_version
 from vllm_balance.slot_deployment import num_dynamic_slots
 
@@ -49,9 +57,10 @@ def configure(vllm_config: Any) -> None:
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
     parallel = vllm_config.parallel_config
-    found = None if config.map is None else read_map(config.map)
+    found = read_map(config)
     config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
+    _check_online(config)
     deployment = read_deployment(vllm_config)
     if config.fetches:
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
@@ -64,12 +73,16 @@ def configure(vllm_config: Any) -> None:
     settled.pop("redundancy")
     if config.fetches:
         settled["dynamic_slots"] = redundant // deployment.num_ranks
-    if config.map is not None:
-        settled["map"] = str(Path(config.map).expanduser().resolve())
+    settled |= absolute(config)
+    costs = measured_costs(config, vllm_config)
+    if costs is not None and config.knee_tokens is None:
+        settled["knee_tokens"] = knee_of(costs)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    if config.replicates:
+    if config.uses_eplb:
         _enable_eplb(vllm_config, config, redundant)
+    if config.record is not None:
+        settled["record"]["file"] = str(_checked_recording(config.record, parallel))
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
@@ -87,63 +100,6 @@ def _with_redundancy(
         return config
     count = found.num_physical - found.shape.num_experts
     return config.model_copy(update={"num_redundant_experts": count})
-
-
-def initial_placement(vllm_config: Any) -> InitialPlacement | None:
-    """Where the settings of a configured ``VllmConfig`` want the experts at load time, if they do.
-
-    Raises:
-        BalancerError: the placement cannot be read or does not fit the model and the ranks.
-    """
-    config = settings_of(vllm_config)
-    if config is None:
-        return None
-    if config.fetches:
-        return _home_placement(vllm_config, config.num_redundant_experts or 0)
-    if config.map is None:
-        return None
-    return placement_of(read_map(config.map), vllm_config, config.num_redundant_experts or 0)
-
-
-def _home_placement(vllm_config: Any, num_slots: int) -> InitialPlacement:
-    """Every rank holds its home experts in linear order, then empty dynamic slots."""
-    parallel = vllm_config.parallel_config
-    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    layers = moe_layers(vllm_config.model_config.hf_text_config)
-    home_SE = np.arange(vllm_config.model_config.get_num_experts()).reshape(num_ranks, -1)
-    empty_SD = np.full((num_ranks, num_slots // num_ranks), -1)
-    slots_P = np.concatenate([home_SE, empty_SD], axis=1).ravel()
-    return InitialPlacement.of("home experts", layers, np.tile(slots_P, (len(layers), 1)))
-
-
-def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
-    """The placement of a map, checked against the deployment.
-
-    Raises:
-        BalancerError: another model, number of ranks or redundancy; a layer without entry.
-    """
-    parallel = vllm_config.parallel_config
-    layers = moe_layers(vllm_config.model_config.hf_text_config)
-    shape = read_shape(vllm_config.model_config)
-    num_ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-    found.require(shape=shape, num_ranks=num_ranks, layers=layers)
-    if found.num_physical != shape.num_experts + redundant:
-        raise BalancerError(
-            f"The placement map has {found.num_physical} slots per layer, and {shape.num_experts} "
-            f"experts with {redundant} redundant ones make {shape.num_experts + redundant}. Leave "
-            f"`num_redundant_experts` and `redundancy` out to take the map's, or make another map "
-            f"with `vllm-balance place --redundant {redundant}`."
-        )
-    return InitialPlacement.of_map(found, layers)
-
-
-def read_shape(model_config: Any) -> ModelShape:
-    """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
-    return from_mapping(
-        model_config.hf_config.to_dict(),
-        name=Path(model_config.model).name,
-        where=str(model_config.model),
-    )
 
 
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
@@ -170,16 +126,40 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
-    way_of_exchange(
+    way = way_of_exchange(
         data_parallel_size=parallel.data_parallel_size,
         gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
         asked_for=config.exchange,
     )
+    if config.online is not None:
+        require_whole_batch(way)
     stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
     if parallel.enable_eplb and stays:
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
+        )
+
+
+def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
+    """The absolute path to record at, checked where the deployment is set up.
+
+    Later processes (API servers, engines) configure themselves again while the ranks may have made
+    their files already.
+    """
+    path = record.file.expanduser().absolute()
+    if multiprocessing.parent_process() is None:
+        require_new(path, num_files=parallel.data_parallel_size_local or 1)
+    return path
+
+
+def _check_online(config: BalancerConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if config.online is not None and not current_platform.is_cpu():
+        raise BalancerError(
+            "`online` measures the ranks by the time in their experts, which is done on CPU only "
+            "so far. Leave `online` out and load a map; make it anew when traffic has changed."
         )
 
 
@@ -208,7 +188,7 @@ def read_deployment(vllm_config: Any) -> Deployment:
         num_experts=model.get_num_experts(),
         num_moe_layers=len(moe_layers(text)),
         expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
-        num_ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        num_ranks=num_ranks(vllm_config),
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
@@ -217,21 +197,6 @@ def read_deployment(vllm_config: Any) -> Deployment:
         is_eager=bool(model.enforce_eager),
         one_machine=parallel.nnodes == 1
         and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
-    )
-
-
-def moe_layers(text: Any) -> tuple[int, ...]:
-    """Indices of the MoE layers, by what the configurations of models say about dense ones."""
-    listed = getattr(text, "moe_layers", None)
-    if listed:
-        return tuple(listed)
-    first = getattr(text, "first_k_dense_replace", None) or 0
-    dense = set(getattr(text, "mlp_only_layers", None) or ())
-    step = max(1, getattr(text, "decoder_sparse_step", None) or 1)
-    return tuple(
-        layer
-        for layer in range(first, text.num_hidden_layers)
-        if layer not in dense and (layer + 1) % step == 0
     )
 
 

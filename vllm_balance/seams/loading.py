@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.initial_placement import InitialPlacement
+from vllm_balance.initial_placement import Array, InitialPlacement, tables
 from vllm_balance.seams import Seam
 
 
@@ -50,14 +50,8 @@ class PlacedLoading:
     def place_state(self, model: Any, state: Any) -> None:
         """Writes the placement into the maps of vLLM's EPLB, in place."""
         for row, layer in enumerate(model.moe_layers):
-            index = layer_index(layer.layer_name)
-            table_ER, num_replicas_E = self.placement.tables(index, model.num_logical_experts)
-            slots_P = torch.from_numpy(self.placement.slots_P(index))
-            state.physical_to_logical_map[row].copy_(slots_P)
-            state.logical_to_physical_map[row].fill_(-1)
-            width = table_ER.shape[1]
-            state.logical_to_physical_map[row, :, :width].copy_(torch.from_numpy(table_ER))
-            state.logical_replica_count[row].copy_(torch.from_numpy(num_replicas_E))
+            slots_P = self.placement.slots_P(layer_index(layer.layer_name))
+            write_maps(state, row, slots_P, model.num_logical_experts)
 
     def problem(self, layers: Iterable[Any], load_format: str) -> str | None:
         """What did not arrive on this rank, or None: every slot has each part exactly once."""
@@ -83,6 +77,16 @@ class PlacedLoading:
                         f"{slots_P[slot]}, got {_named(found)} instead of {_named(whole)}"
                     )
         return None
+
+
+def write_maps(state: Any, row: int, slots_P: Array, num_experts: int) -> None:
+    """Writes the placement of one layer into vLLM's EplbModelState, in place."""
+    table_ER, num_replicas_E = tables(slots_P, num_experts)
+    state.physical_to_logical_map[row].copy_(torch.from_numpy(slots_P))
+    state.logical_to_physical_map[row].fill_(-1)
+    width = table_ER.shape[1]
+    state.logical_to_physical_map[row, :, :width].copy_(torch.from_numpy(table_ER))
+    state.logical_replica_count[row].copy_(torch.from_numpy(num_replicas_E))
 
 
 def layer_index(layer_name: str) -> int:

@@ -13,19 +13,23 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.initial_placement import tables
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
-from vllm_balance.seams.deployment import initial_placement, settings_of
+from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.loading import PlacedLoading, layer_index, load_by
+from vllm_balance.seams.online import online_placement
+from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.router import BALANCER
+from vllm_balance.seams.settings_files import initial_placement
 from vllm_balance.seams.slots import ModelSlots
 
 Balancer = TypeVar("Balancer", bound=LayerBalancer)
 
 
-class BalancedWorker:
+class BalancedWorker(RecordingWorker):
     """Mixed in front of a vLLM worker class: binds the balancer to the model once it is loaded."""
 
     balancer_config: BalancerConfig
@@ -33,6 +37,8 @@ class BalancedWorker:
     loading: PlacedLoading | None
     _replay_as: Callable[[ReplaySettings], None] | None = None
     """Routes by these settings from now on; None if the model's own router decides."""
+    model_runner: Any
+    """vLLM's, of the worker class that this is mixed into."""
 
     def read_settings(self, vllm_config: Any) -> None:
         """Takes the balancer's settings out of the config that reached this process."""
@@ -43,7 +49,7 @@ class BalancedWorker:
                 f"Use --moe-balancer NAME instead of --worker-cls."
             )
         self.balancer_config = config
-        placement = initial_placement(vllm_config)
+        placement = initial_placement(config, vllm_config)
         self.loading = None if placement is None else PlacedLoading(placement)
         load_by(self.loading)
 
@@ -80,6 +86,16 @@ class BalancedWorker:
                 layer = bind_layer(runner, make, self.balancer_config, self.loading)
                 self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+        self.attach_recorder(
+            vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
+        )
+        if self.balancer_config.online is not None:
+            self.worker_balancer.online = online_placement(
+                self.balancer_config,
+                vllm_config,
+                self.model_runner.eplb_state,
+                self.worker_balancer.layers,
+            )
 
     def _bind_slots(self, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
@@ -124,7 +140,8 @@ class BalancedWorker:
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
-        return self.worker_balancer.status(per_layer=per_layer)
+        status = self.worker_balancer.status(per_layer=per_layer)
+        return {**status, "recording": self.moe_record_status()}
 
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
@@ -248,7 +265,7 @@ def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> Layer
     table_ER = torch.arange(num_physical, dtype=torch.int64)[:, None]
     if loading is not None:
         index = layer_index(runner.layer_name)
-        table_ER = torch.from_numpy(loading.placement.tables(index, num_physical)[0])
+        table_ER = torch.from_numpy(tables(loading.placement.slots_P(index), num_physical)[0])
     return LayerTables(
         logical_to_physical_ER=table_ER.to(device),
         num_replicas_E=torch.ones(num_physical, dtype=torch.int64, device=device),
