@@ -164,12 +164,12 @@ def _least(way, goal, high, precision, work):
 
 @jit
 def _settle(target, way, mean, work):
-    """Moves for the target, or for the mean if that takes no more fetches. The last fill counts."""
-    first = 0
-    for attempt in range(3):
-        moves = fill(mean if attempt == 1 else target, way, *work)
-        if attempt == 0:
-            first = moves
-        if moves == 0 or (attempt == 1 and moves > 0 and (way == HELD or moves <= first)):
+    """Moves for a lower target, down to the mean, if that takes no more fetches; else for the
+    target. The last fill counts."""
+    most = fill(target, way, *work)
+    moves = most
+    for quarter in range(5):
+        moves = fill(mean + (target - mean) * quarter // 4, way, *work)
+        if quarter == 4 or (moves >= 0 and (way == HELD or moves <= most)):
             break
     return moves

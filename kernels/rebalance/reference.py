@@ -138,9 +138,10 @@ def balance(
             if candidate == "held" or target - found >= gain:
                 target, way = found, candidate
     moves = fill(target, way) or []
-    evenly = fill(mean, way) if moves else None
-    if evenly is not None and (way == "held" or len(evenly) <= len(moves)):
-        return evenly, False
+    for quarter in range(4):
+        lower = fill(mean + (target - mean) * quarter // 4, way)
+        if lower is not None and (way == "held" or len(lower) <= len(moves)):
+            return lower, False
     return moves, False
 
 
