@@ -13,10 +13,34 @@ from __future__ import annotations
 import torch
 
 from ...types import DynamicSlots, Outcome, Placement, Plan, Schedule
-from ..tensor_checks import require_dense, require_integers
+from ..tensor_checks import require_dense, require_integers, require_routing_buffers
 from .rules import Eviction, Method, Rules
 
-__all__ = ["Eviction", "Method", "Rules", "schedule"]
+__all__ = ["Eviction", "Method", "Rules", "count", "schedule"]
+
+
+def count(
+    topk_ids_TK: torch.Tensor, num_logical: int, num_valid_tokens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pairs of each expert, int32 [E] on the CPU; a batch's demand where one rank sees all of it.
+
+    Args:
+        topk_ids_TK: logical ids, int32 or int64 [T, K] contiguous, on the CPU. An id that is no
+            expert counts nowhere.
+        num_logical: E.
+        num_valid_tokens: int32, one element: rows from here on are padding. None: no padding.
+
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or device.
+    """
+    require_routing_buffers(topk_ids_TK, 1, 1, None, None, num_valid_tokens, None, 0)
+    if not topk_ids_TK.is_cpu:
+        raise ValueError(f"count takes ids on the CPU, got {topk_ids_TK.device.type}.")
+    from .numba_cpu import count as backend
+
+    tokens_E = torch.empty(num_logical, dtype=torch.int32)
+    backend(topk_ids_TK, num_valid_tokens, tokens_E)
+    return tokens_E
 
 
 def schedule(

@@ -40,10 +40,10 @@ def _sort_home(tokens_E, home_S, goal, keys_E, key_S):
 
 
 @jit
-def _record(expert, donor, receiver, tokens, cost, left_E, load_S, used_S, move_3M, moves):
+def _record(expert, donor, receiver, tokens, end, left_E, load_S, used_S, move_3M, moves):
     left_E[expert] -= tokens
     load_S[donor] -= tokens
-    load_S[receiver] += tokens + cost
+    load_S[receiver] = end
     used_S[receiver] += 1
     move_3M[0, moves], move_3M[1, moves], move_3M[2, moves] = expert, receiver, tokens
     return moves + 1
@@ -64,36 +64,46 @@ def _use_holders(expert, donor, target, num_dynamic, head_E, next_X, left_E, loa
         if receiver < 0:
             break
         tokens = min(left_E[expert], load_S[donor] - target, target - least)
-        moves = _record(expert, donor, receiver, tokens, 0, left_E, load_S, used_S, move_3M, moves)
+        moves = _record(
+            expert, donor, receiver, tokens, least + tokens, left_E, load_S, used_S, move_3M, moves
+        )
     return moves
 
 
 @jit
-def _fetch(expert, donor, target, q, cost, num_dynamic, left_E, load_S, used_S, move_3M, moves):
-    """Moves at least q tokens per fetch, least loaded rank first; returns the moves."""
+def _fetch(expert, donor, target, q, cost, num_dynamic, left_E, load_S, used_S, fetches_S, move_3M,
+           moves):  # fmt: skip
+    """Moves at least q tokens per fetch, to the rank that can start first; returns the moves.
+
+    The first fetch of a rank arrives after q - cost, each further one while at least q tokens of
+    the one before are computed."""
     while load_S[donor] > target and left_E[expert] >= q:
         receiver, least = -1, target - cost - q + 1
         for rank in range(len(load_S)):
-            if load_S[rank] < least and used_S[rank] < num_dynamic:
-                receiver, least = rank, load_S[rank]
+            start = load_S[rank] if fetches_S[rank] else max(load_S[rank], q - cost)
+            if start < least and used_S[rank] < num_dynamic:
+                receiver, least = rank, start
         if receiver < 0:
             break
         tokens = min(left_E[expert], max(load_S[donor] - target, q), target - cost - least)
+        fetches_S[receiver] += 1
+        end = least + tokens + cost
         moves = _record(
-            expert, donor, receiver, tokens, cost, left_E, load_S, used_S, move_3M, moves
+            expert, donor, receiver, tokens, end, left_E, load_S, used_S, move_3M, moves
         )
     return moves
 
 
 @jit
 def fill(target, way, q, cost, num_dynamic, tokens_E, home_S, key_S, keys_E, head_E, next_X,
-         left_E, load_S, used_S, move_3M):  # fmt: skip
+         left_E, load_S, used_S, fetches_S, move_3M):  # fmt: skip
     """Moves tokens off every rank above the target; returns the moves, -1 if one stays above."""
     num_experts, num_ranks = len(tokens_E), len(home_S)
     num_home = num_experts // num_ranks
     left_E[:] = tokens_E
     load_S[:] = home_S
     used_S[:] = 0
+    fetches_S[:] = 0
     moves = 0
     for stage in range(2 if way == HELD_FIRST else 1):
         for j in range(num_ranks - 1, -1, -1):
@@ -112,7 +122,7 @@ def fill(target, way, q, cost, num_dynamic, tokens_E, home_S, key_S, keys_E, hea
                 if way == LARGEST_FIRST or stage == 1:
                     moves = _fetch(
                         expert, donor, target, q, cost, num_dynamic, left_E, load_S, used_S,
-                        move_3M, moves,
+                        fetches_S, move_3M, moves,
                     )  # fmt: skip
             if load_S[donor] > target and (way != HELD_FIRST or stage == 1):
                 return -1
@@ -136,9 +146,10 @@ def balance(tokens_E, num_ranks, num_dynamic, q, cost, tolerance, head_E, next_X
     key_S, keys_E = np.empty(num_ranks, np.int64), np.empty(num_experts, np.int64)
     left_E = np.empty(num_experts, np.int64)
     load_S, used_S = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
+    fetches_S = np.empty(num_ranks, np.int64)
     _sort_home(tokens_E, home_S, mean, keys_E, key_S)
     work = (q, cost, num_dynamic, tokens_E, home_S, key_S, keys_E, head_E, next_X, left_E,
-            load_S, used_S, move_3M)  # fmt: skip
+            load_S, used_S, fetches_S, move_3M)  # fmt: skip
     target, way = peak, HELD
     for candidate in range(3):
         if target - goal >= gain:
@@ -164,12 +175,12 @@ def _least(way, goal, high, precision, work):
 
 @jit
 def _settle(target, way, mean, work):
-    """Moves for the target, or for the mean if that takes no more fetches. The last fill counts."""
-    first = 0
-    for attempt in range(3):
-        moves = fill(mean if attempt == 1 else target, way, *work)
-        if attempt == 0:
-            first = moves
-        if moves == 0 or (attempt == 1 and moves > 0 and (way == HELD or moves <= first)):
+    """Moves for a lower target, down to the mean, if that takes no more fetches; else for the
+    target. The last fill counts."""
+    most = fill(target, way, *work)
+    moves = most
+    for quarter in range(5):
+        moves = fill(mean + (target - mean) * quarter // 4, way, *work)
+        if quarter == 4 or (moves >= 0 and (way == HELD or moves <= most)):
             break
     return moves

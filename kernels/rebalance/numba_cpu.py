@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ..metro.numba_cpu import choose_columns, is_compute_bound
-from ..numba_memory import entry, int32_at, jit
+from ..metro.numba_cpu import count as count_pairs
+from ..numba_memory import entry, int32_at, ints_at, jit, num_valid_pairs
 from .balance_cpu import balance
 from .paper_cpu import keep_what_fits, rebalance
 from .rules import Method, Rules
@@ -99,6 +100,26 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
     if moves == 0:
         return np.int64(_BALANCED if is_even else _UNPAID)
     return np.int64(_FETCHED if fetches else _HELD)
+
+
+@entry
+def _count(ids, wide, pairs, top_k, valid, E, out):
+    count_pairs(ints_at(ids, pairs, wide), num_valid_pairs(valid, pairs, top_k), int32_at(out, E))
+
+
+def count(
+    topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """As ``kernels.rebalance.count`` into ``out``, arguments already checked."""
+    _count(
+        topk_ids_TK.data_ptr(),
+        topk_ids_TK.dtype is torch.int64,
+        topk_ids_TK.numel(),
+        topk_ids_TK.shape[1],
+        0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
+        out.numel(),
+        out.data_ptr(),
+    )
 
 
 def schedule(

@@ -56,6 +56,7 @@ class Filling:
         self.content_SD, self.target, self.q, self.cost = content_SD, target, q, cost
         self.home_S = tokens_E.reshape(len(content_SD), -1).sum(1).tolist()
         self.load_S, self.used_S = list(self.home_S), [0] * len(content_SD)
+        self.fetching: set[int] = set()
         self.moves: list[Move] = []
 
     def run(self, way: str) -> list[Move] | None:
@@ -80,39 +81,48 @@ class Filling:
         demand = {e: self.left_E[e] + sum(m[2] for m in self.moves if m[0] == e) for e in experts}
         return sorted(experts, key=lambda e: (-demand[e], e))
 
-    def _receiver(self, allowed: list[int], limit: int) -> int | None:
-        """The least loaded rank up to ``limit`` with a slot left; the lowest among equals."""
-        fitting = [
-            s
+    def _start(self, rank: int, *, fetch: bool) -> int:
+        """When a rank could begin with further tokens: a first fetch arrives after q - cost."""
+        is_first = fetch and rank not in self.fetching
+        return max(self.load_S[rank], self.q - self.cost) if is_first else self.load_S[rank]
+
+    def _receiver(self, allowed: list[int], limit: int, *, fetch: bool) -> int | None:
+        """The rank with a slot left that can start first, up to ``limit``; lowest among equals."""
+        start = {
+            s: self._start(s, fetch=fetch)
             for s in allowed
-            if self.load_S[s] <= limit and self.used_S[s] < self.content_SD.shape[1]
-        ]
-        return min(fitting, key=lambda s: (self.load_S[s], s), default=None)
+            if self.used_S[s] < self.content_SD.shape[1]
+        }
+        fitting = [s for s in start if start[s] <= limit]
+        return min(fitting, key=lambda s: (start[s], s), default=None)
 
     def _to_holders(self, expert: int, donor: int) -> None:
         holders = np.flatnonzero((self.content_SD == expert).any(1)).tolist()
         while self.load_S[donor] > self.target and self.left_E[expert]:
-            receiver = self._receiver(holders, self.target - 1)
+            receiver = self._receiver(holders, self.target - 1, fetch=False)
             if receiver is None:
                 return
             excess = self.load_S[donor] - self.target
             room = self.target - self.load_S[receiver]
-            self._move(expert, donor, receiver, min(self.left_E[expert], excess, room), 0)
+            self._move(expert, donor, receiver, min(self.left_E[expert], excess, room))
 
     def _by_fetching(self, expert: int, donor: int) -> None:
         everyone = list(range(len(self.home_S)))
         while self.load_S[donor] > self.target and self.left_E[expert] >= self.q:
-            receiver = self._receiver(everyone, self.target - self.cost - self.q)
+            limit = self.target - self.cost - self.q
+            receiver = self._receiver(everyone, limit, fetch=True)
             if receiver is None:
                 return
+            self.load_S[receiver] = self._start(receiver, fetch=True) + self.cost
+            self.fetching.add(receiver)
             excess = max(self.load_S[donor] - self.target, self.q)
-            room = self.target - self.cost - self.load_S[receiver]
-            self._move(expert, donor, receiver, min(self.left_E[expert], excess, room), self.cost)
+            room = self.target - self.load_S[receiver]
+            self._move(expert, donor, receiver, min(self.left_E[expert], excess, room))
 
-    def _move(self, expert: int, donor: int, receiver: int, tokens: int, cost: int) -> None:
+    def _move(self, expert: int, donor: int, receiver: int, tokens: int) -> None:
         self.left_E[expert] -= tokens
         self.load_S[donor] -= tokens
-        self.load_S[receiver] += tokens + cost
+        self.load_S[receiver] += tokens
         self.used_S[receiver] += 1
         self.moves.append((expert, receiver, tokens))
 
@@ -138,9 +148,10 @@ def balance(
             if candidate == "held" or target - found >= gain:
                 target, way = found, candidate
     moves = fill(target, way) or []
-    evenly = fill(mean, way) if moves else None
-    if evenly is not None and (way == "held" or len(evenly) <= len(moves)):
-        return evenly, False
+    for quarter in range(4):
+        lower = fill(mean + (target - mean) * quarter // 4, way)
+        if lower is not None and (way == "held" or len(lower) <= len(moves)):
+            return lower, False
     return moves, False
 
 
