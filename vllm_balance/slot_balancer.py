@@ -12,6 +12,7 @@ from vllm_balance.balancer import LayerBalancer
 from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.look_ahead import LookAhead
 from vllm_balance.kernels.assign import assign
+from vllm_balance.kernels.rebalance import count
 from vllm_balance.kernels.record import Regime, record
 from vllm_balance.metrics import add_plan
 from vllm_balance.routing import FetchingPolicy, LayerTables
@@ -42,8 +43,8 @@ class SlotBalancer(LayerBalancer):
             counts_FE = self._exchanged_counts(topk_ids_TK).cpu()
             offset_E = counts_FE[: self.rank].sum(0, dtype=torch.int32)
         else:
-            valid = None if num_valid_tokens is None else int(num_valid_tokens)
-            counts_FE = count_experts(topk_ids_TK[:valid], self.dynamic.state.num_logical)
+            num_experts = self.dynamic.state.num_logical
+            counts_FE = _count(topk_ids_TK, num_experts, num_valid_tokens)
         schedule = self._schedule(counts_FE)
         before_ns = self.dynamic.waiting_ns
         self.dynamic.follow(schedule)
@@ -76,7 +77,7 @@ class SlotBalancer(LayerBalancer):
         self.look_ahead_ns += time.perf_counter_ns() - start
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        counts_FE = count_experts(ids_TK, self.dynamic.state.num_logical)
+        counts_FE = _count(ids_TK, self.dynamic.state.num_logical, None)
         schedule = self._schedule(counts_FE)
         _record(_assign(ids_TK, schedule, None, None), schedule, tables, None)
 
@@ -101,12 +102,12 @@ class SlotBalancer(LayerBalancer):
         }
 
 
-def count_experts(topk_ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Pairs of each expert, int32 [1, E] on the host; ids outside 0 to E - 1 do not count."""
-    ids_N = topk_ids_TK.flatten().long() + 1
-    ids_N = torch.where((ids_N > 0) & (ids_N <= num_experts), ids_N, 0)
-    counts_E1 = torch.bincount(ids_N, minlength=num_experts + 1)
-    return counts_E1[1:].to("cpu", torch.int32)[None]
+def _count(
+    topk_ids_TK: torch.Tensor, num_experts: int, num_valid_tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """Pairs of each expert, int32 [1, E] on the host, which waits for a device."""
+    valid = None if num_valid_tokens is None else num_valid_tokens.cpu()
+    return count(topk_ids_TK.cpu(), num_experts, valid)[None]
 
 
 def _assign(
