@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from bench import markdown, recorder
+from bench import cells, markdown, recorder
 from bench.provenance import ROOT
 
 Row = dict[str, Any]
@@ -52,6 +52,8 @@ def tables(
 def table(run: str) -> str:
     """The Markdown table of one run."""
     kinds = {"exchange": exchange_table, "recorder": recorder_table, "slow_rank": slow_table}
+    if run.startswith("harmoeny"):
+        return cells_table(run)
     return kinds[run](run) if run in kinds else arms_table(run)
 
 
@@ -107,6 +109,15 @@ def arms_table(run: str) -> str:
     command = f"bench.run configs/runs/{run}.toml"
     text = markdown.table(headings, body)
     return "\n".join((intro, "", text, "", _origin(rows[-1], command)))
+
+
+def cells_table(run: str) -> str:
+    """Every arm under every skew of the newest configuration of a run file."""
+    rows = _newest(run)
+    title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
+    intro = f"{title}. Medians; the bound is `static` under even routing."
+    origin = _origin(rows[-1], f"bench.run configs/runs/{run}.toml")
+    return "\n".join((intro, "", cells.table(rows), "", origin))
 
 
 def slow_table(run: str) -> str:
