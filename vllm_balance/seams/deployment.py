@@ -119,6 +119,13 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         and parallel.data_parallel_size > 1,
         "round-robin expert placement": parallel.expert_placement_strategy != "linear",
     }
+    if config.fetches:
+        # The host store is filled once: weights that change later would not reach it.
+        refused |= {
+            "sleep mode": vllm_config.model_config.enable_sleep_mode,
+            "weight transfer": vllm_config.weight_transfer_config is not None,
+            "LoRA": vllm_config.lora_config is not None,
+        }
     found = [name for name, present in refused.items() if present]
     if found:
         raise BalancerError(

@@ -138,6 +138,19 @@ class BalancedWorker(RecordingWorker):
             )
         return f"{placement.origin} {placement.checksum[:12]} verified"
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, where no host store keeps the weights that were loaded first.
+
+        Raises:
+            BalancerError: the balancer fetches experts.
+        """
+        if self.balancer_config.fetches:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} fetches experts from a host store "
+                f"that is filled once, so weights cannot be reloaded. Restart the server."
+            )
+        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
         status = self.worker_balancer.status(per_layer=per_layer)
