@@ -62,7 +62,7 @@ def run(
                 **measured,
                 **provenance(),
             }
-            _append(results, row)
+            append(results, row)
             console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
 
 
@@ -73,7 +73,8 @@ def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["config_hash"] == digest]
 
 
-def _append(results: Path, row: dict[str, Any]) -> None:
+def append(results: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file of results, which is made if it is missing."""
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -141,7 +142,8 @@ def arm_of(start: Start, settings: dict[str, Any], placed: Placed | None = None)
     )
 
 
-def _prompts(load: dict[str, Any], seed: int) -> list[str]:
+def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
+    """The prompts of a load, drawn with a seed."""
     words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
     pick = random.Random(seed)
     return [
@@ -175,7 +177,7 @@ def _repeat(
     server: Server, load: dict[str, Any], seed: int, model: Path
 ) -> Iterator[dict[str, Any]]:
     """One row per repeat of a load, behind its warm-up."""
-    prompts = _prompts(load, seed)
+    prompts = prompts_of(load, seed)
     for _ in range(load.get("warm_repeats", 2)):
         client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
     for repeat in range(load["repeats"]):

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from bench import markdown
+from bench import markdown, recorder
 from bench.provenance import ROOT
 
 Row = dict[str, Any]
@@ -51,14 +51,24 @@ def tables(
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    if run == "exchange":
-        return exchange_table()
-    return slow_table(run) if run == "slow_rank" else arms_table(run)
+    kinds = {"exchange": exchange_table, "recorder": recorder_table, "slow_rank": slow_table}
+    return kinds[run](run) if run in kinds else arms_table(run)
 
 
-def exchange_table() -> str:
+def recorder_table(run: str) -> str:
+    """What a recording costs, by the newest run."""
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if (row["commit"], row["config_hash"])
+            == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
+    title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
+    origin = _origin(rows[-1], "bench.recorder")
+    return "\n".join((f"{title}. Medians over bursts.", "", recorder.table(rows), "", origin))
+
+
+def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
-    lines = (ROOT / "bench" / "results" / "exchange.jsonl").read_text().splitlines()
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     headings = [
         "processes",

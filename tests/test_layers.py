@@ -8,7 +8,7 @@ The rows, top to bottom, as docs describe them:
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
 6. routing and placement policies, the experts of one rank; cost curves and their files
-7. metrics; replay of recorded routing; traces, shapes of models and JSON files
+7. metrics; recorder, traces and their replay; shapes of models and JSON files
 8. kernels
 9. the vocabulary and the one exception
 """
@@ -30,7 +30,19 @@ ROWS = [
     ["deployment", "balancer", "simulate", "initial_placement", "online"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "profiles", "maps"],
-    ["metrics", "replay", "replay_rows", "traces", "trace_summary", "model_shape", "documents"],
+    [
+        "metrics",
+        "recorder",
+        "recorded",
+        "recording",
+        "step_writer",
+        "replay",
+        "replay_rows",
+        "traces",
+        "trace_summary",
+        "model_shape",
+        "documents",
+    ],
     ["kernels"],
     ["types", "errors"],
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ class LayerBalancer:
     way: Way
     rank: int
     all_reduce: AllReduce
+    record: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
+    """Takes the logical ids of this rank's tokens, and how many of the rows are real."""
     experts: LocalPairExperts | None = None
     """What computes this rank's share on CPU; None where vLLM's kernels take global ids."""
     decide_ns: int = 0
@@ -44,6 +47,8 @@ class LayerBalancer:
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
     ) -> torch.Tensor:
         """Slots of the pairs of this rank's tokens, or the ids as they are if mapped later."""
+        if self.record is not None:
+            self.record(topk_ids_TK, num_valid_tokens)
         if self.way == "after_gather":
             return topk_ids_TK
         return self._decide(topk_ids_TK, num_valid_tokens)

@@ -310,6 +310,36 @@ def test_library_users_get_an_exception_and_not_an_exit(moe_model):
     assert issubclass(BalancerError, ValueError)
 
 
+def test_a_recording_alone_takes_static_and_an_absolute_path(moe_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configured(moe_model, *TWO_RANKS, "--moe-record", "t.npz")
+    settled = config.additional_config["moe_balancer"]
+    assert settled["name"] == "static"
+    assert settled["record"] == {
+        "file": str(tmp_path / "t.npz"),
+        "what": "counts",
+        "max_bytes": 256 * 2**20,
+    }
+
+
+def test_a_recording_that_cannot_be_made(moe_model, refused, tmp_path):
+    record = ("--moe-balancer", "metro", "--moe-record")
+    text = refused(moe_model, *TWO_RANKS, *record, str(tmp_path / "missing" / "t.npz"))
+    assert f"the folder {tmp_path / 'missing'} does not exist" in text
+    (tmp_path / "t.rank1.npz").touch()
+    assert configured(moe_model, *TWO_RANKS, *record, str(tmp_path / "t.npz"))
+    text = refused(
+        moe_model, "-dp", "2", "--enable-expert-parallel", *record, str(tmp_path / "t.npz")
+    )
+    assert f"{tmp_path / 't.rank1.npz'} exists, and recordings are never overwritten" in text
+
+
+def test_later_processes_find_the_file_that_a_rank_made(moe_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
+    (tmp_path / "t.npz").touch()
+    assert configured(moe_model, *TWO_RANKS, "--moe-record", str(tmp_path / "t.npz"))
+
+
 def test_the_flags_have_a_group_of_their_own_in_the_help():
     parser = make_arg_parser(FlexibleArgumentParser())
     groups = {group.title: group for group in parser._action_groups}
@@ -318,7 +348,7 @@ def test_the_flags_have_a_group_of_their_own_in_the_help():
         for action in groups["MoEBalancerConfig"]._group_actions
         for option in action.option_strings
     ]
-    assert options == ["--moe-balancer", "--moe-balancer-config"]
+    assert options == ["--moe-balancer", "--moe-balancer-config", "--moe-record"]
     shown = groups["MoEBalancerConfig"]._group_actions[0].help
     assert all(name in shown for name in BALANCERS)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
@@ -14,6 +16,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.maps import PlacementMap
 from vllm_balance.online import require_whole_batch
+from vllm_balance.recording import RecordSettings, require_new
 from vllm_balance.replay_rows import draw
 from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.settings_files import (
@@ -72,6 +75,8 @@ def configure(vllm_config: Any) -> None:
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.uses_eplb:
         _enable_eplb(vllm_config, config, redundant)
+    if config.record is not None:
+        settled["record"]["file"] = str(_checked_recording(config.record, parallel))
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
@@ -127,6 +132,18 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
         )
+
+
+def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
+    """The absolute path to record at, checked where the deployment is set up.
+
+    Later processes (API servers, engines) configure themselves again while the ranks may have made
+    their files already.
+    """
+    path = record.file.expanduser().absolute()
+    if multiprocessing.parent_process() is None:
+        require_new(path, num_files=parallel.data_parallel_size_local or 1)
+    return path
 
 
 def _check_online(config: BalancerConfig) -> None:

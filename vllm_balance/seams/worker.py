@@ -18,11 +18,12 @@ from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.loading import PlacedLoading, layer_index, load_by
 from vllm_balance.seams.online import online_placement
+from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.router import BALANCER
 from vllm_balance.seams.settings_files import initial_placement
 
 
-class BalancedWorker:
+class BalancedWorker(RecordingWorker):
     """Mixed in front of a vLLM worker class: binds the balancer to the model once it is loaded."""
 
     balancer_config: BalancerConfig
@@ -73,6 +74,9 @@ class BalancedWorker:
             layer = bind_layer(runner, policy, self.balancer_config, self.loading)
             self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+        self.attach_recorder(
+            vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
+        )
         if self.balancer_config.online is not None:
             self.worker_balancer.online = online_placement(
                 self.balancer_config,
@@ -122,7 +126,8 @@ class BalancedWorker:
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
-        return self.worker_balancer.status(per_layer=per_layer)
+        status = self.worker_balancer.status(per_layer=per_layer)
+        return {**status, "recording": self.moe_record_status()}
 
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
