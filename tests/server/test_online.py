@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 import pytest
-from serving import EAGER, FLOAT32, PROMPTS, TENSOR_PARALLEL, balanced, serve
+from serving import DATA_PARALLEL, EAGER, FLOAT32, PROMPTS, TENSOR_PARALLEL, balanced, serve
 
 from vllm_balance import documents, profiles
 from vllm_balance.cost import CostModel, Fit
@@ -14,6 +14,7 @@ from vllm_balance.seams.device import device_name
 
 pytestmark = pytest.mark.timeout(900)
 
+LAYOUTS = {"tensor": TENSOR_PARALLEL, "data": (*DATA_PARALLEL, "--api-server-count", "1")}
 EAGER_TO_MOVE = {"interval": 10, "window": 8, "horizon": 10**9, "hysteresis": 0.0}
 
 
@@ -38,10 +39,11 @@ def made_up_profile(model) -> Profile:
     )
 
 
-def test_experts_move_while_requests_run(model, dense, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_move_while_requests_run(layout, model, dense, tmp_path):
     documents.write(tmp_path / "profile.json", made_up_profile(model))
     flags = balanced("gem", profile=str(tmp_path / "profile.json"), online=EAGER_TO_MOVE)
-    arguments = (*TENSOR_PARALLEL, *flags, *FLOAT32, *EAGER)
+    arguments = (*LAYOUTS[layout], *flags, *FLOAT32, *EAGER)
     environ = {"VLLM_PLUGINS": "moe_balancer"}
     with serve(model, *arguments, log=tmp_path / "log", num_ranks=2, **environ) as server:
         assert server.all_tokens(PROMPTS) == dense.tokens
