@@ -62,14 +62,19 @@ def _burst(
     if what != "off":
         _post(server, "start", {"file": str(file), "what": what})
     answers = client.send(server.url, model, prompts, max_tokens=max_tokens)
-    row: dict[str, Any] = {"tpot_ms": answers.tpot_ms, "tokens_per_s": answers.tokens_per_s}
+    row: dict[str, Any] = {
+        "tpot_ms": answers.tpot_ms,
+        "tokens_per_s": answers.tokens_per_s,
+        "seconds": answers.seconds,
+    }
     if what == "off":
         return row
     state = _post(server, "stop", None)[0]
     recorded, counted = int(traces.load(file).chunks(1).sum()), server.status()[0]["pairs"]
     if state["dropped_steps"] == 0 and recorded != counted:
         raise RuntimeError(f"{recorded} pairs were recorded and {counted} were routed.")
-    return row | {key: state[key] for key in ("steps", "tokens", "dropped_steps", "bytes")}
+    kept = ("steps", "tokens", "dropped_steps", "bytes", "serving_us", "writing_us")
+    return row | {key: state[key] for key in kept}
 
 
 def _post(server: Server, action: str, body: dict[str, str] | None) -> list[dict[str, Any]]:
@@ -100,11 +105,17 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
                 size,
                 dropped,
+                *(_share(own, key) for key in ("serving_us", "writing_us")),
             ]
         )
     headings = ("recording", "bursts", "TPOT ms", "against off", "least to most", "bytes a step",
-                "dropped steps")  # fmt: skip
+                "dropped steps", "in serving", "in the writer's thread")  # fmt: skip
     return markdown.table(headings, body)
+
+
+def _share(rows: list[dict[str, Any]], key: str) -> str:
+    """Median share of a burst's time that the recorder took for itself."""
+    return f"{statistics.median(row.get(key, 0) / row['seconds'] / 1e6 for row in rows):.2%}"
 
 
 if __name__ == "__main__":

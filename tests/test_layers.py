@@ -7,7 +7,7 @@ The rows, top to bottom, as docs describe them:
 3. the seams, where vLLM is touched; the worker classes are their top
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
-6. routing and placement policies, the experts of one rank; cost curves and their files
+6. routing and placement policies, the experts of one rank; cost curves, fetch costs, their files
 7. metrics; recorder, traces and their replay; shapes of models and JSON files
 8. kernels
 9. the vocabulary and the one exception
@@ -29,7 +29,7 @@ ROWS = [
     ["seams"],
     ["deployment", "balancer", "simulate", "initial_placement", "online"],
     ["config", "exchange"],
-    ["routing", "placement", "experts", "cost", "profiles", "maps"],
+    ["routing", "placement", "experts", "cost", "fetch_cost", "profiles", "maps"],
     [
         "metrics",
         "recorder",

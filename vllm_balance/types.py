@@ -7,13 +7,14 @@ T     tokens on this rank                G  tokens on all ranks
 K     choices per token (top-k)          E  logical experts
 P     physical experts (slots)           R  replicas of one expert, padded with -1
 S     ranks                              L  MoE layers
-D     hidden size                        F  inner size of an expert
+D     hidden size, or dynamic slots      F  inner size of an expert, or source ranks
 ====  ==========================================================
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 
@@ -26,7 +27,7 @@ class Placement:
     """
 
     physical_to_logical_P: torch.Tensor
-    """Logical expert held by each slot, [P]."""
+    """Logical expert held by each slot, [P]; -1 for a dynamic slot that holds none."""
     logical_to_physical_ER: torch.Tensor
     """Slots of each logical expert, [E, R], padded with -1 behind the last replica."""
     num_replicas_E: torch.Tensor
@@ -112,3 +113,83 @@ class Plan:
     split_ER: torch.Tensor
     """Tokens given to each replica, [E, R] int32; row e sums to ``tokens_E[e]``, zero where
     ``logical_to_physical_ER`` is -1."""
+    fetch_SD: torch.Tensor | None = None
+    """Logical expert to bring into each dynamic slot for this batch, [S, D] int32, -1 where the
+    slot stays as it is; None for policies without dynamic slots."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicSlots:
+    """What the dynamic slots of one layer hold. Rank s owns its E / S home experts, in linear
+    order, followed by D dynamic slots: P = E + S * D."""
+
+    num_logical: int
+    """E, a multiple of S."""
+    content_SD: torch.Tensor
+    """Logical expert in each dynamic slot, [S, D] int32, -1 where there is none. A rank holds
+    no expert twice and none of its home experts."""
+    idle_SD: torch.Tensor
+    """Batches since the slot's expert last had tokens there, [S, D] int32."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.content_SD.shape[0]
+
+    @property
+    def num_dynamic(self) -> int:
+        """D, dynamic slots of one rank."""
+        return self.content_SD.shape[1]
+
+    @property
+    def num_physical(self) -> int:
+        return self.num_logical + self.content_SD.numel()
+
+    @classmethod
+    def empty(cls, *, num_logical: int, num_ranks: int, num_dynamic: int) -> DynamicSlots:
+        """Slots that hold nothing yet.
+
+        Raises:
+            ValueError: the experts do not divide over the ranks.
+        """
+        if num_ranks < 1 or num_logical % num_ranks:
+            raise ValueError(
+                f"{num_logical} experts do not divide over {num_ranks} ranks; dynamic slots need "
+                f"the same number of home experts on each rank."
+            )
+        shape = (num_ranks, num_dynamic)
+        return cls(
+            num_logical=num_logical,
+            content_SD=torch.full(shape, -1, dtype=torch.int32),
+            idle_SD=torch.zeros(shape, dtype=torch.int32),
+        )
+
+
+class Outcome(IntEnum):
+    """What a schedule with dynamic slots did with a batch."""
+
+    EMPTY = 0
+    """No tokens."""
+    MEMORY_BOUND = 1
+    """Few tokens per expert: one replica per active expert, among those that are there."""
+    BALANCED = 2
+    """Stepped aside: the home ranks are as even as the tolerance asks."""
+    UNPAID = 3
+    """Stepped aside: uneven, but no move is worth a fetch."""
+    HELD = 4
+    """Tokens moved to replicas that were there already."""
+    FETCHED = 5
+    """Tokens moved, experts fetched for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What one batch of one layer does with its dynamic slots, the same on every rank."""
+
+    plan: Plan
+    """Split over the replicas of ``placement``, and what to fetch first."""
+    placement: Placement
+    """Where experts live once everything is fetched: R = S columns, the home slot first, then
+    dynamic slots in rank order."""
+    slots: DynamicSlots
+    """The state after the batch, which the next one starts from."""
+    outcome: Outcome

@@ -110,7 +110,7 @@ def test_deviations_are_medians_per_rank(folder):
     assert deviations(stored, [0, 1, 2], slower) == pytest.approx([1.0, 1.5])
 
 
-@pytest.mark.parametrize("policy", ["linear", "round_robin", "gem", "gem_r"])
+@pytest.mark.parametrize("policy", ["linear", "round_robin", "gem", "gem_r", "exflow"])
 def test_place_writes_a_map_that_fits_the_model(folder, policy):
     output = folder / f"{policy}.json"
     extra = ("--redundant", 2) if policy == "gem_r" else ()

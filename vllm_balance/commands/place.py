@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import (
     PLACEMENT,
+    TRACED,
     Cluster,
     PlacementPolicy,
     Split,
@@ -26,13 +28,15 @@ from vllm_balance.placement import (
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 
+POLICIES = (*PLACEMENT, *TRACED)
+
 
 def place(
     profile: Annotated[Path, typer.Option(help="Written by `vllm-balance profile`.")],
     trace: Annotated[Path, typer.Option(help="Recorded routing, .npz.")],
     ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The map to write.")],
-    policy: Annotated[str, typer.Option(help=f"One of {', '.join(PLACEMENT)}.")] = "gem",
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = "gem",
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
     routing: Annotated[
         str, typer.Option(help="How replicas are used: even, or one per expert as metro does.")
@@ -41,6 +45,7 @@ def place(
     steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 128,
     prefill: Annotated[bool, typer.Option(help="Batches of consecutive tokens.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds; for exflow only.")] = 120.0,
 ) -> None:
     """Place the experts of each layer by the modelled time of the slowest rank, and save the map.
 
@@ -52,12 +57,22 @@ def place(
     measured, recorded = profiles.load(profile), traces.load(trace)
     require_same_model(recorded, measured.shape)
     cluster = Cluster(costs=measured.costs_of(ranks), num_redundant=redundant)
-    chosen = policy_of(policy, seed=seed, split=split)
+    halves = recorded.split(seed)
     fit, held_out = (
-        batches(half, batch=batch, steps=steps, prefill=prefill, seed=seed)
-        for half in recorded.split(seed)
+        batches(half, batch=batch, steps=steps, prefill=prefill, seed=seed) for half in halves
     )
-    placement_LP = with_progress(chosen, fit, cluster)
+    if policy in TRACED:
+        traced = TRACED[policy](time_limit_s=time_limit)
+        placement_LP = with_progress(
+            policy,
+            recorded.num_layers,
+            lambda progress: traced.place_trace(halves[0], cluster, progress),
+        )
+    else:
+        chosen = policy_of(policy, seed=seed, split=split)
+        placement_LP = with_progress(
+            policy, recorded.num_layers, lambda progress: chosen.place(fit, cluster, progress)
+        )
     placement_map = maps.PlacementMap(
         created=datetime.now(UTC),
         policy=policy,
@@ -82,7 +97,7 @@ def place(
 def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
     """The policy of this name. Raises BalancerError if there is none."""
     if name not in PLACEMENT:
-        raise BalancerError(f"There is no placement {name!r}; there are {', '.join(PLACEMENT)}.")
+        raise BalancerError(f"There is no placement {name!r}; there are {', '.join(POLICIES)}.")
     if name == "gem":
         return GemPlacement(seed=seed)
     return GemReplicaPlacement(split=split) if name == "gem_r" else PLACEMENT[name]()
@@ -107,13 +122,15 @@ def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed:
     return draw(batch, steps, seed)
 
 
-def with_progress(policy: PlacementPolicy, history_NLE: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """What the policy places, behind a progress bar of layers."""
+def with_progress(
+    policy: str, num_layers: int, place: Callable[[Callable[[int], None]], np.ndarray]
+) -> np.ndarray:
+    """What `place` returns, which is given a function to call for each layer, behind a bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"placing by {policy.name}", total=history_NLE.shape[1])
-        found = policy.place(history_NLE, cluster, lambda _: bar.advance(task))
-        bar.update(task, completed=history_NLE.shape[1])
+        task = bar.add_task(f"placing by {policy}", total=num_layers)
+        found = place(lambda _: bar.advance(task))
+        bar.update(task, completed=num_layers)
     return found
 
 

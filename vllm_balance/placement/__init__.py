@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_balance.placement.eplb import EplbPlacement
+from vllm_balance.placement.exflow import ExflowPlacement
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.placement.linear import LinearPlacement
@@ -17,10 +18,14 @@ PLACEMENT: dict[str, type[PlacementPolicy]] = {
     "gem": GemPlacement,
     "gem_r": GemReplicaPlacement,
 }
-"""Every placement by the name that ``vllm-balance place --policy`` takes."""
+"""Every placement from counts by the name that ``vllm-balance place --policy`` takes."""
+
+TRACED: dict[str, type[ExflowPlacement]] = {"exflow": ExflowPlacement}
+"""Every placement that needs the ids of each token, likewise."""
 
 __all__ = [
     "PLACEMENT",
+    "TRACED",
     "Cluster",
     "PlacementPolicy",
     "Progress",

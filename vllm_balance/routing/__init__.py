@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from vllm_balance.routing.eplb import EplbRouting
+from vllm_balance.routing.even_split import EvenSplitRouting
+from vllm_balance.routing.fetching import FetchingPolicy
 from vllm_balance.routing.first_copy import FirstCopyRouting
 from vllm_balance.routing.gem import GemRouting
+from vllm_balance.routing.harmoeny import HarmoenyRouting
+from vllm_balance.routing.harmoeny_paper import HarmoenyPaperRouting
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.routing.policy import LayerTables, RoutingPolicy
+from vllm_balance.routing.shadow import ShadowRouting
 from vllm_balance.routing.static import StaticRouting
 
 ROUTING: dict[str, type[RoutingPolicy]] = {
@@ -16,6 +21,14 @@ ROUTING: dict[str, type[RoutingPolicy]] = {
     "metro": MetroRouting,
     "gem": GemRouting,
 }
-"""Every balancer by the name that ``--moe-balancer`` takes."""
+"""Every balancer without dynamic slots by the name that ``--moe-balancer`` takes."""
 
-__all__ = ["ROUTING", "LayerTables", "RoutingPolicy"]
+FETCHING: dict[str, type[FetchingPolicy]] = {
+    "harmoeny": HarmoenyRouting,
+    "harmoeny_paper": HarmoenyPaperRouting,
+    "shadow": ShadowRouting,
+    "even_split": EvenSplitRouting,
+}
+"""Every balancer that needs dynamic slots and fetches experts into them, likewise."""
+
+__all__ = ["FETCHING", "ROUTING", "FetchingPolicy", "LayerTables", "RoutingPolicy"]
