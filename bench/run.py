@@ -1,76 +1,125 @@
-"""Runs one table: `python -m bench.run configs/runs/decode.toml`.
+"""Runs tables: `python -m bench.run configs/runs/decode.toml ...`.
 
 Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the machine hits all
-alike. A row is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
-bench/results/; a run that was ended continues behind its last row.
+alike. An arm is measured only if it answers like one dense rank (bench/gate.py), and a row is
+refused if the ranks disagree or if the policy did not run. Rows are JSON lines in bench/results/
+(vllm_balance/measurement.py); a run that was ended continues behind its last row.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from bench import client, real_size_model
+from bench import counters, gate, real_size_model
+from bench.load import Load, send, timed
 from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Arm, Server
+from vllm_balance.measurement import Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
-console = Console()
+console = Console(stderr=True)
+"""Not stdout: the client prints there, and is silenced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a server and what is measured on it."""
+
+    position: int
+    arm: str
+    case: str
+    settings: dict[str, Any]
+    """The run file with the case's tables in place of its own."""
+    loads: dict[str, Load]
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="A run file, e.g. configs/runs/decode.toml.")],
+    files: Annotated[list[Path], typer.Argument(help="Run files, e.g. configs/runs/decode.toml.")],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
+    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
 ) -> None:
-    """Run all arms of a run file and append their rows to bench/results/."""
+    """Run all arms of each run file and append their rows to bench/results/."""
+    for file in files:
+        console.rule(file.stem)
+        run_file(file, rounds, results / f"{file.stem}.jsonl")
+
+
+def run_file(file: Path, rounds: int, results: Path) -> None:
+    """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
-    results = RESULTS / f"{file.stem}.jsonl"
     digest = config_hash(settings)
-    done = _rows(results, digest)
+    done = _done(results, digest)
     model = real_size_model.ensure(**settings["model"])
-    order = [*settings["arms"], *reversed(settings["arms"])] * rounds
-    for position, name in enumerate(order):
-        if any(row["position"] == position and row["arm"] == name for row in done):
-            continue
-        console.print(f"[bold]{position + 1}/{len(order)} {name}[/]")
-        for measured in _measure(name, settings, model):
-            row = {
-                "run": file.stem,
-                "arm": name,
-                "position": position,
-                "config_hash": digest,
-                "seed": settings["seed"],
-                **measured,
-                **provenance(),
-            }
-            _append(results, row)
-            console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
+    starts = plan(settings, rounds)
+    with _progress(sum(len(_repeats(start)) for start in starts)) as (advance, say):
+        for start in starts:
+            left = [key for key in _repeats(start) if (start.position, *key) not in done]
+            advance(len(_repeats(start)) - len(left))
+            if not left:
+                continue
+            for row in _measure(file.stem, digest, start, left, model, say):
+                _append(results, row)
+                advance(1)
+                console.print(_line(row))
 
 
-def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
+def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
+    """The starts of a run file in order: all arms of all cases forth, then back, ``rounds`` times.
+
+    A table of a case replaces the run file's table of that name.
+    """
+    cases = settings.get("cases", {"": {}})
+    base = settings["load"]
+    loads = {n: Load(**base | own) for n, own in settings.get("loads", {"": {}}).items()}
+    units = [(arm, case) for case in cases for arm in settings["arms"]]
+    order = [*units, *reversed(units)] * rounds
+    return [
+        Start(position=position, arm=arm, case=case, settings=settings | cases[case], loads=loads)
+        for position, (arm, case) in enumerate(order)
+    ]
+
+
+def _repeats(start: Start) -> list[tuple[str, int]]:
+    return [(name, n) for name, load in start.loads.items() for n in range(load.repeats)]
+
+
+def _done(results: Path, digest: str) -> set[tuple[int, str, int]]:
+    """What need not be measured again; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
-        return []
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return [row for row in rows if row["config_hash"] == digest]
+        return set()
+    text = results.read_text()
+    results.write_text(text[: text.rfind("\n") + 1])
+    rows = [row for row in read_measurements(results) if row.config_hash == digest]
+    return {(row.position, row.load, row.repeat) for row in rows}
 
 
-def _append(results: Path, row: dict[str, Any]) -> None:
+def _append(results: Path, row: Measurement) -> None:
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(row.model_dump_json() + "\n")
 
 
 def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     """The server of one arm: its own settings, the shared ones, and the replayed routing."""
     own = settings["arms"][name]
     balancer = own.get("balancer", name)
-    asked = {key: value for key, value in own.items() if key != "balancer"}
+    asked = {key: value for key, value in own.items() if key not in ("balancer", "gate")}
     if balancer != "static":
         asked |= settings.get("eplb", {})
     asked["replay"] = {**settings["replay"], "seed": settings["seed"]}
@@ -85,71 +134,70 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     )
 
 
-def _prompts(load: dict[str, Any], seed: int) -> list[str]:
-    words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
-    pick = random.Random(seed)
-    return [
-        " ".join(pick.choice(words) for _ in range(load["prompt_words"]))
-        for _ in range(load["requests"])
-    ]
-
-
-def _measure(name: str, settings: dict[str, Any], model: Path) -> list[dict[str, Any]]:
-    """One row per repeat, from one fresh and warm server."""
-    load = settings["load"]
-    prompts = _prompts(load, settings["seed"])
-    rows = []
-    with Server(arm_of(name, settings), model) as server:
-        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-        for repeat in range(load["repeats"]):
+def _measure(
+    run: str,
+    digest: str,
+    start: Start,
+    left: list[tuple[str, int]],
+    model: Path,
+    say: Callable[[str], None],
+) -> Iterator[Measurement]:
+    """The rows that are left of one start, from one fresh and warm server."""
+    arm = arm_of(start.arm, start.settings)
+    where = " ".join(filter(None, (start.case, start.arm)))
+    proof = gate.prove(arm, start.settings["arms"][start.arm].get("gate", {}), say)
+    say(f"{where}: starting the server")
+    seed = start.settings["seed"]
+    with Server(arm, model) as server:
+        for turn in range(2):
+            say(f"{where}: warming up, {turn + 1} of 2")
+            send(Load(**start.settings["warm"]), server.url, model, seed)
+        for name, repeat in left:
+            say(f"{where}: {name or 'measuring'}, {repeat + 1} of {start.loads[name].repeats}")
             server.reset()
-            answers = client.send(server.url, str(model), prompts, max_tokens=load["max_tokens"])
+            answered = send(start.loads[name], server.url, model, seed + repeat)
             ranks = server.status()
-            require_trustworthy(name, ranks)
-            rows.append({"repeat": repeat, **_times(answers), **_counters(ranks)})
-    return rows
+            least = int(start.loads[name].max_tokens * (1 - start.loads[name].length_spread))
+            counters.require_trustworthy(start.arm, ranks, min_steps=least)
+            yield Measurement(
+                run=run,
+                title=start.settings["title"],
+                arm=start.arm,
+                case=start.case,
+                load=name,
+                position=start.position,
+                repeat=repeat,
+                seed=seed,
+                config_hash=digest,
+                gate=proof,
+                memory_bytes=server.memory_bytes(),
+                **timed(start.loads[name], answered),
+                **counters.counted(ranks),
+                samples=counters.samples(answered),
+                layers=counters.heat(answered),
+                **provenance(),
+            )
 
 
-def require_trustworthy(name: str, ranks: list[dict[str, Any]]) -> None:
-    """Returns if all ranks decided the same and the policy ran.
-
-    Raises:
-        RuntimeError: otherwise; the numbers would mean nothing.
-    """
-    shared = ("decisions", "max_activated_sum", "max_tokens_sum", "pairs", "activated_per_rank")
-    for key in shared:
-        if any(rank[key] != ranks[0][key] for rank in ranks):
-            raise RuntimeError(f"{name}: ranks differ in {key}; no number from this run.")
-    if ranks[0]["decisions"] == 0 or ranks[0]["pairs"] == 0:
-        raise RuntimeError(f"{name}: the policy never ran; no number from this run.")
+def _line(row: Measurement) -> str:
+    """What a user wants to see of a row at once."""
+    return (
+        f"{row.case} [bold]{row.arm}[/] {row.load} #{row.repeat + 1}: "
+        f"TPOT {row.tpot_ms.p50:.1f} ms, TTFT {row.ttft_ms.p50:.0f} ms, "
+        f"{row.tokens_per_s:.1f} tokens/s, {row.activated_worst_rank:.1f} experts on the worst rank"
+    )
 
 
-def _times(load: client.Load) -> dict[str, float]:
-    return {
-        "tpot_ms": load.tpot_ms,
-        "ttft_ms": load.ttft_ms,
-        "tokens_per_s": load.tokens_per_s,
-    }
-
-
-def _counters(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    first = ranks[0]
-    steps = first["decisions"] / first["num_layers"]
-    slowest = max(ranks, key=lambda rank: rank["experts_us"])
-    layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + slowest["decide_us"]
-    return {
-        "steps": steps,
-        "activated_worst_rank": first["max_activated_sum"] / steps,
-        "tokens_worst_rank": first["max_tokens_sum"] / steps,
-        "decide_us_per_layer": slowest["decide_us"] / slowest["decisions"],
-        "decide_share": slowest["decide_us"] / layer_us,
-        "wrapping_share": slowest["experts_wrapping_us"] / layer_us,
-        "experts_us_per_layer": slowest["experts_us"] / slowest["decisions"],
-        "memory_bound_batches": first["memory_bound_batches"],
-        "compute_bound_batches": first["compute_bound_batches"],
-        "policy": first["balancer"],
-    }
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    """(advance the bar by some rows, say what is being done)."""
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        task = progress.add_task("", total=total)
+        yield (
+            lambda rows: progress.advance(task, rows),
+            lambda what: progress.update(task, description=what),
+        )
 
 
 if __name__ == "__main__":

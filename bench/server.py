@@ -106,6 +106,15 @@ class Server:
         ranks: list[dict[str, Any]] = answer.json()["ranks"]
         return ranks
 
+    def memory_bytes(self) -> int:
+        """Resident memory of all its processes; pages that they share count in each."""
+        assert self._process is not None
+        total = 0
+        for process in (psutil.Process(self._process.pid), *descendants(self._process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
+
     def reset(self) -> None:
         """Sets the counters to zero."""
         httpx.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()

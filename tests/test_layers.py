@@ -8,7 +8,8 @@ The rows, top to bottom, as docs describe them:
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
 6. routing and placement policies, the experts of one rank; cost curves and their files
-7. metrics; replay of recorded routing; traces, shapes of models and JSON files
+7. metrics; replay of recorded routing; traces, shapes of models, JSON files and
+   rows of benchmarks
 8. kernels
 9. the vocabulary and the one exception
 """
@@ -30,7 +31,16 @@ ROWS = [
     ["deployment", "balancer", "simulate"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "profiles", "maps"],
-    ["metrics", "replay", "replay_rows", "traces", "trace_summary", "model_shape", "documents"],
+    [
+        "metrics",
+        "replay",
+        "replay_rows",
+        "traces",
+        "trace_summary",
+        "model_shape",
+        "documents",
+        "measurement",
+    ],
     ["kernels"],
     ["types", "errors"],
 ]
