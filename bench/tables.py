@@ -1,33 +1,23 @@
 """Tables of the docs from the rows of bench/results: `python -m bench.tables`.
 
 Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
-Ratios compare medians of the same run; every table names machine, commit and command.
+Every table names machine, commit and command.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import statistics
-import tomllib
-from collections.abc import Iterable
 from typing import Any
 
 import typer
 
 from bench.provenance import ROOT
+from vllm_balance import measured_tables
+from vllm_balance.measurement import newest, read_measurements
 
 Row = dict[str, Any]
 MARKED = re.compile(r"(<!-- table:([a-z0-9_-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = (
-    ("TPOT ms", "tpot_ms", ".1f"),
-    ("TTFT ms", "ttft_ms", ".0f"),
-    ("tokens/s", "tokens_per_s", ".1f"),
-    ("experts on the worst rank", "activated_worst_rank", ".1f"),
-    ("tokens on the worst rank", "tokens_worst_rank", ".0f"),
-    ("deciding, share of MoE", "decide_share", ".2%"),
-    ("wrapping, share of MoE", "wrapping_share", ".2%"),
-)
 
 
 def tables(
@@ -49,7 +39,7 @@ def tables(
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    return exchange_table() if run == "exchange" else arms_table(run)
+    return exchange_table() if run == "exchange" else measured_table(run)
 
 
 def exchange_table() -> str:
@@ -83,18 +73,13 @@ def exchange_table() -> str:
     )
 
 
-def arms_table(run: str) -> str:
-    """The newest configuration of a run file, one line per arm."""
-    settings = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())
-    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
-    arms = {name: [row for row in rows if row["arm"] == name] for name in settings["arms"]}
-    headings = ["arm", *(title for title, _, _ in COLUMNS), "against static", "against eplb"]
-    body = [[name, *_cells(own), *_ratios(own, arms)] for name, own in arms.items()]
-    intro = f"{settings['title']}. Medians of {len(rows) // len(arms)} runs per arm."
-    command = f"bench.run configs/runs/{run}.toml"
-    return "\n".join((intro, "", *_markdown(headings, body), "", _origin(rows[-1], command)))
+def measured_table(run: str) -> str:
+    """The newest configuration of a run file."""
+    rows = newest(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
+    found = measured_tables.tables(rows)[0]
+    intro = f"{found.title}. {found.caption}"
+    lines = _markdown(found.headings, found.body)
+    return "\n".join((intro, "", *lines, "", f"{found.origin}; `{found.command}`.\n"))
 
 
 def _markdown(headings: list[str], body: list[list[str]]) -> list[str]:
@@ -103,21 +88,6 @@ def _markdown(headings: list[str], body: list[list[str]]) -> list[str]:
 
 def _origin(row: Row, command: str) -> str:
     return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`.\n"
-
-
-def _median(rows: Iterable[Row], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
-
-
-def _cells(rows: list[Row]) -> list[str]:
-    return [format(_median(rows, key), spec) for _, key, spec in COLUMNS]
-
-
-def _ratios(rows: list[Row], arms: dict[str, list[Row]]) -> list[str]:
-    """Time per step against the two baselines, by TPOT or, for prefill, by TTFT."""
-    key = "tpot_ms" if rows[0]["steps"] > 8 else "ttft_ms"
-    ours = _median(rows, key)
-    return [f"{ours / _median(arms[base], key) - 1:+.1%}" for base in ("static", "eplb")]
 
 
 def _line(cells: list[str]) -> str:

@@ -40,6 +40,7 @@ ROWS = [
         "model_shape",
         "documents",
         "measurement",
+        "measured_tables",
     ],
     ["kernels"],
     ["types", "errors"],

@@ -69,6 +69,8 @@ class Measurement(Document):
     config_hash: str
     versions: dict[str, str]
     commit: str
+    sources: str
+    """Hash of the code that ran in the server."""
     machine: str
     gate: str
     """The proof that this arm answers as one dense rank does, see docs/benchmarks.md."""
@@ -124,6 +126,11 @@ class Measurement(Document):
     samples: list[Sample]
     layers: list[LayerHeat]
 
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What rows that may be compared have in common: settings, code, machine."""
+        return self.config_hash, self.sources, self.machine
+
 
 def parse(line: str) -> Measurement:
     """The row that a line holds.
@@ -166,6 +173,6 @@ def is_results(path: Path) -> bool:
 
 
 def newest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """The rows of the configuration that was measured last."""
+    """The rows of what was measured last: the same settings, code and machine."""
     rows = list(rows)
-    return [row for row in rows if row.config_hash == rows[-1].config_hash]
+    return [row for row in rows if row.identity == rows[-1].identity]
