@@ -49,8 +49,9 @@ def render(runs: list[list[Measurement]]) -> str:
             f"vllm-balance report needs {error.name}, which is not installed: "
             f"pip install 'vllm-balance[report]'."
         ) from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     sections = [_section(rows) for rows in runs]
     figures = [[panel.figures for panel in section["panels"]] for section in sections]
     return template.render(sections=sections, figures=figures, plotly_js=get_plotlyjs())
