@@ -26,7 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import counters, gate, real_size_model
+from bench import counters, demo_trace, gate, real_size_model
 from bench.load import Load, send, timed
 from bench.provenance import ROOT, config_hash, provenance, sources
 from bench.server import Arm, Server
@@ -124,6 +124,8 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
     if balancer != "static":
         asked |= settings.get("eplb", {})
     asked["replay"] = {**settings["replay"], "seed": settings["seed"]}
+    if asked["replay"].get("trace") == "demo":
+        asked["replay"]["trace"] = str(demo_trace.ensure())
     serve = settings["serve"]
     return Arm(
         name=name,
