@@ -37,9 +37,9 @@ def tables(
         raise SystemExit(f"Tables are old in {', '.join(old)}: run python -m bench.tables.")
 
 
-def table(run: str) -> str:
-    """The Markdown table of one run."""
-    return exchange_table() if run == "exchange" else measured_table(run)
+def table(name: str) -> str:
+    """The Markdown table of this name."""
+    return exchange_table() if name == "exchange" else measured_table(name)
 
 
 def exchange_table() -> str:
@@ -73,10 +73,12 @@ def exchange_table() -> str:
     )
 
 
-def measured_table(run: str) -> str:
-    """The newest configuration of a run file."""
+def measured_table(name: str) -> str:
+    """The newest rows of a run file: `RUN` by arm, `RUN-slo` throughput within the SLO."""
+    run = name.removesuffix("-slo")
     rows = newest(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
-    found = measured_tables.tables(rows)[0]
+    kind = measured_tables.arms_table if run == name else measured_tables.slo_table
+    found = kind(rows)
     intro = f"{found.title}. {found.caption}"
     lines = _markdown(found.headings, found.body)
     return "\n".join((intro, "", *lines, "", f"{found.origin}; `{found.command}`.\n"))
