@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import io
 import time
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def send(
     serve.add_cli_args(parser)
     parsed = parser.parse_args(arguments(load, url, model, seed))
     client, looks = asyncio.run(_send_and_look(serve.main_async, parsed, url))
+    # The client freezes the heap for its one load; this process goes on.
+    gc.unfreeze()
     _require_all_answered(client, load)
     return Answered(client=client, looks=looks)
 

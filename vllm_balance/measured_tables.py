@@ -66,14 +66,14 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
-        cells += [format(median(own, value), spec) for _, spec, value in COLUMNS]
-        body.append(cells + [_ratio(groups, key, base) for base in bases])
-    headings = [heading for heading, _ in varied] + ["arm"]
-    headings += [heading for heading, _, _ in COLUMNS]
+        cells += [_ratio(groups, key, base) for base in bases]
+        body.append(cells + [format(median(own, value), spec) for _, spec, value in COLUMNS])
+    headings = [*(heading for heading, _ in varied), "arm"]
+    headings += [f"{_compared(rows)} against {base}" for base in bases]
     return MeasuredTable(
         title=rows[0].title,
         caption=f"Medians of {_count(groups.values())} per line.",
-        headings=headings + [f"against {base}" for base in bases],
+        headings=headings + [heading for heading, _, _ in COLUMNS],
         body=body,
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
@@ -148,18 +148,22 @@ def origin(rows: list[Measurement]) -> str:
 def _ratio(
     groups: dict[tuple[str, str, str], list[Measurement]], key: tuple[str, str, str], base: str
 ) -> str:
-    """Time per step against a base, by TPOT or, for prefill, by TTFT."""
+    """Time against that of a base in the same case and load."""
     case, load, _ = key
     theirs = groups.get((case, load, base))
     if theirs is None:
         return "-"
-    ours = groups[key]
-    is_prefill = ours[0].output_tokens <= FEW_TOKENS
+    return f"{median(groups[key], _time_ms) / median(theirs, _time_ms) - 1:+.1%}"
 
-    def time_ms(row: Measurement) -> float:
-        return row.ttft_ms.p50 if is_prefill else row.tpot_ms.p50
 
-    return f"{median(ours, time_ms) / median(theirs, time_ms) - 1:+.1%}"
+def _time_ms(row: Measurement) -> float:
+    """What a load is about: time per token, or the first token where there are few."""
+    return row.ttft_ms.p50 if row.output_tokens <= FEW_TOKENS else row.tpot_ms.p50
+
+
+def _compared(rows: list[Measurement]) -> str:
+    names = {"TTFT" if row.output_tokens <= FEW_TOKENS else "TPOT" for row in rows}
+    return " or ".join(sorted(names, reverse=True))
 
 
 def _count(groups: Iterable[list[Measurement]]) -> str:
