@@ -23,6 +23,11 @@ class Answer:
     tpot_s: float
     """Mean seconds per token after the first."""
 
+    @property
+    def e2e_s(self) -> float:
+        """Seconds from the request to the last token."""
+        return self.ttft_s + self.tpot_s * (len(self.token_ids) - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -40,6 +45,11 @@ class Load:
     def tpot_ms(self) -> float:
         """Median over requests."""
         return 1e3 * statistics.median(answer.tpot_s for answer in self.answers)
+
+    @property
+    def e2e_ms(self) -> float:
+        """Median over requests, from the request to its last token."""
+        return 1e3 * statistics.median(answer.e2e_s for answer in self.answers)
 
     @property
     def tokens_per_s(self) -> float:

@@ -41,6 +41,8 @@ def counted(ranks: Ranks) -> dict[str, Any]:
     layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + slowest["decide_us"]
     return {
         "policy": first["balancer"],
+        "placement": first["placement"],
+        "online": first.get("online"),
         **{key: first[key] for key in ("num_ranks", "num_layers", "decisions")},
         **{key: first[key] for key in ("num_logical_experts", "num_physical_experts")},
         **{key: first[key] for key in ("memory_bound_batches", "compute_bound_batches")},
@@ -52,6 +54,7 @@ def counted(ranks: Ranks) -> dict[str, Any]:
         "waiting_share_by_experts": 1
         - sum(first["activated_per_rank"]) / num_ranks / first["max_activated_sum"],
         "waiting_share_by_tokens": 1 - first["pairs"] / num_ranks / first["max_tokens_sum"],
+        "experts_us_per_rank": [rank["experts_us"] for rank in ranks],
         "experts_us_per_layer": slowest["experts_us"] / slowest["decisions"],
         "decide_us_per_layer": slowest["decide_us"] / slowest["decisions"],
         "decide_share": slowest["decide_us"] / layer_us,

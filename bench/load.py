@@ -46,6 +46,15 @@ class Load(BaseModel):
     slo_tpot_ms: float | None = Field(default=None, gt=0)
     """Goodput counts the requests whose TPOT is within it."""
     repeats: int = Field(default=1, ge=1)
+    warm_tokens: int | None = Field(default=None, ge=1)
+    """Behind a change of load or of a rank's speed, the load is first sent twice with so many."""
+
+    @property
+    def warming(self) -> Load | None:
+        """What is sent before the load itself, if anything."""
+        if self.warm_tokens is None:
+            return None
+        return self.model_copy(update={"max_tokens": self.warm_tokens, "slo_tpot_ms": None})
 
     @property
     def at_once(self) -> int:

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from bench import markdown
 from bench.provenance import ROOT
 
 DOCUMENT = ROOT / "docs/metro.md"
@@ -29,36 +30,35 @@ def _grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def ratio_table(rows: list[dict], heads: list[str], *keys: str) -> str:
     """lambda / optimal per group: mean (worst batch)."""
-    lines = [f"| {' | '.join([*heads, *SHOWN.values()])} |", "|" + "---|" * (len(keys) + 4)]
-    for key, group in _grouped(rows, *keys).items():
-        cells = [_ratio(group, policy) for policy in SHOWN]
-        lines.append(f"| {' | '.join([*map(str, key), *cells])} |")
-    return "\n".join(lines)
+    body = [
+        [*map(str, key), *(_ratio(group, policy) for policy in SHOWN)]
+        for key, group in _grouped(rows, *keys).items()
+    ]
+    return markdown.table([*heads, *SHOWN.values()], body, left=len(keys))
 
 
 def optimal_table(rows: list[dict]) -> str:
     """How many batches are exactly optimal, CPU kernel and GPU algorithm."""
-    batches = sum(row["draws"] for row in rows)
-    lines = ["| | optimal batches | of | worst excess, experts |", "|---|---|---|---|"]
+    batches, body = sum(row["draws"] for row in rows), []
     for policy, name in (("metro", "CPU kernel"), ("metro_gpu", "GPU algorithm (numpy twin)"),
                          ("greedy", "the paper's greedy")):  # fmt: skip
         found = sum(row[policy]["optimal_batches"] for row in rows)
         worst = max(row[policy]["worst_excess"] for row in rows)
-        lines.append(f"| {name} | {found} | {batches} | {worst} |")
-    return "\n".join(lines)
+        body.append([name, str(found), str(batches), str(worst)])
+    return markdown.table(["", "optimal batches", "of", "worst excess, experts"], body)
 
 
 def tokens_table(rows: list[dict]) -> str:
     """Busiest rank's tokens relative to even routing, mean over all points of a batch size."""
     names = [*SHOWN, "metro_gpu"]
-    lines = [f"| batch | {' | '.join([*SHOWN.values(), 'GPU algorithm'])} |", "|" + "---|" * 6]
+    body = []
     for (batch,), group in _grouped(rows, "batch_tokens").items():
         cells = [
             f"{np.mean([r[n]['busiest_tokens'] / r['even']['busiest_tokens'] for r in group]):.3f}"
             for n in names
         ]
-        lines.append(f"| {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append([str(batch), *cells])
+    return markdown.table(["batch", *SHOWN.values(), "GPU algorithm"], body)
 
 
 def _shape(row: dict) -> list[str]:
@@ -66,9 +66,7 @@ def _shape(row: dict) -> list[str]:
 
 
 def _table(heads: list[str], body: list[list[str]]) -> str:
-    heads = ["E", "P", "S", "tokens x k", *heads]
-    lines = [heads, ["---"] * len(heads), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(["E", "P", "S", "tokens x k", *heads], body, left=4)
 
 
 def call_table(rows: list[dict]) -> str:
@@ -103,11 +101,11 @@ GRID_TIMES = {
 
 def grid_time_table(rows: list[dict]) -> str:
     """Microseconds by batch size: median over sources, ranks and redundancies."""
-    lines = [["batch", *GRID_TIMES.values()], ["---"] * (len(GRID_TIMES) + 1)]
+    body = []
     for (batch,), group in _grouped(rows, "batch_tokens").items():
         medians = [np.median([row["time_us"][name] for row in group]) for name in GRID_TIMES]
-        lines.append([str(batch), *(f"{median:,.1f}" for median in medians)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        body.append([str(batch), *(f"{median:,.1f}" for median in medians)])
+    return markdown.table(["batch", *GRID_TIMES.values()], body)
 
 
 def stage_table(rows: list[dict]) -> str:
@@ -194,12 +192,5 @@ def render(rows: list[dict]) -> None:
         "choices": choice_table(times),
         "provenance": provenance(times, grid),
     }
-    text = DOCUMENT.read_text()
-    for name, table in tables.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"{DOCUMENT} needs the markers {begin} and {end}.")
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    DOCUMENT.write_text(text)
+    DOCUMENT.write_text(markdown.filled(DOCUMENT, "metro", tables.__getitem__))
     plot(grid)

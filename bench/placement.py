@@ -10,7 +10,6 @@ drawn from recorded traces. Placements are fitted on one part of a trace and sco
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from bench import markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.cost import CostModel
@@ -29,7 +29,6 @@ from vllm_balance.placement.gem import GemPlacement
 
 RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
 PAGE = ROOT / "docs" / "placement.md"
-MARKED = re.compile(r"(<!-- placement:([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COSTS = {
     "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
     "cpu-amx": CostModel(a_us=300, b_us=630, c_us=300, beta_us=17),
@@ -166,20 +165,19 @@ def _write(rows: Iterator[Row]) -> None:
 
 
 def write_tables() -> None:
-    """Replaces what stands between the markers of docs/placement.md."""
+    """Writes the generated places of docs/placement.md."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    PAGE.write_text(MARKED.sub(lambda m: m[1] + _table(m[2], rows) + m[3], PAGE.read_text()))
+    PAGE.write_text(markdown.filled(PAGE, "placement", lambda name: _table(name, rows)))
 
 
 def _table(name: str, rows: list[Row]) -> str:
     own = _newest([row for row in rows if row["table"] == ("growth" if name == "growth" else
                                                            "traces")])  # fmt: skip
     head, body = (_growth if name == "growth" else _speeds if name == "speeds" else _traces)(own)
-    lines = [head, ["---:"] * len(head), *body]
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    text = markdown.table(head, body, left=0)
     commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
     note = f"Commits {commits}; {own[-1]['machine']}; seed {own[-1]['seed']}."
-    return f"{text}\n\n{note}\n"
+    return f"{text}\n\n{note}"
 
 
 def _newest(rows: list[Row]) -> list[Row]:

@@ -4,14 +4,19 @@ Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the m
 alike. An arm is measured only if it answers like one dense rank (bench/gate.py), and a row is
 refused if the ranks disagree or if the policy did not run. Rows are JSON lines in bench/results/
 (vllm_balance/measurement.py); a run that was ended continues behind its last row.
+
+What a run file may hold is in docs/benchmarks.md. A trace is looked for in the folder that --traces
+names; the trace "demo" is made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +31,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import counters, demo_trace, gate, real_size_model
+from bench import counters, gate, real_size_model
 from bench.load import Load, send, timed
+from bench.placed import SLOW_RANK, Placed
 from bench.provenance import ROOT, config_hash, provenance, sources
-from bench.server import Arm, Server
+from bench.server import Server
+from bench.slow_rank import slowed
+from bench.starts import Cell, Start, arm_of, plan
 from vllm_balance.measurement import Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
@@ -37,77 +45,48 @@ console = Console(stderr=True)
 """Not stdout: the client prints there, and is silenced."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """One start of a server and what is measured on it."""
-
-    position: int
-    arm: str
-    case: str
-    settings: dict[str, Any]
-    """The run file with the case's tables in place of its own."""
-    loads: dict[str, Load]
-
-
 def run(
     files: Annotated[list[Path], typer.Argument(help="Run files, e.g. configs/runs/decode.toml.")],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
+    traces: Annotated[Path | None, typer.Option(help="Folder of the recorded traces.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
 ) -> None:
     """Run all arms of each run file and append their rows to bench/results/."""
     for file in files:
         console.rule(file.stem)
-        run_file(file, rounds, results / f"{file.stem}.jsonl")
+        run_file(file, rounds, results / f"{file.stem}.jsonl", traces)
 
 
-def run_file(file: Path, rounds: int, results: Path) -> None:
+def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
     """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
     origin = {"config_hash": config_hash(settings), "sources": sources(), **provenance()}
     done = _done(results, (origin["config_hash"], origin["sources"], origin["machine"]))
-    model = real_size_model.ensure(**settings["model"])
     starts = plan(settings, rounds)
-    with _progress(sum(len(_repeats(start)) for start in starts)) as (advance, say):
-        for start in starts:
-            left = [key for key in _repeats(start) if (start.position, *key) not in done]
-            advance(len(_repeats(start)) - len(left))
-            if not left:
-                continue
-            for measured in _measure(start, left, model, say):
+    left = {
+        s.position: [cell for cell in s.cells if (s.position, cell) not in done] for s in starts
+    }
+    with _progress(sum(len(start.cells) for start in starts), len(done)) as (advance, say):
+        if not any(left.values()):
+            return
+        model = real_size_model.ensure(**settings["model"])
+        placed = _placed(settings, model, traces, origin["config_hash"])
+        for start in (start for start in starts if left[start.position]):
+            for measured in _measure(start, left[start.position], model, placed, say):
                 row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
                 _append(results, row)
-                advance(1)
+                advance()
                 console.print(_line(row))
 
 
-def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
-    """The starts of a run file in order: all arms of all cases forth, then back, ``rounds`` times.
-
-    A table of a case replaces the run file's table of that name.
-    """
-    cases = settings.get("cases", {"": {}})
-    base = settings["load"]
-    loads = {n: Load(**base | own) for n, own in settings.get("loads", {"": {}}).items()}
-    units = [(arm, case) for case in cases for arm in settings["arms"]]
-    order = [*units, *reversed(units)] * rounds
-    return [
-        Start(position=position, arm=arm, case=case, settings=settings | cases[case], loads=loads)
-        for position, (arm, case) in enumerate(order)
-    ]
-
-
-def _repeats(start: Start) -> list[tuple[str, int]]:
-    return [(name, n) for name, load in start.loads.items() for n in range(load.repeats)]
-
-
-def _done(results: Path, identity: tuple[str, str, str]) -> set[tuple[int, str, int]]:
+def _done(results: Path, identity: tuple[str, str, str]) -> set[tuple[int, Cell]]:
     """What need not be measured again; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
         return set()
     text = results.read_text()
     results.write_text(text[: text.rfind("\n") + 1])
     rows = [row for row in read_measurements(results) if row.identity == identity]
-    return {(row.position, row.load, row.repeat) for row in rows}
+    return {(r.position, Cell(slow=r.slow, load=r.load, repeat=r.repeat)) for r in rows}
 
 
 def _append(results: Path, row: Measurement) -> None:
@@ -116,47 +95,64 @@ def _append(results: Path, row: Measurement) -> None:
         file.write(row.model_dump_json() + "\n")
 
 
-def arm_of(name: str, settings: dict[str, Any]) -> Arm:
-    """The server of one arm: its own settings, the shared ones, and the replayed routing."""
-    own = settings["arms"][name]
-    balancer = own.get("balancer", name)
-    asked = {key: value for key, value in own.items() if key not in ("balancer", "gate")}
-    if balancer != "static":
-        asked |= settings.get("eplb", {})
-    asked["replay"] = {**settings["replay"], "seed": settings["seed"]}
-    if asked["replay"].get("trace") == "demo":
-        asked["replay"]["trace"] = str(demo_trace.ensure())
-    serve = settings["serve"]
-    return Arm(
-        name=name,
-        balancer=balancer,
-        settings=asked,
-        tensor_parallel=serve.get("tensor_parallel", 1),
-        data_parallel=serve.get("data_parallel", 1),
-        flags=serve["flags"],
+def _placed(
+    settings: dict[str, Any], model: Path, folder: Path | None, digest: str
+) -> Placed | None:
+    """The files of arms with a placement, made and verified; None if the run has no such arm."""
+    if "place" not in settings:
+        return None
+    if folder is None:
+        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
+    placed = Placed(
+        model=model,
+        trace=folder / settings["replay"]["trace"],
+        folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
+        num_ranks=settings["serve"].get("tensor_parallel", 1),
+        settings=settings["place"],
+        seed=settings["seed"],
     )
+    placed.prepare(settings.get("slow", [1.0]))
+    console.print(f"slowdown asked and shown by the profile's kernels: {placed.shown_slowdown}")
+    return placed
 
 
 def _measure(
-    start: Start, left: list[tuple[str, int]], model: Path, say: Callable[[str], None]
+    start: Start, left: list[Cell], model: Path, placed: Placed | None, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Fields of the rows that are left of one start, from one fresh and warm server."""
-    arm, seed = arm_of(start.arm, start.settings), start.settings["seed"]
+    arm, seed = arm_of(start, placed), start.settings["seed"]
     where = " ".join(filter(None, (start.case, start.arm)))
     proof = gate.prove(arm, start.settings["arms"][start.arm].get("gate", {}), say)
     say(f"{where}: starting the server")
     with Server(arm, model) as server:
-        for turn in range(2):
-            say(f"{where}: warming up, {turn + 1} of 2")
-            send(Load(**start.settings["warm"]), server.url, model, seed)
-        for name, repeat in left:
+        if "warm" in start.settings:
+            say(f"{where}: warming up")
+            _warm(Load(**start.settings["warm"]), server, model, seed)
+        for (factor, name), cells in itertools.groupby(left, lambda cell: (cell.slow, cell.load)):
             load = start.loads[name]
-            say(f"{where}: {name or 'measuring'}, {repeat + 1} of {load.repeats}")
-            yield {
-                **{"arm": start.arm, "case": start.case, "load": name, "repeat": repeat},
-                **{"position": start.position, "seed": seed, "gate": proof},
-                **_measure_once(load, server, model, seed + repeat),
-            }
+            with _slow(server, factor):
+                if load.warming is not None:
+                    say(f"{where}: warming up for {name}")
+                    _warm(load.warming, server, model, seed)
+                for cell in cells:
+                    say(f"{where}: {name or 'measuring'}, {cell.repeat + 1} of {load.repeats}")
+                    yield {
+                        **{"arm": start.arm, "case": start.case, "position": start.position},
+                        **{"load": name, "repeat": cell.repeat, "seed": seed, "gate": proof},
+                        **({"slow": factor, "slow_shown": placed.shown_slowdown[factor]}
+                           if placed is not None else {}),
+                        **_measure_once(load, server, model, seed + cell.repeat),
+                    }  # fmt: skip
+
+
+def _warm(load: Load, server: Server, model: Path, seed: int) -> None:
+    for _ in range(2):
+        send(load, server.url, model, seed)
+
+
+def _slow(server: Server, factor: float) -> contextlib.AbstractContextManager[None]:
+    """The slow rank slowed, if at all: other layouts name their workers otherwise."""
+    return slowed(server.worker(SLOW_RANK), factor) if factor > 1 else contextlib.nullcontext()
 
 
 def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
@@ -184,13 +180,13 @@ def _line(row: Measurement) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-    """(advance the bar by some rows, say what is being done)."""
+def _progress(total: int, done: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
+    """(one row more, say what is being done)."""
     columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=total, completed=done)
         yield (
-            lambda rows: progress.advance(task, rows),
+            lambda: progress.advance(task),
             lambda what: progress.update(task, description=what),
         )
 

@@ -69,6 +69,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        # A run that is ended takes its server along.
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._process = subprocess.Popen(
             self.arm.command(self.model, self.port),
             env=environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer"),
@@ -91,6 +93,7 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         assert self._process is not None
         stop(self._process)
+        signal.signal(signal.SIGTERM, self._before)
         self._log.close()
         if not exception or exception[0] is None:
             Path(self._log.name).unlink(missing_ok=True)
@@ -114,6 +117,19 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
         return total
+
+    def worker(self, rank: int) -> int:
+        """Process id of the worker of a tensor-parallel rank.
+
+        Raises:
+            RuntimeError: no process, or several, have the name that vLLM gives it.
+        """
+        assert self._process is not None
+        name = f"VLLM::Worker_TP{rank}"
+        found = [p.pid for p in descendants(self._process.pid) if name in " ".join(p.cmdline())]
+        if len(found) != 1:
+            raise RuntimeError(f"{len(found)} processes are named {name}")
+        return found[0]
 
     def reset(self) -> None:
         """Sets the counters to zero."""

@@ -1,23 +1,24 @@
 """Tables of the docs from the rows of bench/results: `python -m bench.tables`.
 
 Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
-Every table names machine, commit and command.
+Ratios compare medians of the same run; every table names machine, commit and command.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import tomllib
 from typing import Any
 
 import typer
 
+from bench import markdown, recorder
 from bench.provenance import ROOT
 from vllm_balance import measured_tables
-from vllm_balance.measurement import newest, read_measurements
+from vllm_balance.measured_tables import MeasuredTable
+from vllm_balance.measurement import Measurement, newest, read_measurements
 
 Row = dict[str, Any]
-MARKED = re.compile(r"(<!-- table:([a-z0-9_-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(
@@ -27,7 +28,9 @@ def tables(
     old = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
-        fresh = MARKED.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+        if "<!-- table:" not in text:
+            continue
+        fresh = markdown.filled(page, "table", table)
         if fresh == text:
             continue
         old.append(page.name)
@@ -37,14 +40,26 @@ def tables(
         raise SystemExit(f"Tables are old in {', '.join(old)}: run python -m bench.tables.")
 
 
-def table(name: str) -> str:
-    """The Markdown table of this name."""
-    return exchange_table() if name == "exchange" else measured_table(name)
+def table(run: str) -> str:
+    """The Markdown table of one run."""
+    kinds = {"exchange": exchange_table, "recorder": recorder_table, "slow_rank": slow_table}
+    return kinds[run](run) if run in kinds else measured_table(run)
 
 
-def exchange_table() -> str:
+def recorder_table(run: str) -> str:
+    """What a recording costs, by the newest run."""
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if (row["commit"], row["config_hash"])
+            == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
+    title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
+    origin = _origin(rows[-1], "bench.recorder")
+    return "\n".join((f"{title}. Medians over bursts.", "", recorder.table(rows), "", origin))
+
+
+def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
-    lines = (ROOT / "bench" / "results" / "exchange.jsonl").read_text().splitlines()
+    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     headings = [
         "processes",
@@ -68,32 +83,34 @@ def exchange_table() -> str:
         for row in rows
     ]
     intro = f"Per layer, {rows[0]['tokens_per_rank']} tokens per rank, top-8; medians of rank 0."
-    return "\n".join(
-        (intro, "", *_markdown(headings, body), "", _origin(rows[-1], "bench.exchange"))
-    )
+    text = markdown.table(headings, body)
+    return "\n".join((intro, "", text, "", _origin(rows[-1], "bench.exchange")))
 
 
 def measured_table(name: str) -> str:
     """The newest rows of a run file: `RUN` by arm, `RUN-slo` throughput within the SLO."""
     run = name.removesuffix("-slo")
-    rows = newest(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
     kind = measured_tables.arms_table if run == name else measured_tables.slo_table
-    found = kind(rows)
+    return _written(kind(_newest(run)))
+
+
+def slow_table(run: str) -> str:
+    """End-to-end latency of every load and slowdown, and each arm against static and eplb."""
+    return _written(measured_tables.slow_table(_newest(run)))
+
+
+def _written(found: MeasuredTable) -> str:
+    text = markdown.table(found.headings, found.body)
     intro = f"{found.title}. {found.caption}"
-    lines = _markdown(found.headings, found.body)
-    return "\n".join((intro, "", *lines, "", f"{found.origin}; `{found.command}`.\n"))
+    return "\n".join((intro, "", text, "", f"{found.origin}; `{found.command}`."))
 
 
-def _markdown(headings: list[str], body: list[list[str]]) -> list[str]:
-    return [_line(headings), _line(["---", *["---:"] * (len(headings) - 1)]), *map(_line, body)]
+def _newest(run: str) -> list[Measurement]:
+    return newest(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
 
 
 def _origin(row: Row, command: str) -> str:
-    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`.\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`."
 
 
 if __name__ == "__main__":

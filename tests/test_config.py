@@ -98,6 +98,22 @@ def test_an_unknown_key_gets_the_nearest_key(key, nearest):
     assert f"Unknown key {key!r}. Did you mean {nearest!r}?" in text
 
 
+def test_a_recording_implies_static_and_meets_its_other_settings():
+    assert read(None, None, "t.npz") == {"name": "static", "record": {"file": "t.npz"}}
+    settings = read("metro", '{"record": {"what": "ids", "max_bytes": 65536}}', "t.npz")
+    record = {"file": "t.npz", "what": "ids", "max_bytes": 65536}
+    assert settings == {"name": "metro", "record": record}
+    assert read(None, '{"name": "eplb"}', "t.npz")["name"] == "eplb"
+
+
+def test_a_recording_of_two_files_or_with_wrong_settings():
+    other = '{"record": {"file": "other.npz"}}'
+    assert "Name one file" in message(read, "metro", other, "t.npz")
+    assert "Name one file" in message(read, "metro", '{"record": "other.npz"}', "t.npz")
+    text = message(parse, {"name": "metro", "record": {"file": "t.npz", "wat": "ids"}})
+    assert "Unknown key 'record.wat'. Did you mean 'record.what'?" in text
+
+
 def test_an_unknown_key_of_the_replay_gets_the_nearest_of_its_keys():
     text = message(parse, {"name": "metro", "replay": {"zipff": 1.0}})
     assert "Unknown key 'replay.zipff'. Did you mean 'replay.zipf'?" in text

@@ -10,7 +10,7 @@ from vllm_balance.config import BALANCERS, DEFAULT_REDUNDANCY, BalancerConfig
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 
-REPLICATING = [name for name in BALANCERS if name != "static"]
+REPLICATING = [name for name in BALANCERS if name not in ("static", "gem")]
 
 
 def deployment(**changes) -> Deployment:
@@ -116,3 +116,19 @@ def test_memory_is_refused_one_byte_too_early_and_names_the_bytes(expert_bytes, 
 def test_memory_is_refused_for_static_too():
     text = refused(BalancerConfig(name="static"), deployment(free_bytes=10))
     assert f"need {128 * 3 * 1000:,} bytes" in text
+
+
+def test_who_takes_a_map():
+    gem = refused(BalancerConfig(name="gem"), deployment())
+    assert "`map` is missing" in gem and "vllm-balance place" in gem
+    static = refused(BalancerConfig(name="static", map="m.json"), deployment())
+    assert "Use --moe-balancer gem" in static
+    for name, redundant in (("gem", 0), ("metro", 32), ("eplb", 32), ("first_copy", 32)):
+        config = BalancerConfig(name=name, map="m.json")
+        assert num_redundant_experts(config, deployment()) == redundant
+
+
+def test_gem_replicates_what_its_map_replicates():
+    assert not BalancerConfig(name="gem", map="m.json", num_redundant_experts=0).replicates
+    config = BalancerConfig(name="gem", map="m.json", num_redundant_experts=64)
+    assert config.replicates and num_redundant_experts(config, deployment()) == 64

@@ -20,10 +20,14 @@ class Engine:
         self.vllm_config = SimpleNamespace(additional_config=additional_config)
         self.engine_core = self
         self.asked = []
+        self.refuses = False
 
     async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
         assert (utility, timeout, args) == ("collective_rpc", None, ())
         self.asked.append((method, kwargs))
+        if method.startswith("moe_record"):
+            state = {"error": "File exists."} if self.refuses else {"state": method}
+            return [[{"state": method}, None], [state, None]]
         return [[{"rank": 2}, {"rank": 3}], [{"rank": 1}, {"rank": 0}]]
 
 
@@ -62,3 +66,32 @@ def test_a_server_without_a_balancer_says_so(engine):
         assert answer.status_code == 404
         assert "without --moe-balancer" in answer.json()["detail"]
     assert engine is None or engine.asked == []
+
+
+def test_a_recording_is_started_and_stopped_on_every_rank():
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    http = client(engine)
+    started = http.post("/moe_balancer/record/start", json={"file": "t.npz", "what": "ids"})
+    assert started.json() == {"ranks": [{"state": "moe_record_start"}] * 2}
+    stopped = http.post("/moe_balancer/record/stop")
+    assert stopped.json() == {"ranks": [{"state": "moe_record_stop"}] * 2}
+    settings = {"file": "t.npz", "what": "ids", "max_bytes": 256 * 2**20}
+    assert engine.asked == [
+        ("moe_record_start", {"settings": settings}),
+        ("moe_record_stop", {}),
+    ]
+
+
+def test_a_rank_that_refuses_to_record_stops_the_others():
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    engine.refuses = True
+    answer = client(engine).post("/moe_balancer/record/start", json={"file": "t.npz"})
+    assert (answer.status_code, answer.json()["detail"]) == (409, "File exists.")
+    assert [method for method, _ in engine.asked] == ["moe_record_start", "moe_record_stop"]
+
+
+@pytest.mark.parametrize("body", [{}, {"file": "t.npz", "what": "x"}, {"file": "t", "max": 1}])
+def test_wrong_recording_settings_reach_no_rank(body):
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    assert client(engine).post("/moe_balancer/record/start", json=body).status_code == 422
+    assert engine.asked == []

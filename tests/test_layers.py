@@ -8,8 +8,7 @@ The rows, top to bottom, as docs describe them:
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
 6. routing and placement policies, the experts of one rank; cost curves and their files
-7. metrics; replay of recorded routing; traces, shapes of models, JSON files and
-   rows of benchmarks
+7. metrics; recorder, traces and their replay; shapes of models, JSON files, rows of benchmarks
 8. kernels
 9. the vocabulary and the one exception
 """
@@ -28,11 +27,15 @@ ROWS = [
     ["plugin"],
     ["commands", "endpoint"],
     ["seams"],
-    ["deployment", "balancer", "simulate"],
+    ["deployment", "balancer", "simulate", "initial_placement", "online"],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "profiles", "maps"],
     [
         "metrics",
+        "recorder",
+        "recorded",
+        "recording",
+        "step_writer",
         "replay",
         "replay_rows",
         "traces",

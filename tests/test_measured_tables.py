@@ -86,6 +86,22 @@ def test_throughput_within_the_slo_is_the_best_over_concurrencies():
     assert "within 100 ms" in table.caption
 
 
+def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
+    slowed = [
+        row(arm, load="prefill", tpot_ms=tpot_ms * slow, slow=slow, slow_shown=1 + (slow - 1) * 0.9)
+        for slow in (1.0, 1.16)
+        for arm, tpot_ms in (("static", 100.0), ("eplb", 110.0), ("gem", 90.0))
+    ]
+    (table,) = tables(slowed)
+    assert table.headings == [
+        *("load", "asked", "shown", "static ms", "eplb ms", "gem ms"),
+        *("gem against static", "gem against eplb"),
+    ]
+    assert table.body[0] == ["prefill", "+0%", "+0.0%", "7300", "8030", "6570", "-10.0%", "-18.2%"]
+    assert table.body[1][:3] == ["prefill", "+16%", "+14.4%"]
+    assert table.command.endswith("--traces DIR")
+
+
 @pytest.mark.parametrize(("own", "count"), [(rows, 1), (slo_rows, 2)])
 def test_a_run_with_an_slo_has_both_tables(own, count):
     assert len(tables(own())) == count

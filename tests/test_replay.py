@@ -132,6 +132,20 @@ def test_trace_rows_are_recorded_rows_and_tokens_stay_together(trace: Path) -> N
     assert (rows[:, 2] == rows[:, 0]).all()
 
 
+def test_counts_are_replayed_by_their_weight(tmp_path: Path) -> None:
+    """Two steps: experts 0 to 3 only, or 4 to 9 with one that every token wants."""
+    counts = np.zeros((2, 2, 32), int)
+    counts[0, :, :4], counts[1, :, 4:9], counts[1, :, 9] = 50, 10, 10**6
+    np.savez(tmp_path / "counts.npz", counts=counts, num_experts=32, top_k=4)
+    rows_NK = replay(trace=tmp_path / "counts.npz").rows(0, 4000).numpy()
+    assert_distinct(torch.from_numpy(rows_NK), 32)
+    of_first_N = (rows_NK < 4).all(1)
+    assert 0.45 < of_first_N.mean() < 0.55
+    of_second_NK = rows_NK[~of_first_N]
+    assert ((of_second_NK >= 4) & (of_second_NK <= 9)).all()
+    assert (of_second_NK == 9).any(1).all()
+
+
 def test_traces_of_another_shape_and_broken_files_are_refused(trace: Path, tmp_path: Path) -> None:
     ids = np.load(trace)["topk_ids"]
     (tmp_path / "text.npz").write_text("not an archive")
@@ -141,13 +155,13 @@ def test_traces_of_another_shape_and_broken_files_are_refused(trace: Path, tmp_p
     high[0, 0, 0] = 32
     cases = {
         "does not exist": tmp_path / "none.npz",
-        "is not an .npz file": tmp_path / "text.npz",
-        "no topk_ids and no num_experts": tmp_path / "counts.npz",
+        r"is not an \.npz file": tmp_path / "text.npz",
+        "counts has dtype float64": tmp_path / "counts.npz",
         "64 experts and top-4, but the model has 32": write_trace(tmp_path / "a.npz", ids, 64),
         "32 experts and top-3, but": write_trace(tmp_path / "b.npz", ids[..., :3]),
         "uses one expert twice": write_trace(tmp_path / "c.npz", twice),
         "allowed are 0 to 31": write_trace(tmp_path / "d.npz", high),
-        r"must be \[tokens, layers, top_k\]": write_trace(tmp_path / "e.npz", ids[0]),
+        "three non-empty axes": write_trace(tmp_path / "e.npz", ids[0]),
     }
     for message, path in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Traces: read back as written, drawn as documented, damaged files refused."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def count_trace() -> Trace:
 
 
 def equal(left: Trace, right: Trace) -> bool:
-    fields = ("topk_ids_TLK", "counts_NLE", "request_id_T", "phase_T", "layer_index_L")
+    fields = ("topk_ids_TLK", "counts_NLE", "request_id_T", "phase_T", "phase_N", "layer_index_L")
     return all(
         np.array_equal(getattr(left, f), getattr(right, f))
         if getattr(left, f) is not None
@@ -43,7 +44,9 @@ def equal(left: Trace, right: Trace) -> bool:
     ) and (left.num_experts, left.top_k) == (right.num_experts, right.top_k)
 
 
-@pytest.mark.parametrize("trace", [token_trace(), count_trace()])
+@pytest.mark.parametrize(
+    "trace", [token_trace(), count_trace(), replace(count_trace(), phase_N=np.arange(6) % 3)]
+)
 def test_what_is_written_comes_back(tmp_path, trace):
     traces.save(tmp_path / "t.npz", trace)
     assert equal(traces.load(tmp_path / "t.npz"), trace)
@@ -83,6 +86,18 @@ def test_counts_are_thinned_to_the_batch_and_kept_where_they_were_zero():
     steps_NLE = trace.steps(batch=10, num_steps=7, seed=0)
     assert (steps_NLE.sum(2) == 20).all() and (steps_NLE[:, 1, 4] == 0).all()
     assert np.array_equal(trace.chunks(5), trace.counts_NLE)
+
+
+def test_counts_are_thinned_from_steps_of_the_phase_that_is_asked_for():
+    counts = np.zeros((6, 3, 8), np.int64)
+    counts[[0, 3], :, 0], counts[[1, 4], :, 1], counts[[2, 5], :, 2] = 10, 10, 10
+    phases = np.array([0, 1, 2] * 2)
+    trace = replace(count_trace(), counts_NLE=counts, phase_N=phases)
+    assert (trace.steps(5, 4, 0)[..., 1] == 10).all()
+    assert (trace.prefill_steps(5, 4, 0)[..., 0] == 10).all()
+    only_mixed = replace(trace, phase_N=np.full(6, 2))
+    assert only_mixed.steps(5, 40, 0)[..., :3].any((0, 1)).all()
+    assert trace.split()[1].phase_N.tolist() == [0, 1, 2]
 
 
 def test_prefill_steps_are_whole_requests_in_another_order():
@@ -158,6 +173,7 @@ GOOD = archive()
         {"layer_index": np.array([0, 1])},
         {"phase": np.zeros(3, int)},
         {"topk_ids": None, "counts": np.full((2, 3, 8), -1)},
+        {"topk_ids": None, "counts": np.ones((2, 3, 8), int), "phase": np.zeros(3, int)},
     ],
 )
 def test_a_wrong_array_is_refused(tmp_path, arrays):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +32,8 @@ class LayerBalancer:
     way: Way
     rank: int
     all_reduce: AllReduce
+    record: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None
+    """Takes the logical ids of this rank's tokens, and how many of the rows are real."""
     experts: LocalPairExperts | None = None
     """What computes this rank's share on CPU; None where vLLM's kernels take global ids."""
     decide_ns: int = 0
@@ -46,6 +49,8 @@ class LayerBalancer:
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
     ) -> torch.Tensor:
         """Slots of the pairs of this rank's tokens, or the ids as they are if mapped later."""
+        if self.record is not None:
+            self.record(topk_ids_TK, num_valid_tokens)
         if self.way == "after_gather":
             return topk_ids_TK
         return self._decide(topk_ids_TK, num_valid_tokens)
@@ -131,13 +136,30 @@ class LayerBalancer:
         }
 
 
+class FollowsSteps(Protocol):
+    """What acts between the steps of a worker."""
+
+    def after_step(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerBalancer:
     """The balanced layers of one rank."""
 
     balancer: str
     rank: int
+    placement: str = "vLLM's own"
+    """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
+    online: FollowsSteps | None = None
+    """What moves experts while serving, if anything does."""
+
+    def after_step(self) -> None:
+        """To be called on every rank after every step of the model."""
+        if self.online is not None:
+            self.online.after_step()
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -152,6 +174,7 @@ class WorkerBalancer:
         status: dict[str, Any] = {
             "balancer": self.balancer,
             "rank": self.rank,
+            "placement": self.placement,
             "num_ranks": first.tables.num_ranks,
             "num_layers": len(layers),
             "num_logical_experts": first.tables.num_replicas_E.shape[0],
@@ -161,6 +184,8 @@ class WorkerBalancer:
             **summed,
             "stepped_aside": self._stepped_aside(summed),
         }
+        if self.online is not None:
+            status["online"] = self.online.status()
         if per_layer:
             status["layers"] = [
                 own | layer.slots() for own, layer in zip(layers, self.layers, strict=True)

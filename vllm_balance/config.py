@@ -19,13 +19,15 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.placement.online import OnlineSettings
+from vllm_balance.recording import RecordSettings
 from vllm_balance.replay import STRATEGY
 from vllm_balance.replay_rows import ReplaySettings
 
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""
 
-BalancerName = Literal["static", "eplb", "first_copy", "metro"]
+BalancerName = Literal["static", "eplb", "first_copy", "metro", "gem"]
 BALANCERS: tuple[str, ...] = get_args(BalancerName)
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
@@ -51,13 +53,28 @@ class BalancerConfig(BaseModel):
     spreads tokens evenly. Default: 32 on CPU (measured), 160 on GPU (TEMPO, section 3)."""
     exchange: Literal["auto", "after_gather", "all_reduce"] = "auto"
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
+    record: RecordSettings | None = None
+    """Records what the router chooses into a new file; see docs/recording.md."""
+    map: str | None = Field(default=None, min_length=1)
+    """Placement map (`vllm-balance place`) that the weights are loaded by."""
+    profile: str | None = Field(default=None, min_length=1)
+    """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one."""
+    online: OnlineSettings | None = None
+    """Only gem: moves a few experts while serving, when that pays."""
     replay: ReplaySettings | None = None
     """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
 
     @property
     def replicates(self) -> bool:
         """Whether this balancer can use more than one copy of an expert."""
+        if self.name == "gem":
+            return bool(self.num_redundant_experts) or (self.redundancy or 1.0) > 1.0
         return self.name != "static"
+
+    @property
+    def uses_eplb(self) -> bool:
+        """Whether it needs the state of vLLM's EPLB: maps and the exchange of weights."""
+        return self.replicates or self.online is not None
 
 
 def parse(settings: Any) -> BalancerConfig:
@@ -86,14 +103,25 @@ def parse(settings: Any) -> BalancerConfig:
         raise BalancerError(_explain(error)) from error
 
 
-def read(name: str | None, source: str | None) -> dict[str, Any]:
-    """Settings from ``--moe-balancer NAME`` and ``--moe-balancer-config FILE.toml | JSON``.
+def read(name: str | None, source: str | None, record: str | None = None) -> dict[str, Any]:
+    """Settings from ``--moe-balancer``, ``--moe-balancer-config`` and ``--moe-record``.
+
+    A recording without a named balancer gets ``static``, which changes nothing about placement.
 
     Raises:
-        BalancerError: the file is missing or malformed (with the line), or both name a balancer
-            and differ.
+        BalancerError: the file is missing or malformed (with the line), or two flags say different
+            things.
     """
     settings = _load(source) if source is not None else {}
+    if record is not None:
+        recording = settings.setdefault("record", {})
+        if not isinstance(recording, dict) or recording.setdefault("file", record) != record:
+            raise BalancerError(
+                f"--moe-record asks for {record!r} and --moe-balancer-config for {recording!r}. "
+                f"Name one file: leave `file` out of `record`, or leave the flag away."
+            )
+        if name is None:
+            settings.setdefault("name", "static")
     if name is not None:
         if settings.get("name", name) != name:
             raise BalancerError(

@@ -78,6 +78,13 @@ class CostModel:
         )
 
 
+def knee_of(costs: Sequence[CostModel]) -> float:
+    """Tokens per activated expert at which the ranks' mean curve turns compute-bound, above 0."""
+    beta_us = sum(cost.beta_us for cost in costs)
+    knee = sum(cost.b_us for cost in costs) / beta_us if beta_us else float("inf")
+    return max(knee, 1e-6)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """A fitted curve and how well it describes its points."""

@@ -36,12 +36,13 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
             balancer cannot use, that does not divide over the ranks or does not fit in memory.
     """
     _check_layout(config, deployment)
+    _check_sources(config)
     redundant = _asked_for(config, deployment)
     if redundant and not config.replicates:
         raise BalancerError(
             f"--moe-balancer {config.name} keeps one copy of every expert, but {redundant} "
             f"redundant experts were asked for. Leave `num_redundant_experts` and `redundancy` "
-            f"out, or use eplb, first_copy or metro."
+            f"out, or use eplb, first_copy or metro, or gem with a map that has them."
         )
     _check_divides(redundant, deployment)
     _check_memory(redundant, deployment)
@@ -63,6 +64,43 @@ def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
         raise BalancerError(
             f"--moe-balancer {config.name} needs at least two expert-parallel ranks, and there is "
             f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away."
+        )
+
+
+def _check_sources(config: BalancerConfig) -> None:
+    """Raises BalancerError if the balancer lacks a file that it needs, or has one it cannot use."""
+    _check_online(config)
+    if config.name == "gem" and config.map is None and config.online is None:
+        raise BalancerError(
+            "--moe-balancer gem loads the weights by a placement map, and `map` is missing. Make "
+            "one with `vllm-balance place --policy gem -o FILE` and pass --moe-balancer-config "
+            '\'{"map": "FILE"}\', or let it find one while serving with `online`.'
+        )
+    if config.name == "static" and config.map is not None:
+        raise BalancerError(
+            "--moe-balancer static leaves the experts where vLLM puts them, and `map` asks to put "
+            "them elsewhere. Use --moe-balancer gem, which keeps to the map, or leave `map` out."
+        )
+
+
+def _check_online(config: BalancerConfig) -> None:
+    if config.online is None:
+        return
+    if config.name != "gem":
+        raise BalancerError(
+            f"`online` belongs to --moe-balancer gem, and {config.name} was asked for. Use gem, or "
+            f"leave `online` out."
+        )
+    if config.profile is None:
+        raise BalancerError(
+            "`online` weighs moves by the measured times of the ranks, and `profile` is missing. "
+            "Run `vllm-balance profile MODEL -o FILE` on this machine and name the file there."
+        )
+    if config.replicates:
+        raise BalancerError(
+            "`online` moves the only copy of each expert, and redundant experts were asked for. "
+            "Leave `num_redundant_experts` and `redundancy` out and use a map without redundant "
+            "experts, or leave `online` out."
         )
 
 

@@ -2,7 +2,9 @@
 
 An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=moe_balancer``, which
 names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
-``POST /moe_balancer/reset`` sets all counters to zero.
+``POST /moe_balancer/reset`` sets all counters to zero. ``POST /moe_balancer/record/start`` with
+``{"file": ..., "what": "counts" or "ids", "max_bytes": ...}`` records what the router chooses into
+a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 
 from vllm_balance.config import KEY
+from vllm_balance.recording import RecordSettings
 
 ENGINE = "moe_balancer_engine"
 """Attribute of the server's state that holds the engine client."""
@@ -31,6 +34,25 @@ async def reset(request: Request) -> dict[str, str]:
     """Sets the counters of every rank to zero."""
     await _ask(request, "moe_balancer_reset", {})
     return {"status": "reset"}
+
+
+@router.post("/moe_balancer/record/start")
+async def start_recording(request: Request, settings: RecordSettings) -> dict[str, Any]:
+    """The state of every recording rank; 409 and no recording if one of them refuses."""
+    ranks = await _ask(request, "moe_record_start", {"settings": settings.model_dump(mode="json")})
+    refusals = [rank["error"] for rank in ranks if rank and "error" in rank]
+    if refusals:
+        if len(refusals) < sum(rank is not None for rank in ranks):
+            await _ask(request, "moe_record_stop", {})
+        raise HTTPException(409, refusals[0])
+    return {"ranks": [rank for rank in ranks if rank]}
+
+
+@router.post("/moe_balancer/record/stop")
+async def stop_recording(request: Request) -> dict[str, Any]:
+    """The state of every recording rank, with its file closed."""
+    ranks = await _ask(request, "moe_record_stop", {})
+    return {"ranks": [rank for rank in ranks if rank]}
 
 
 async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[Any]:

@@ -50,8 +50,35 @@ class MeasuredTable:
 
 def tables(rows: list[Measurement]) -> list[MeasuredTable]:
     """The tables of one run: throughput within the SLO if it has one, and a line per arm."""
+    if any(row.slow > 1 for row in rows):
+        return [slow_table(rows)]
     has_slo = any(row.slo_tpot_ms is not None for row in rows)
     return [*([slo_table(rows)] if has_slo else []), arms_table(rows)]
+
+
+def slow_table(rows: list[Measurement]) -> MeasuredTable:
+    """End-to-end latency by load and slowdown of one rank, each arm against the bases."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    pairs = [(a, b) for b in BASES for a in arms if b in arms and a not in BASES]
+    body = []
+    for load, slow in dict.fromkeys((row.load, row.slow) for row in rows):
+        here = [row for row in rows if (row.load, row.slow) == (load, slow)]
+        e2e_ms = {
+            arm: median([row for row in here if row.arm == arm], lambda row: row.e2e_ms.p50)
+            for arm in arms
+        }
+        cells = [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
+        cells += [f"{time_ms:.0f}" for time_ms in e2e_ms.values()]
+        body.append(cells + [f"{e2e_ms[arm] / e2e_ms[base] - 1:+.1%}" for arm, base in pairs])
+    headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
+    return MeasuredTable(
+        title=rows[0].title,
+        caption="End-to-end latency of a request, medians.",
+        headings=headings + [f"{arm} against {base}" for arm, base in pairs],
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml --traces DIR",
+    )
 
 
 def arms_table(rows: list[Measurement]) -> MeasuredTable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -62,6 +62,10 @@ class Measurement(Document):
     """Variant of the server, where a run file has several."""
     load: str = ""
     """Variant of the load, where a run file has several."""
+    slow: float = 1.0
+    """Factor by which one rank was asked to be slower."""
+    slow_shown: float = 1.0
+    """The factor that the profile's kernels showed."""
     position: int
     """Place in the order in which servers were started."""
     repeat: int
@@ -94,6 +98,10 @@ class Measurement(Document):
     """Requests per second whose TPOT was within the SLO."""
 
     policy: str
+    placement: str
+    """Where the experts were loaded to, and what decided it."""
+    online: dict[str, Any] | None = None
+    """What moved experts while serving, if anything did."""
     num_ranks: int
     num_layers: int
     num_logical_experts: int
@@ -114,8 +122,10 @@ class Measurement(Document):
     time follows its activated experts."""
     waiting_share_by_tokens: float
     """The same if it follows tokens."""
+    experts_us_per_rank: list[float]
+    """In the experts' kernel during the load; 0 where it cannot be timed."""
     experts_us_per_layer: float
-    """In the experts' kernel, on the rank that spent most; 0 where it cannot be timed."""
+    """The same per layer and step, on the rank that spent most."""
     decide_us_per_layer: float
     decide_share: float
     """Deciding, of all time in MoE layers."""

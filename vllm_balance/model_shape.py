@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +64,35 @@ def from_config(path: Path) -> ModelShape:
         raise BalancerError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise BalancerError(f"{file} holds a JSON {type(config).__name__}; an object is needed.")
+    return from_mapping(config, name=file.resolve().parent.name, where=str(file))
+
+
+def from_mapping(config: Mapping[str, Any], *, name: str, where: str) -> ModelShape:
+    """The shape of the model with this content of config.json; `where` names it in messages.
+
+    Raises:
+        BalancerError: no MoE model that we know how to read.
+    """
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
     found: dict[str, Any] = {field: _first(text, names) for field, names in _NAMES.items()}
     missing = [f"{' or '.join(_NAMES[f])}" for f, value in found.items() if value is None]
     if missing:
         raise BalancerError(
-            f"{file} describes no MoE model that can be profiled or placed: it has no "
+            f"{where} describes no MoE model that can be profiled or placed: it has no "
             f"{'; no '.join(missing)}."
         )
     architectures = config.get("architectures") or "unknown"
     try:
         return ModelShape(
-            name=file.resolve().parent.name,
+            name=name,
             architecture=architectures[0] if isinstance(architectures, list) else "unknown",
             dtype=text.get("dtype") or text.get("torch_dtype") or "bfloat16",
             **found,
         )
     except ValidationError as error:
-        raise BalancerError(f"{file} has a value that no MoE model has: {error}.") from error
+        raise BalancerError(f"{where} has a value that no MoE model has: {error}.") from error
 
 
-def _first(config: dict[str, Any], names: tuple[str, ...]) -> Any:
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)

@@ -1,12 +1,14 @@
 """The rows that routing replay hands out: drawn from a seeded skew, or from a recorded trace."""
 
-import zipfile
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_balance import traces
+from vllm_balance.traces import Trace
 
 
 class Hot(BaseModel):
@@ -22,9 +24,9 @@ class ReplaySettings(BaseModel):
 
     zipf: exponent s; the r-th most popular expert is drawn with weight r**-s (0: even). The K
     experts of a token are drawn one after another without replacement.
-    trace: .npz with `topk_ids` [tokens, layers, top_k] and `num_experts`. Tokens are drawn at
-    random; a token keeps its row in all layers. Layer l of the model uses layer l modulo the
-    number of layers of the trace.
+    trace: a file that `traces.load` reads. Tokens are drawn at random; a token keeps its row in
+    all layers. From counts, each row takes a random step and draws experts by their counts in it,
+    without replacement. Layer l of the model uses layer l modulo the trace's number of layers.
     change_every: number of batches after which other experts become the popular ones (not for
     traces); counted per layer from the start of the worker, warm-up batches included.
     rows: rows of each layer's table.
@@ -75,8 +77,11 @@ def draw(
 def _draw_weighted(
     weight_E: np.ndarray, random: np.random.Generator, num_rows: int, top_k: int
 ) -> np.ndarray:
-    """int [num_rows, top_k], drawn by weight without replacement: the Gumbel-top-k trick."""
-    noise = random.gumbel(size=(num_rows, len(weight_E)))
+    """int [num_rows, top_k], drawn by weight without replacement: the Gumbel-top-k trick.
+
+    weight_E: [E], or a row of its own for each row drawn.
+    """
+    noise = random.gumbel(size=(num_rows, weight_E.shape[-1]))
     return _largest(np.log(weight_E) + noise, top_k)
 
 
@@ -120,49 +125,32 @@ def _draw_trace(
     top_k: int,
     rank: int,
 ) -> torch.Tensor:
-    topk_ids = read_trace(path, num_experts, top_k)
+    trace = read_trace(path, num_experts, top_k)
     random = np.random.default_rng((settings.seed, rank, 2))
-    tokens_N = random.integers(0, len(topk_ids), settings.rows)
-    layers_L = np.arange(num_layers) % topk_ids.shape[1]
-    drawn_NLK = topk_ids[tokens_N][:, layers_L].astype(np.int32)
-    return torch.from_numpy(drawn_NLK).transpose(0, 1).contiguous()
+    layers_L = np.arange(num_layers) % trace.num_layers
+    if trace.topk_ids_TLK is not None:
+        tokens_N = random.integers(0, len(trace.topk_ids_TLK), settings.rows)
+        drawn_NLK = trace.topk_ids_TLK[tokens_N][:, layers_L].astype(np.int32)
+        return torch.from_numpy(drawn_NLK).transpose(0, 1).contiguous()
+    assert trace.counts_NLE is not None
+    steps_N = random.integers(0, len(trace.counts_NLE), settings.rows)
+    # An expert that a step did not use comes last, behind all that it used.
+    weight_NLE = trace.counts_NLE[steps_N] + 1e-9
+    drawn = [_draw_weighted(weight_NLE[:, layer], random, settings.rows, top_k)
+             for layer in layers_L]  # fmt: skip
+    return torch.from_numpy(np.stack(drawn).astype(np.int32))
 
 
-def read_trace(path: Path, num_experts: int, top_k: int) -> np.ndarray:
-    """`topk_ids` of a trace, [tokens, layers, top_k], checked against a model's shape.
+def read_trace(path: Path, num_experts: int, top_k: int) -> Trace:
+    """A trace, checked against a model's shape.
 
     Raises ValueError if the file is missing, malformed or recorded from a model of another shape.
     """
-    if not path.is_file():
-        raise ValueError(f"trace {path} does not exist or is not a file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"trace {path} is not an .npz file, or only a part of one")
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = [name for name in ("topk_ids", "num_experts") if name not in arrays]
-        if missing:
-            raise ValueError(
-                f"trace {path} has no {' and no '.join(missing)}: it holds {arrays.files}"
-            )
-        topk_ids, recorded = arrays["topk_ids"], int(arrays["num_experts"])
-    if topk_ids.ndim != 3 or 0 in topk_ids.shape:
+    trace = traces.load(path)
+    if (trace.num_experts, trace.top_k) != (num_experts, top_k):
         raise ValueError(
-            f"trace {path}: topk_ids must be [tokens, layers, top_k], got {topk_ids.shape}"
+            f"trace {path} was recorded with {trace.num_experts} experts and top-{trace.top_k}, "
+            f"but the model has {num_experts} and top-{top_k}: choose a trace of a model of this "
+            f"shape"
         )
-    if (recorded, topk_ids.shape[2]) != (num_experts, top_k):
-        raise ValueError(
-            f"trace {path} was recorded with {recorded} experts and top-{topk_ids.shape[2]}, but "
-            f"the model has {num_experts} and top-{top_k}: choose a trace of a model of this shape"
-        )
-    _check_ids(path, topk_ids, num_experts)
-    return topk_ids
-
-
-def _check_ids(path: Path, topk_ids: np.ndarray, num_experts: int) -> None:
-    if topk_ids.min() < 0 or topk_ids.max() >= num_experts:
-        raise ValueError(
-            f"trace {path} has expert ids {topk_ids.min()} to {topk_ids.max()}; allowed are 0 to "
-            f"{num_experts - 1}"
-        )
-    ordered = np.sort(topk_ids, axis=2)
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        raise ValueError(f"trace {path} has a token that uses one expert twice in a layer")
+    return trace

@@ -4,10 +4,13 @@ A trace is an ``.npz`` file without pickles that holds either of
 
 - ``topk_ids``: integers [tokens, layers, top_k], the logical experts of each token, and optionally
   ``request_id``, ``position`` and ``phase`` (0 prompt or teacher-forced, 1 decode), [tokens];
-- ``counts``: integers [steps, layers, experts], pairs of each expert in each step;
+- ``counts``: integers [steps, layers, experts], pairs of each expert in each step, and optionally
+  ``phase`` (0 prefill, 1 decode, 2 both), [steps];
 
-beside the scalars ``num_experts`` and ``top_k``, and optionally ``layer_index`` [layers]: which
-layer of the model each one is (0, 1, 2 ... if it is missing). Other arrays are ignored.
+beside the scalars ``num_experts`` and ``top_k`` (may be left out beside ``topk_ids``), and
+optionally ``layer_index`` [layers]: which layer of the model each one is (0, 1, 2 ... if it is
+missing). Other arrays are ignored. What a server recorded holds the same arrays in chunks;
+``recording.py`` describes them and ``recorded.py`` joins them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_balance import recorded
 from vllm_balance.errors import BalancerError
+from vllm_balance.recording import Phase
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _PER_TOKEN = ("request_id", "position", "phase")
@@ -55,6 +60,8 @@ class Trace:
     request_id_T: Array | None = None
     position_T: Array | None = None
     phase_T: Array | None = None
+    phase_N: Array | None = None
+    """What each recorded step was about, a `recording.Phase`, [N]."""
 
     @property
     def num_layers(self) -> int:
@@ -65,11 +72,12 @@ class Trace:
 
         Each batch takes `batch` tokens of as many different requests as there are, one random
         position of each: a continuous batch, not lockstep. Tokens of phase 1 only, if there are
-        any. A trace of counts is thinned instead: `batch * top_k` pairs drawn from a recorded step.
+        any. A trace of counts is thinned instead: `batch * top_k` pairs drawn from a recorded step,
+        one of decode if there are any.
         """
         random = np.random.default_rng(seed)
         if self.topk_ids_TLK is None:
-            return self._thin(batch, num_steps, random)
+            return self._thin(batch, num_steps, random, Phase.DECODE)
         allowed = np.arange(len(self.topk_ids_TLK))
         if self.phase_T is not None and (self.phase_T == 1).any():
             allowed = np.flatnonzero(self.phase_T == 1)
@@ -87,11 +95,12 @@ class Trace:
 
         Requests are put one behind the other in random order, the row is turned by a random
         number of tokens and cut into batches of `batch` consecutive tokens; again, with another
-        order, until there are enough. A trace of counts is thinned as in `steps`.
+        order, until there are enough. A trace of counts is thinned as in `steps`, from steps of
+        prefill if there are any.
         """
         random = np.random.default_rng(seed)
         if self.topk_ids_TLK is None:
-            return self._thin(batch, num_steps, random)
+            return self._thin(batch, num_steps, random, Phase.PREFILL)
         total = len(self.topk_ids_TLK)
         size = min(batch, total)
         request = np.zeros(total, int) if self.request_id_T is None else self.request_id_T
@@ -161,11 +170,15 @@ class Trace:
             request_id_T=take(self.request_id_T),
             position_T=take(self.position_T),
             phase_T=take(self.phase_T),
+            phase_N=take(self.phase_N),
         )
 
-    def _thin(self, batch: int, num_steps: int, random: np.random.Generator) -> Array:
-        assert self.counts_NLE is not None
-        share_NLE = self.counts_NLE / np.maximum(self.counts_NLE.sum(2, keepdims=True), 1)
+    def _thin(self, batch: int, num_steps: int, random: np.random.Generator, phase: Phase) -> Array:
+        counts_NLE = self.counts_NLE
+        assert counts_NLE is not None
+        if self.phase_N is not None and (self.phase_N == phase).any():
+            counts_NLE = counts_NLE[self.phase_N == phase]
+        share_NLE = counts_NLE / np.maximum(counts_NLE.sum(2, keepdims=True), 1)
         share_NLE[share_NLE.sum(2) == 0] = 1 / self.num_experts
         drawn_N = random.integers(0, len(share_NLE), num_steps)
         pairs = batch * self.top_k
@@ -181,12 +194,10 @@ def load(path: Path) -> Trace:
     if not path.is_file():
         raise BalancerError(f"Trace {path} does not exist or is not a file.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise BalancerError(f"Trace {path} is a single array; an .npz archive is needed.")
-            known = ("topk_ids", "counts", "num_experts", "top_k", "layer_index", *_PER_TOKEN)
-            arrays = {name: archive[name] for name in known if name in archive}
-            held = archive.files
+        arrays = recorded.read(path)
+        held = [] if arrays is None else list(arrays)
+        if arrays is None:
+            arrays, held = _read_npz(path)
     except BalancerError:
         raise
     except _UNREADABLE as error:
@@ -200,6 +211,15 @@ def load(path: Path) -> Trace:
         raise BalancerError(f"Trace {path} cannot be used: {error} It holds {held}.") from error
 
 
+def _read_npz(path: Path) -> tuple[dict[str, Array], list[str]]:
+    """The arrays that are known, and the names of all."""
+    with np.load(path, allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise BalancerError(f"Trace {path} is a single array; an .npz archive is needed.")
+        known = ("topk_ids", "counts", "num_experts", "top_k", "layer_index", *_PER_TOKEN)
+        return {name: archive[name] for name in known if name in archive}, archive.files
+
+
 def save(path: Path, trace: Trace) -> None:
     """Writes a trace, compressed. Raises OSError if the folder is missing or not writable."""
     optional: dict[str, Any] = {
@@ -207,7 +227,7 @@ def save(path: Path, trace: Trace) -> None:
         "counts": trace.counts_NLE,
         "request_id": trace.request_id_T,
         "position": trace.position_T,
-        "phase": trace.phase_T,
+        "phase": trace.phase_N if trace.topk_ids_TLK is None else trace.phase_T,
     }
     np.savez_compressed(
         path,
@@ -224,9 +244,11 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
             raise BalancerError(f"{key} has dtype {array.dtype}; integers are needed.")
     if ("topk_ids" in arrays) == ("counts" in arrays):
         raise BalancerError("it needs exactly one of topk_ids and counts.")
-    num_experts, top_k = _scalar(arrays, "num_experts", 2**20), _scalar(arrays, "top_k", 2**10)
     key = "topk_ids" if "topk_ids" in arrays else "counts"
     recorded = arrays[key]
+    if key == "topk_ids" and recorded.ndim == 3:
+        arrays = {"top_k": np.array(recorded.shape[2]), **arrays}
+    num_experts, top_k = _scalar(arrays, "num_experts", 2**20), _scalar(arrays, "top_k", 2**10)
     last = top_k if key == "topk_ids" else num_experts
     if recorded.ndim != 3 or 0 in recorded.shape or recorded.shape[2] != last:
         raise BalancerError(
@@ -245,9 +267,10 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
     layers_L = arrays.get("layer_index", np.arange(recorded.shape[1]))
     if layers_L.shape != recorded.shape[1:2] or layers_L[0] < 0 or (np.diff(layers_L) <= 0).any():
         raise BalancerError("layer_index must rise and have one entry per layer.")
-    for field in set(_PER_TOKEN) & arrays.keys():
-        if key == "topk_ids" and arrays[field].shape != recorded.shape[:1]:
-            raise BalancerError(f"{field} must have one entry per token.")
+    of_this_kind = _PER_TOKEN if key == "topk_ids" else ("phase",)
+    for field in set(of_this_kind) & arrays.keys():
+        if arrays[field].shape != recorded.shape[:1]:
+            raise BalancerError(f"{field} must have one entry per token or recorded step.")
     per_token = {f"{f}_T": arrays.get(f) if key == "topk_ids" else None for f in _PER_TOKEN}
     return Trace(
         name=name,
@@ -256,6 +279,7 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
         layer_index_L=layers_L.astype(np.int64),
         topk_ids_TLK=recorded if key == "topk_ids" else None,
         counts_NLE=recorded.astype(np.int64) if key == "counts" else None,
+        phase_N=arrays.get("phase") if key == "counts" else None,
         **per_token,
     )
 

@@ -10,6 +10,7 @@ def status(decisions=20, **changes):
     """Two layers, ten steps; per step 3 and 5 experts on the ranks, 6 where it matters."""
     return {
         "balancer": "metro",
+        "placement": "vLLM's own",
         "num_ranks": 2,
         "num_layers": 2,
         "num_logical_experts": 3,
@@ -42,6 +43,8 @@ def test_statistics_are_per_step_and_sums_over_layers():
     assert fields["waiting_share_by_experts"] == pytest.approx(1 - 4 / 6)
     assert fields["waiting_share_by_tokens"] == pytest.approx(1 - 8 / 10)
     assert (fields["decide_us_per_layer"], fields["experts_us_per_layer"]) == (5, 40)
+    assert fields["experts_us_per_rank"] == [800, 400]
+    assert (fields["placement"], fields["online"]) == ("vLLM's own", None)
     assert (fields["decide_share"], fields["wrapping_share"]) == (0.1, 0.1)
 
 

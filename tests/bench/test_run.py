@@ -9,10 +9,13 @@ from measured import row
 from bench import run
 from bench.load import Load
 from bench.provenance import ROOT
+from bench.starts import arm_of, plan
 from vllm_balance.config import parse
 from vllm_balance.measurement import read_measurements
 
-FILES = sorted((ROOT / "configs" / "runs").glob("*.toml"))
+SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
+FILES = sorted(name for name, settings in SETTINGS.items() if "recordings" not in settings)
+"""The recorder has a benchmark of its own."""
 FILE = """
 title = "A test"
 seed = 3
@@ -47,21 +50,21 @@ window_size = 9
 
 
 def test_arms_of_all_cases_go_forth_and_back():
-    starts = run.plan(tomllib.loads(FILE), rounds=1)
+    starts = plan(tomllib.loads(FILE), rounds=1)
     forth = [("static", "even"), ("metro", "even"), ("static", "skewed"), ("metro", "skewed")]
     assert [(start.arm, start.case) for start in starts] == forth + forth[::-1]
     assert [start.position for start in starts] == list(range(8))
-    assert len(run.plan(tomllib.loads(FILE), rounds=3)) == 24
+    assert len(plan(tomllib.loads(FILE), rounds=3)) == 24
 
 
 def test_a_load_changes_the_shared_one_and_a_case_replaces_tables():
-    start = run.plan(tomllib.loads(FILE), rounds=1)[0]
+    start = plan(tomllib.loads(FILE), rounds=1)[0]
     assert start.loads["one"].at_once == 1
     assert start.loads["many"] == Load(requests=8, prompt_tokens=4, max_tokens=4, repeats=2)
-    arm = run.arm_of("metro", start.settings)
+    arm = arm_of(plan(tomllib.loads(FILE), rounds=1)[1])
     assert arm.settings["replay"] == {"zipf": 0, "seed": 3}
     assert arm.settings["window_size"] == 9
-    assert run.arm_of("static", start.settings).settings.keys() == {"replay"}
+    assert arm_of(start).settings.keys() == {"replay"}
 
 
 class Killed(BaseException):
@@ -91,7 +94,16 @@ def measuring(monkeypatch, tmp_path):
             raise Killed
         made = row(server.arm.name)
         known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
-        known |= {"config_hash", "sources", "versions", "commit", "machine", "format"}
+        known |= {
+            "slow",
+            "slow_shown",
+            "config_hash",
+            "sources",
+            "versions",
+            "commit",
+            "machine",
+            "format",
+        }
         return {name: getattr(made, name) for name in type(made).model_fields if name not in known}
 
     monkeypatch.setattr(run.real_size_model, "ensure", lambda **shape: tmp_path)
@@ -158,19 +170,19 @@ def test_other_settings_code_or_another_machine_are_measured_anew(measuring, mon
     assert len(measuring()) == 2 * len(before)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_published_run_files_can_be_run(file):
-    settings = tomllib.loads(file.read_text())
+@pytest.mark.parametrize("name", FILES)
+def test_published_run_files_can_be_run(name):
+    settings = SETTINGS[name]
     assert settings["title"]
-    assert Load(**settings["warm"])
-    starts = run.plan(settings, rounds=1)
-    for start in starts:
-        arm = run.arm_of(start.arm, start.settings)
+    for start in plan(settings, rounds=1):
+        arm = arm_of(start)
         assert parse({"name": arm.balancer} | arm.settings)
         assert arm.num_ranks == 2
         at_once = int(arm.flags[arm.flags.index("--max-num-seqs") + 1]) * arm.data_parallel
         length = int(arm.flags[arm.flags.index("--max-model-len") + 1])
-        for load in start.loads.values():
+        warm = [Load(**settings["warm"])] if "warm" in settings else []
+        for load in [*start.loads.values(), *warm]:
             assert load.at_once <= at_once
             longest = (load.prompt_tokens + load.max_tokens) * (1 + load.length_spread)
             assert longest < length
+            assert load.warming or warm

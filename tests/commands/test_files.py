@@ -14,6 +14,7 @@ from vllm_balance.cost import CostModel, fit
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import Cluster, score_L
+from vllm_balance.recording import RecordingFile
 
 SHAPE = ModelShape(
     name="m",
@@ -121,6 +122,24 @@ def test_place_writes_a_map_that_fits_the_model(folder, policy):
     found.require(shape=SHAPE, num_ranks=2, layers=[0, 1, 3])
     with pytest.raises(BalancerError, match="no entry for layer 2"):
         found.require(shape=SHAPE, num_ranks=2, layers=[2])
+
+
+def test_what_a_server_recorded_is_described_and_placed_by(folder, tmp_path):
+    """Also without the directory that a killed server has not written."""
+    header = {"num_experts": 8, "top_k": 2, "rank": 0, "num_ranks": 1, "layer_index": [0, 1, 3]}
+    file = RecordingFile(tmp_path / "r.npz", "counts", 2**20, header)
+    counts_NLE = traces.load(folder / "t.npz").chunks(10)
+    phase_N = np.arange(60) % 3
+    file.append({"step": np.arange(60), "phase": phase_N.astype(np.uint8), "counts": counts_NLE})
+    described = run("trace", "info", tmp_path / "r.npz", "--plot", tmp_path / "r.png")
+    assert described.exit_code == 0, described.output
+    assert "60 recorded steps; 20 prefill, 20 decode, 20 mixed." in described.output
+    assert (tmp_path / "r.png").stat().st_size > 1000
+    done = run("place", "--profile", folder / "p.json", "--trace", tmp_path / "r.npz",
+               "--ranks", 2, "-o", tmp_path / "m.json", "--steps", 8)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    maps.load(tmp_path / "m.json").require(shape=SHAPE, num_ranks=2, layers=[0, 1, 3])
+    file.close()
 
 
 def test_a_gem_map_beats_a_linear_one_on_the_trace(folder):

@@ -77,7 +77,7 @@ def test_a_plan_serves_every_token_once(name, seed, knee):
     assert not split_ER[case.placement.logical_to_physical_ER < 0].any()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "eplb"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("eplb", "gem")])
 @given(SEEDS, st.sampled_from(KNEES))
 def test_routing_does_what_was_planned(name, seed, knee):
     case = random_case(seed)

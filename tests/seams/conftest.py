@@ -7,10 +7,11 @@ import pytest
 from vllm_balance import seams
 from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.server import SERVER_SEAMS
 
-ALL_SEAMS = (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *CPU_SEAMS)
+ALL_SEAMS = (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS)
 
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -20,6 +20,8 @@ from vllm_balance.seams.arguments import ARGUMENT_SEAMS
 from vllm_balance.seams.deployment import configure
 
 TWO_RANKS = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
+OF_THEMSELVES = [name for name in BALANCERS if name != "gem"]
+"""Those that need no map."""
 WORKER = "vllm_balance.seams.worker_cpu.BalancedCPUWorker"
 
 
@@ -65,7 +67,7 @@ def refused(capfd):
     return run
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", OF_THEMSELVES)
 @pytest.mark.parametrize("parallel", ["tensor", "data"])
 def test_a_balancer_selects_worker_and_eplb(moe_model, name, parallel):
     layout = (f"--{parallel}-parallel-size", "2", "--enable-expert-parallel")
@@ -164,9 +166,9 @@ def test_a_process_that_loads_plugins_late_finds_the_settings(moe_model):
 def test_the_balancer_is_part_of_vllms_config_hash(moe_model):
     hashes = {
         configured(moe_model, *TWO_RANKS, "--moe-balancer", name).compute_hash()
-        for name in BALANCERS
+        for name in OF_THEMSELVES
     }
-    assert len(hashes) == len(BALANCERS)
+    assert len(hashes) == len(OF_THEMSELVES)
 
 
 def test_the_same_settings_twice_are_no_conflict(moe_model):
@@ -216,7 +218,7 @@ def test_a_missing_and_a_malformed_file(moe_model, refused, tmp_path):
     assert str(malformed) in text and "at line 2" in text
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("name", OF_THEMSELVES)
 def test_no_expert_parallelism_one_rank_and_a_dense_model(moe_model, dense_model, refused, name):
     flag = ("--moe-balancer", name)
     assert "Add --enable-expert-parallel" in refused(
@@ -308,6 +310,36 @@ def test_library_users_get_an_exception_and_not_an_exit(moe_model):
     assert issubclass(BalancerError, ValueError)
 
 
+def test_a_recording_alone_takes_static_and_an_absolute_path(moe_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configured(moe_model, *TWO_RANKS, "--moe-record", "t.npz")
+    settled = config.additional_config["moe_balancer"]
+    assert settled["name"] == "static"
+    assert settled["record"] == {
+        "file": str(tmp_path / "t.npz"),
+        "what": "counts",
+        "max_bytes": 256 * 2**20,
+    }
+
+
+def test_a_recording_that_cannot_be_made(moe_model, refused, tmp_path):
+    record = ("--moe-balancer", "metro", "--moe-record")
+    text = refused(moe_model, *TWO_RANKS, *record, str(tmp_path / "missing" / "t.npz"))
+    assert f"the folder {tmp_path / 'missing'} does not exist" in text
+    (tmp_path / "t.rank1.npz").touch()
+    assert configured(moe_model, *TWO_RANKS, *record, str(tmp_path / "t.npz"))
+    text = refused(
+        moe_model, "-dp", "2", "--enable-expert-parallel", *record, str(tmp_path / "t.npz")
+    )
+    assert f"{tmp_path / 't.rank1.npz'} exists, and recordings are never overwritten" in text
+
+
+def test_later_processes_find_the_file_that_a_rank_made(moe_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
+    (tmp_path / "t.npz").touch()
+    assert configured(moe_model, *TWO_RANKS, "--moe-record", str(tmp_path / "t.npz"))
+
+
 def test_the_flags_have_a_group_of_their_own_in_the_help():
     parser = make_arg_parser(FlexibleArgumentParser())
     groups = {group.title: group for group in parser._action_groups}
@@ -316,7 +348,7 @@ def test_the_flags_have_a_group_of_their_own_in_the_help():
         for action in groups["MoEBalancerConfig"]._group_actions
         for option in action.option_strings
     ]
-    assert options == ["--moe-balancer", "--moe-balancer-config"]
+    assert options == ["--moe-balancer", "--moe-balancer-config", "--moe-record"]
     shown = groups["MoEBalancerConfig"]._group_actions[0].help
     assert all(name in shown for name in BALANCERS)
 

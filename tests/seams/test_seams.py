@@ -12,6 +12,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam, install, is_installed, uninstall
 from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.server import SERVER_SEAMS
 
@@ -20,8 +21,9 @@ SETS = {
     "refusing": REFUSING_SEAMS,
     "server": SERVER_SEAMS,
     "router": ROUTER_SEAMS,
+    "loading": LOADING_SEAMS,
     "cpu": CPU_SEAMS,
-    "worker": (*ROUTER_SEAMS, *CPU_SEAMS),
+    "worker": (*ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS),
 }
 
 

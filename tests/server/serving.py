@@ -47,7 +47,7 @@ REARRANGED = "Rearranged experts"
 
 def balanced(name: str, **settings: Any) -> tuple[str, ...]:
     """The flags that ask for a balancer; those with replicas get EPLB that moves often."""
-    if name != "static":
+    if name not in ("static", "gem"):
         settings = MOVING | settings
     return ("--moe-balancer", name, "--moe-balancer-config", json.dumps(settings))
 
@@ -101,6 +101,13 @@ class Server:
 
     def reset(self) -> None:
         requests.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()
+
+    def record(self, action: str, **settings: Any) -> list[dict[str, Any]]:
+        """Starts or stops a recording; the state of each recording rank."""
+        url = f"{self.url}/moe_balancer/record/{action}"
+        answer = requests.post(url, json=settings or None, timeout=60)
+        assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
+        return answer.json()["ranks"]
 
     def count_in_log(self, text: str) -> int:
         return self.log.read_text(errors="replace").count(text)

@@ -14,7 +14,7 @@ COMMANDS = {
         ["serve", "MODEL", "--enable-expert-parallel", "-tp", "2", "--moe-balancer", "metr"],
         2,
         "vllm: error: Unknown balancer 'metr'. Did you mean 'metro'? "
-        "Allowed: static, eplb, first_copy, metro.",
+        "Allowed: static, eplb, first_copy, metro, gem.",
     ),
     "no expert parallelism": (
         ["serve", "MODEL", "--moe-balancer", "metro", "--tensor-parallel-size", "2"],

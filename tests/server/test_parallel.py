@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import psutil
 import pytest
 import requests
@@ -11,6 +12,7 @@ from serving import (
     EAGER,
     FLOAT32,
     LONG_PROMPT,
+    MAX_TOKENS,
     PROMPTS,
     REARRANGED,
     TENSOR_PARALLEL,
@@ -19,6 +21,8 @@ from serving import (
 )
 
 from bench.server import descendants
+from vllm_balance import traces
+from vllm_balance.recording import Phase
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -104,6 +108,29 @@ def test_the_way_of_exchange(server, layout):
         assert rank["counts_are_global"]
         per_decision = 4 * 2 * 32 if way == "all_reduce" else 0
         assert rank["exchanged_bytes"] == rank["decisions"] * per_decision
+
+
+@pytest.mark.parametrize("what", ["counts", "ids"])
+def test_a_recording_holds_what_the_counters_counted(server, what, tmp_path):
+    server.reset()
+    server.record("start", file=str(tmp_path / "trace.npz"), what=what)
+    server.all_tokens(PROMPTS[:6])
+    recorded = server.record("stop")
+    trace = traces.load(tmp_path / "trace.npz")
+    pairs_L = [layer["pairs"] for layer in server.status(per_layer="true")[0]["layers"]]
+    assert trace.layer_index_L.tolist() == list(range(LAYERS))
+    assert trace.chunks(1).sum((0, 2)).tolist() == pairs_L
+    assert sum(rank["tokens"] for rank in recorded) * TOP_K == pairs_L[0]
+    assert all(rank["dropped_steps"] == 0 for rank in recorded)
+    if what == "counts":
+        assert (trace.phase_N == Phase.DECODE).sum() >= MAX_TOKENS - 1
+        return
+    requests_seen, sizes = np.unique(trace.request_id_T, return_counts=True)
+    assert len(requests_seen) == 6
+    for request, size in zip(requests_seen, sizes, strict=True):
+        own = trace.request_id_T == request
+        assert trace.position_T[own].tolist() == list(range(size))
+        assert (trace.phase_T[own] == Phase.DECODE).sum() == MAX_TOKENS - 1
 
 
 def test_a_long_prompt_between_short_ones(server, dense):

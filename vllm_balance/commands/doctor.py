@@ -94,10 +94,12 @@ def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
     """Every seam, with those that only a CPU needs or without."""
     from vllm_balance.seams.arguments import ARGUMENT_SEAMS
     from vllm_balance.seams.cpu import CPU_SEAMS
+    from vllm_balance.seams.loading import LOADING_SEAMS
     from vllm_balance.seams.router import ROUTER_SEAMS
     from vllm_balance.seams.server import SERVER_SEAMS
 
-    return (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *(CPU_SEAMS if cpu else ()))
+    worker = (*ROUTER_SEAMS, *LOADING_SEAMS, *(CPU_SEAMS if cpu else ()))
+    return (*ARGUMENT_SEAMS, *SERVER_SEAMS, *worker)
 
 
 def examine() -> Findings:

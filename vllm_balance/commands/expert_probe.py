@@ -33,16 +33,26 @@ class Timing:
 class Probe:
     """The rank processes; every sample runs on all of them at the same time."""
 
-    def __init__(self, connections: Sequence[Connection]) -> None:
+    def __init__(self, connections: Sequence[Connection], pids: Sequence[int]) -> None:
         self._connections = connections
+        self.pids = tuple(pids)
+        """The process of each rank."""
 
     def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
-        """Times a batch with these tokens per activated expert on each rank.
+        """Times the same batch, tokens per activated expert, on every rank.
 
         Raises:
             BalancerError: a rank died.
         """
-        for connection in self._connections:
+        return self.measure_each([tokens_E] * len(self._connections))
+
+    def measure_each(self, tokens_SE: Sequence[Sequence[int]]) -> list[Timing]:
+        """Times one batch per rank, each as tokens per activated expert, at least one token.
+
+        Raises:
+            BalancerError: a rank died.
+        """
+        for connection, tokens_E in zip(self._connections, tokens_SE, strict=True):
             connection.send(list(tokens_E))
         return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
 
@@ -68,7 +78,7 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
             processes.append(process)
         for rank, connection in enumerate(connections):
             _receive(rank, connection)
-        yield Probe(connections)
+        yield Probe(connections, [process.pid or 0 for process in processes])
     finally:
         for connection in connections:
             connection.close()
@@ -76,23 +86,6 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
-
-
-def kernel_isa() -> str:
-    """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
-
-    Raises:
-        BalancerError: this is no x86 CPU; other devices are not profiled yet.
-    """
-    import torch
-    from vllm.platforms import CpuArchEnum, current_platform
-
-    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
-        raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is "
-            f"{current_platform.get_device_name()}. Run it on the machine that serves."
-        )
-    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
 
 def _receive(rank: int, connection: Connection) -> Timing:

@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
-from vllm_balance.commands.expert_probe import Probe, kernel_isa, probing
+from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.cost import fit
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
+from vllm_balance.seams.device import device_name, kernel_isa
 
 COARSE = (1, 4, 16, 64)
 """Tokens per expert of the first samples, which find the knee."""
@@ -58,7 +59,7 @@ def profile(
     measured = Profile(
         units=Units(),
         created=datetime.now(UTC),
-        device=device(isa),
+        device=device_name(),
         versions={name: version(name) for name in profiles.BOUND_VERSIONS},
         shape=shape,
         ranks=[_rank(i, core, points_SN[i]) for i, core in enumerate(cores)],
@@ -82,13 +83,6 @@ def cores_of(ranks: int) -> list[int]:
             f"Profile fewer ranks; one rank's profile can stand for all if they are alike."
         )
     return cores[:ranks]
-
-
-def device(isa: str) -> str:
-    """Processor and kernel of this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {isa}"
 
 
 def sample(probe: Probe, local: int, ranks: int) -> list[list[Point]]:
@@ -178,7 +172,7 @@ def _check(stored: Profile, shape: ModelShape) -> None:
     """Measures a few stored points again; exit status 1 if they have moved."""
     isa, ranks = kernel_isa(), len(stored.ranks)
     here = {name: version(name) for name in profiles.BOUND_VERSIONS}
-    stored.require(shape=shape, device=device(isa), versions=here)
+    stored.require(shape=shape, device=device_name(), versions=here)
     points = stored.ranks[0].points
     local = max(len(point.tokens_E) for point in points)
     chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[

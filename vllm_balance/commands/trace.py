@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_balance import traces
+from vllm_balance.recording import Phase
 from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, TraceSummary, summarise
 
 
@@ -38,7 +39,7 @@ def _print(trace: traces.Trace, summary: TraceSummary, batch: int) -> None:
     )
     console.print(
         f"{trace.name}: {trace.num_layers} layers, {trace.num_experts} experts, "
-        f"top-{trace.top_k}; {steps}."
+        f"top-{trace.top_k}; {steps}{_phases(trace)}."
     )
     table = Table(
         caption=f"consistent: active in at least {CONSISTENT:.0%} of the steps; temporal: in at "
@@ -62,3 +63,12 @@ def _print(trace: traces.Trace, summary: TraceSummary, batch: int) -> None:
             f"{summary.drift_LN[row, -1]:.1%}",
         )
     console.print(table)
+
+
+def _phases(trace: traces.Trace) -> str:
+    """How many of the steps or tokens belong to which phase, if it was recorded."""
+    phases = trace.phase_T if trace.phase_N is None else trace.phase_N
+    if phases is None:
+        return ""
+    counted = [(phase.name.lower(), int((phases == phase).sum())) for phase in Phase]
+    return "; " + ", ".join(f"{number} {name}" for name, number in counted if number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_balance.routing.eplb import EplbRouting
 from vllm_balance.routing.first_copy import FirstCopyRouting
+from vllm_balance.routing.gem import GemRouting
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.routing.policy import LayerTables, RoutingPolicy
 from vllm_balance.routing.static import StaticRouting
@@ -13,6 +14,7 @@ ROUTING: dict[str, type[RoutingPolicy]] = {
     "eplb": EplbRouting,
     "first_copy": FirstCopyRouting,
     "metro": MetroRouting,
+    "gem": GemRouting,
 }
 """Every balancer by the name that ``--moe-balancer`` takes."""
 

@@ -44,6 +44,13 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             help="Settings of the balancer, from a .toml or .json file or as a JSON string; "
             "unknown keys are errors.",
         )
+        group.add_argument(
+            "--moe-record",
+            metavar="FILE",
+            default=None,
+            help="Record which experts each step uses into a new .npz file (the balancer static "
+            "if none is named).",
+        )
         return parser
 
     return add_cli_args
@@ -54,10 +61,11 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         engine_args = original(cls, args)
         name = getattr(args, "moe_balancer", None)
         source = getattr(args, "moe_balancer_config", None)
-        if name is None and source is None:
+        record = getattr(args, "moe_record", None)
+        if name is None and source is None and record is None:
             return engine_args
         try:
-            settings = balancer_config.read(name, source)
+            settings = balancer_config.read(name, source, record)
             present = (engine_args.additional_config or {}).get(KEY, settings)
             if balancer_config.parse(present) != balancer_config.parse(settings):
                 raise BalancerError(
@@ -118,7 +126,7 @@ _FLAGS = (
         target=f"{_ENGINE_ARGS}.add_cli_args",
         parameters=("parser",),
         wrap=_add_cli_args,
-        why="puts --moe-balancer and --moe-balancer-config into every vLLM command",
+        why="puts --moe-balancer, --moe-balancer-config and --moe-record into every vLLM command",
         delete_when="vLLM lets plugins add arguments",
         may_be_wrapped=True,
     ),
@@ -126,7 +134,7 @@ _FLAGS = (
         target=f"{_ENGINE_ARGS}.from_cli_args",
         parameters=("args",),
         wrap=_from_cli_args,
-        why="carries the two flags into additional_config, which reaches every process",
+        why="carries the flags into additional_config, which reaches every process",
         delete_when="vLLM lets plugins add arguments",
         may_be_wrapped=True,
     ),

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
+import sys
+from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
+from vllm_balance.cost import knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
+from vllm_balance.maps import PlacementMap
+from vllm_balance.online import require_whole_batch
+from vllm_balance.recording import RecordSettings, require_new
 from vllm_balance.replay_rows import draw
 from vllm_balance.seams.server import install_in_api_server
+from vllm_balance.seams.settings_files import (
+    absolute,
+    measured_costs,
+    moe_layers,
+    num_ranks,
+    placement_of,
+    read_map,
+)
 from vllm_balance.seams.versions import unsupported_version
 
 _WORKERS = {
@@ -41,24 +56,44 @@ def configure(vllm_config: Any) -> None:
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
     parallel = vllm_config.parallel_config
+    found = read_map(config)
+    config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
-    if parallel.eplb_config.num_redundant_experts and config.num_redundant_experts is None:
-        count = parallel.eplb_config.num_redundant_experts
-        config = config.model_copy(update={"num_redundant_experts": count})
+    _check_online(config)
     deployment = read_deployment(vllm_config)
     redundant = num_redundant_experts(config, deployment)
+    if found is not None:
+        placement_of(found, vllm_config, redundant)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
+    settled |= absolute(config)
+    costs = measured_costs(config, vllm_config)
+    if costs is not None and config.knee_tokens is None:
+        settled["knee_tokens"] = knee_of(costs)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
-    if config.replicates:
+    if config.uses_eplb:
         _enable_eplb(vllm_config, config, redundant)
+    if config.record is not None:
+        settled["record"]["file"] = str(_checked_recording(config.record, parallel))
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
         route_by_replay()
     install_in_api_server()
     _announce(config, redundant, deployment)
+
+
+def _with_redundancy(
+    config: BalancerConfig, vllms_own: int, found: PlacementMap | None
+) -> BalancerConfig:
+    """The settings with vLLM's own number of redundant experts or the map's, if they name none."""
+    if config.num_redundant_experts is None and vllms_own:
+        return config.model_copy(update={"num_redundant_experts": vllms_own})
+    if found is None or config.num_redundant_experts is not None or config.redundancy is not None:
+        return config
+    count = found.num_physical - found.shape.num_experts
+    return config.model_copy(update={"num_redundant_experts": count})
 
 
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
@@ -85,15 +120,39 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
-    way_of_exchange(
+    way = way_of_exchange(
         data_parallel_size=parallel.data_parallel_size,
         gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
         asked_for=config.exchange,
     )
-    if parallel.enable_eplb and not config.replicates:
+    if config.online is not None:
+        require_whole_batch(way)
+    if parallel.enable_eplb and (config.name == "gem" or not config.replicates):
         raise BalancerError(
-            f"--moe-balancer {config.name} keeps one copy of every expert at its place, and "
+            f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
+        )
+
+
+def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
+    """The absolute path to record at, checked where the deployment is set up.
+
+    Later processes (API servers, engines) configure themselves again while the ranks may have made
+    their files already.
+    """
+    path = record.file.expanduser().absolute()
+    if multiprocessing.parent_process() is None:
+        require_new(path, num_files=parallel.data_parallel_size_local or 1)
+    return path
+
+
+def _check_online(config: BalancerConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if config.online is not None and not current_platform.is_cpu():
+        raise BalancerError(
+            "`online` measures the ranks by the time in their experts, which is done on CPU only "
+            "so far. Leave `online` out and load a map; make it anew when traffic has changed."
         )
 
 
@@ -120,19 +179,13 @@ def read_deployment(vllm_config: Any) -> Deployment:
     return Deployment(
         model=model.model,
         num_experts=model.get_num_experts(),
-        num_moe_layers=_num_moe_layers(text),
+        num_moe_layers=len(moe_layers(text)),
         expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
-        num_ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        num_ranks=num_ranks(vllm_config),
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
     )
-
-
-def _num_moe_layers(text: Any) -> int:
-    layers = text.num_hidden_layers - getattr(text, "first_k_dense_replace", 0)
-    layers -= len(getattr(text, "mlp_only_layers", None) or ())
-    return max(0, layers // max(1, getattr(text, "decoder_sparse_step", 1) or 1))
 
 
 def _usable_bytes(vllm_config: Any, on_cpu: bool, local_ranks: int) -> int:
@@ -155,6 +208,9 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb = copy.copy(parallel.eplb_config)
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
+    if config.name == "gem":
+        # Its placement stays; a step counter never gets here.
+        eplb.window_size, eplb.step_interval = 1, sys.maxsize
     if current_platform.is_cpu():
         # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
         # works on the group it is given, which is gloo here; torch_gloo asks for an accelerator.

@@ -11,18 +11,26 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.initial_placement import tables
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.loading import PlacedLoading, layer_index, load_by
+from vllm_balance.seams.online import online_placement
+from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.router import BALANCER
+from vllm_balance.seams.settings_files import initial_placement
 
 
-class BalancedWorker:
+class BalancedWorker(RecordingWorker):
     """Mixed in front of a vLLM worker class: binds the balancer to the model once it is loaded."""
 
     balancer_config: BalancerConfig
     worker_balancer: WorkerBalancer
+    loading: PlacedLoading | None
+    model_runner: Any
+    """vLLM's, of the worker class that this is mixed into."""
 
     def read_settings(self, vllm_config: Any) -> None:
         """Takes the balancer's settings out of the config that reached this process."""
@@ -33,12 +41,16 @@ class BalancedWorker:
                 f"Use --moe-balancer NAME instead of --worker-cls."
             )
         self.balancer_config = config
+        placement = initial_placement(config, vllm_config)
+        self.loading = None if placement is None else PlacedLoading(placement)
+        load_by(self.loading)
 
     def bind(self, vllm_config: Any, model: torch.nn.Module) -> None:
         """Gives every MoE layer of the model its balancer.
 
         Raises:
-            BalancerError: the model has no MoE layer that can be balanced.
+            BalancerError: the model has no MoE layer that can be balanced, or the weights are
+                not where the initial placement wants them.
         """
         from vllm.distributed import get_ep_group
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -54,12 +66,51 @@ class BalancedWorker:
             self._register_replay(vllm_config, runners)
         policy = make_policy(self.balancer_config)
         self.worker_balancer = WorkerBalancer(
-            balancer=policy.name, rank=get_ep_group().rank_in_group
+            balancer=policy.name,
+            rank=get_ep_group().rank_in_group,
+            placement=self._verified_placement(vllm_config, runners),
         )
         for runner in runners:
-            layer = bind_layer(runner, policy, self.balancer_config)
+            layer = bind_layer(runner, policy, self.balancer_config, self.loading)
             self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
+        self.attach_recorder(
+            vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
+        )
+        if self.balancer_config.online is not None:
+            self.worker_balancer.online = online_placement(
+                self.balancer_config,
+                vllm_config,
+                self.model_runner.eplb_state,
+                self.worker_balancer.layers,
+            )
+
+    def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
+        """What the status says of the initial placement; every rank takes part or none.
+
+        Raises:
+            BalancerError: on every rank, if a weight did not arrive on any or the ranks loaded
+                different placements.
+        """
+        from vllm.distributed import get_ep_group
+
+        if self.loading is None:
+            return "vLLM's own"
+        layers = [runner.routed_experts for runner in runners]
+        load_format = str(vllm_config.load_config.load_format)
+        placement, group = self.loading.placement, get_ep_group()
+        own = (placement.checksum, self.loading.problem(layers, load_format))
+        found: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+        problems = [f"rank {rank}: {p}" for rank, (_, p) in enumerate(found) if p is not None]
+        if len({checksum for checksum, _ in found}) > 1:
+            problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
+        if problems:
+            raise BalancerError(
+                f"The initial placement ({placement.origin}) did not arrive: "
+                f"{'; '.join(problems)}. Leave `map` away for this model or load format."
+            )
+        return f"{placement.origin} {placement.checksum[:12]} verified"
 
     def _register_replay(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm_balance import replay
@@ -75,7 +126,8 @@ class BalancedWorker:
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
-        return self.worker_balancer.status(per_layer=per_layer)
+        status = self.worker_balancer.status(per_layer=per_layer)
+        return {**status, "recording": self.moe_record_status()}
 
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
@@ -103,8 +155,13 @@ def default_knee_tokens() -> float:
     return 32.0 if torch.cpu._is_amx_tile_supported() else 4.0
 
 
-def bind_layer(runner: Any, policy: RoutingPolicy, config: BalancerConfig) -> LayerBalancer:
-    """Gives one layer's router and dispatch their balancer."""
+def bind_layer(
+    runner: Any,
+    policy: RoutingPolicy,
+    config: BalancerConfig,
+    loading: PlacedLoading | None = None,
+) -> LayerBalancer:
+    """Gives one layer's router and dispatch their balancer; `loading` put its weights in place."""
     from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
         MoEPrepareAndFinalizeNaiveDPEPModular,
@@ -117,7 +174,7 @@ def bind_layer(runner: Any, policy: RoutingPolicy, config: BalancerConfig) -> La
     balancer = LayerBalancer(
         layer_name=runner.layer_name,
         policy=policy,
-        tables=_tables(runner, group.world_size),
+        tables=_tables(runner, group.world_size, loading),
         way=way_of_exchange(
             data_parallel_size=runner.moe_config.dp_size,
             gathers_tokens=gathers,
@@ -144,7 +201,7 @@ def _local_experts(runner: Any) -> LocalPairExperts | None:
     return experts
 
 
-def _tables(runner: Any, num_ranks: int) -> LayerTables:
+def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> LayerTables:
     state = runner.router.eplb_state
     num_physical = runner.moe_config.num_experts
     if state is not None:
@@ -159,10 +216,13 @@ def _tables(runner: Any, num_ranks: int) -> LayerTables:
             counters=new_counters(num_ranks, device),
         )
     device = next(runner.routed_experts.parameters()).device
-    slots_E = torch.arange(num_physical, dtype=torch.int64, device=device)
+    table_ER = torch.arange(num_physical, dtype=torch.int64)[:, None]
+    if loading is not None:
+        index = layer_index(runner.layer_name)
+        table_ER = torch.from_numpy(tables(loading.placement.slots_P(index), num_physical)[0])
     return LayerTables(
-        logical_to_physical_ER=slots_E[:, None],
-        num_replicas_E=torch.ones_like(slots_E),
+        logical_to_physical_ER=table_ER.to(device),
+        num_replicas_E=torch.ones(num_physical, dtype=torch.int64, device=device),
         num_ranks=num_ranks,
         num_physical=num_physical,
         load_P=None,

@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.worker import BalancedWorker
 
@@ -18,7 +19,7 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.read_settings(vllm_config)
-        install((*ROUTER_SEAMS, *CPU_SEAMS))
+        install((*ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS))
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
@@ -32,6 +33,15 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         if self.parallel_config.enable_eplb:
             self._attach_eplb()
         self.bind(self.vllm_config, self.model_runner.get_model())
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        output = super().execute_model(scheduler_output)
+        self.worker_balancer.after_step()
+        return output
+
+    def execute_dummy_batch(self) -> None:
+        super().execute_dummy_batch()
+        self.worker_balancer.after_step()
 
     def _attach_eplb(self) -> None:
         """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out."""

@@ -1,0 +1,28 @@
+"""Tables in Markdown, and the places in docs that generated text goes to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+
+def table(headings: Sequence[str], body: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table whose first `left` columns are text and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(headings) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *body))
+
+
+def filled(page: Path, kind: str, render: Callable[[str], str]) -> str:
+    """The page with `render(name)` between each `<!-- kind:name -->` and the next `<!-- end -->`.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    places = re.compile(rf"(<!-- {kind}:([a-z0-9_-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, found = places.subn(
+        lambda place: f"{place[1]}{render(place[2])}\n{place[3]}", page.read_text()
+    )
+    if not found:
+        raise ValueError(f"{page} has no place <!-- {kind}:NAME --> for generated text.")
+    return text

@@ -1,0 +1,127 @@
+"""The files that arms with a placement need: a profile of this machine, halves of a trace, maps.
+
+The placement knows one half of the trace's requests, the server replays the other half. A rank's
+slowness is not assumed: the profile's kernels are timed again while the rank is slowed, and what
+they show goes into the profile that the map is computed from.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.slow_rank import slowed
+from vllm_balance import documents, profiles, traces
+from vllm_balance.commands.expert_probe import probing
+from vllm_balance.commands.place import place
+from vllm_balance.commands.profile import cores_of, profile
+from vllm_balance.model_shape import from_config
+from vllm_balance.profiles import Profile
+from vllm_balance.seams.device import kernel_isa
+
+SLOW_RANK = 1
+REPEATS = 5
+"""Samples of each point with the rank slowed and without, in turn."""
+
+
+@dataclass(kw_only=True)
+class Placed:
+    """Files in `folder` for one model and one trace; each is made once and then kept."""
+
+    model: Path
+    trace: Path
+    folder: Path
+    num_ranks: int
+    settings: dict[str, Any]
+    """`batch` and `steps` of `vllm-balance place`."""
+    seed: int
+    shown_slowdown: dict[float, float] = field(default_factory=dict)
+    """Asked factor -> what the profile's kernels showed."""
+
+    def prepare(self, factors: Sequence[float]) -> None:
+        """Makes the profile, the halves of the trace, and verifies the slowdowns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.profile.exists():
+            profile(self.model, ranks=self.num_ranks, output=self.profile)
+        self._cut_trace()
+        self.shown_slowdown = self._verify(factors)
+
+    @property
+    def profile(self) -> Path:
+        """Measured with all ranks at full speed."""
+        return self.folder / "profile.json"
+
+    @property
+    def replayed(self) -> Path:
+        """The half of the trace that servers replay."""
+        return self.folder / "replayed.npz"
+
+    def map(self, policy: str, factor: float) -> Path:
+        """The placement map of a policy that knows the slowdown of the slow rank."""
+        shown = self.shown_slowdown[factor]
+        curves = self.folder / f"profile-{factor:g}.json"
+        documents.write(curves, _with_slow_rank(profiles.load(self.profile), shown))
+        output = self.folder / f"{policy}-{factor:g}.json"
+        known = self.folder / "known.npz"
+        place(
+            profile=curves,
+            trace=known,
+            ranks=self.num_ranks,
+            output=output,
+            policy=policy,
+            seed=self.seed,
+            **self.settings,
+        )
+        return output
+
+    def _cut_trace(self) -> None:
+        """The first layers of the trace as the layers of the model, half of the requests each."""
+        whole = traces.load(self.trace)
+        if whole.topk_ids_TLK is None:
+            raise ValueError(f"{self.trace} holds counts; servers replay token ids only")
+        layers = from_config(self.model).num_layers
+        cut = replace(
+            whole,
+            topk_ids_TLK=whole.topk_ids_TLK[:, :layers],
+            layer_index_L=np.arange(layers),
+        )
+        for half, name in zip(cut.split(self.seed), ("known", "replayed"), strict=True):
+            traces.save(self.folder / f"{name}.npz", half)
+
+    def _verify(self, factors: Sequence[float]) -> dict[float, float]:
+        """What the kernels of the profile show of each factor: slowed over unslowed time."""
+        stored = profiles.load(self.profile)
+        points = [list(point.tokens_E) for point in stored.ranks[SLOW_RANK].points]
+        local = max(map(len, points))
+        # The longest batches, which take several stops each.
+        points = sorted((p for p in points if len(p) == local), key=sum)[-3:]
+        shown = dict.fromkeys(factors, 1.0)
+        cores = cores_of(self.num_ranks)
+        with probing(stored.shape, kernel_isa(), cores, local) as probe:
+            pid = probe.pids[SLOW_RANK]
+            for factor in factors:
+                if factor == 1:
+                    continue
+                ratios = []
+                for tokens_E in points * REPEATS:
+                    free = probe.measure(tokens_E)[SLOW_RANK].time_us
+                    with slowed(pid, factor):
+                        ratios.append(probe.measure(tokens_E)[SLOW_RANK].time_us / free)
+                shown[factor] = statistics.median(ratios)
+        return shown
+
+
+def _with_slow_rank(measured: Profile, factor: float) -> Profile:
+    """The profile with the slow rank's curve stretched."""
+    rank = measured.ranks[SLOW_RANK]
+    names = ("a_us", "b_us", "c_us", "beta_us", "tile_us")
+    times = {name: getattr(rank.curve, name) * factor for name in names}
+    curve = rank.curve.model_copy(update=times)
+    ranks = list(measured.ranks)
+    ranks[SLOW_RANK] = rank.model_copy(update={"curve": curve})
+    return measured.model_copy(update={"ranks": ranks})

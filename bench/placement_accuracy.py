@@ -1,0 +1,176 @@
+"""How well the cost model knows this machine: `python -m bench.placement_accuracy --traces DIR`.
+
+Ranks are processes of one core each that run vLLM's own expert kernel. Their curves are fitted as
+`vllm-balance profile` does; then batches of recorded traces are measured under several placements,
+one step after another and the placements of a step in turn, so that a drift of the machine hits all
+alike. A placement's time is the sum over steps of the slowest rank's, measured or modelled.
+Every placement is measured twice: pairs of placements that differ by less than the same placement
+does from itself cannot be ranked by anybody, and are counted apart.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from bench import markdown
+from bench.provenance import ROOT, provenance
+from vllm_balance import traces
+from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.commands.profile import cores_of, sample
+from vllm_balance.cost import fit
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.placement import PLACEMENT, Cluster, score_L
+from vllm_balance.seams.device import kernel_isa
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Row = dict[str, Any]
+RESULTS = ROOT / "bench" / "results" / "placement_accuracy.jsonl"
+PAGE = ROOT / "docs" / "placement.md"
+BATCHES = {"decode": 32, "prefill": 512}
+STEPS, RANDOM_PLACEMENTS, RANKS, SEED = 6, 5, 2, 0
+console = Console()
+
+
+def run(
+    folder: Annotated[Path | None, typer.Option("--traces", help="Folder of .npz files.")] = None,
+    docs: Annotated[bool, typer.Option(help="Write the table of docs/placement.md.")] = False,
+) -> None:
+    """Measure placements on every trace of token ids, or write the table."""
+    if folder is not None:
+        for file in sorted(folder.glob("*.npz")):
+            trace = traces.load(file)
+            if trace.topk_ids_TLK is None or trace.num_layers < 2:
+                continue
+            for row in measure(trace):
+                RESULTS.parent.mkdir(exist_ok=True)
+                with RESULTS.open("a") as rows:
+                    rows.write(json.dumps({**row, **provenance()}) + "\n")
+                console.print({k: v for k, v in row.items() if not isinstance(v, dict)})
+    if docs:
+        PAGE.write_text(markdown.filled(PAGE, "accuracy", _table))
+
+
+def measure(trace: traces.Trace) -> Iterator[Row]:
+    """One row per kind of batch, from experts of Qwen3-30B-A3B's shape, as many as in the trace."""
+    shape = ModelShape(
+        name=trace.name,
+        architecture="Qwen3MoeForCausalLM",
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        hidden=2048,
+        inner=768,
+        dtype="bfloat16",
+    )
+    local = trace.num_experts // RANKS
+    layer = trace.num_layers // 2
+    fitted, held_out = trace.split(SEED)
+    with probing(shape, kernel_isa(), cores_of(RANKS), local) as probe:
+        fits = [
+            fit([np.array(p.tokens_E) for p in points], np.array([p.time_us for p in points]))
+            for points in sample(probe, local, RANKS)
+        ]
+        cluster = Cluster(costs=tuple(found.model for found in fits))
+        for kind, batch in BATCHES.items():
+            draw = {"decode": "steps", "prefill": "prefill_steps"}[kind]
+            history_NE = getattr(fitted, draw)(batch, 32, SEED)[:, layer]
+            steps_NE = getattr(held_out, draw)(batch, STEPS, SEED + 1)[:, layer]
+            slots = _placements(history_NE, cluster)
+            first, second = _measured(probe, steps_NE, slots)
+            modelled = {
+                name: float(score_L(steps_NE[:, None], slots_P[None], cluster)[0])
+                for name, slots_P in slots.items()
+            }
+            yield {
+                "trace": trace.name,
+                "batch": kind,
+                "tokens": batch,
+                "steps": STEPS,
+                "seed": SEED,
+                "fit_error": max(found.median_relative_error for found in fits),
+                "knee_tokens": [found.model.knee_tokens for found in fits],
+                "measured_us": {name: (first[name] + second[name]) / 2 for name in slots},
+                "repeated_us": {"first": first, "second": second},
+                "modelled_us": modelled,
+            }
+
+
+def _placements(history_NE: Array, cluster: Cluster) -> dict[str, Array]:
+    """Named placements [P] of one layer without redundancy, and seeded random ones."""
+    found = {
+        name: PLACEMENT[name]().place(history_NE[:, None], cluster)[0]
+        for name in ("linear", "round_robin", "eplb", "gem")
+    }
+    random = np.random.default_rng(SEED)
+    for number in range(RANDOM_PLACEMENTS):
+        found[f"random {number}"] = random.permutation(history_NE.shape[1]).astype(np.int32)
+    return found
+
+
+def _measured(
+    probe: Probe, steps_NE: Array, slots: dict[str, Array]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum over steps of the slowest rank's time, us, of each placement, measured twice."""
+    sums: tuple[dict[str, float], dict[str, float]] = (
+        dict.fromkeys(slots, 0.0),
+        dict.fromkeys(slots, 0.0),
+    )
+    for tokens_E in steps_NE:
+        for times, names in zip(sums, (list(slots), list(slots)[::-1]), strict=True):
+            for name in names:
+                on_rank_SP = tokens_E[slots[name]].reshape(RANKS, -1)
+                batch = [[int(n) for n in tokens if n] or [1] for tokens in on_rank_SP]
+                times[name] += max(timing.time_us for timing in probe.measure_each(batch))
+    return sums
+
+
+def agreement(rows: list[Row]) -> tuple[int, int, int]:
+    """(pairs of placements ranked as measured, pairs that can be ranked, pairs in all).
+
+    A pair can be ranked if its two placements differ by more than the median placement of the row
+    differs from its own repetition.
+    """
+    right = rankable = total = 0
+    for row in rows:
+        first, second = row["repeated_us"]["first"], row["repeated_us"]["second"]
+        noise = statistics.median(abs(first[name] / second[name] - 1) for name in first)
+        measured, modelled = (list(row[key].values()) for key in ("measured_us", "modelled_us"))
+        for a, b in zip(*np.triu_indices(len(measured), 1), strict=True):
+            total += 1
+            if abs(measured[a] / measured[b] - 1) > noise:
+                rankable += 1
+                right += (measured[a] > measured[b]) == (modelled[a] > modelled[b])
+    return right, rankable, total
+
+
+def _table(_: str) -> str:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = list({(row["trace"], row["batch"]): row for row in rows}.values())
+    head = ["batch", "fit error", "time error", "ranked as measured", "of pairs", "too close"]
+    body = []
+    for kind in (*BATCHES, "both"):
+        own = [row for row in rows if kind in (row["batch"], "both")]
+        right, rankable, total = agreement(own)
+        errors = [
+            abs(row["modelled_us"][name] / row["measured_us"][name] - 1)
+            for row in own
+            for name in row["measured_us"]
+        ]
+        fits = statistics.median(row["fit_error"] for row in own)
+        cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", f"{right / rankable:.1%}"]
+        body.append([kind, *cells, str(rankable), str(total - rankable)])
+    origin = f"{len({row['trace'] for row in rows})} traces; {rows[-1]['machine']}; commit"
+    origin = f"Measured on {origin} {rows[-1]['commit']}; seed {SEED}."
+    return f"{markdown.table(head, body)}\n\n{origin}"
+
+
+if __name__ == "__main__":
+    typer.run(run)

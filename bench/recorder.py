@@ -1,0 +1,131 @@
+"""What a recording costs while serving: `python -m bench.recorder`.
+
+One server, and bursts of requests that alternate between no recording, counts and ids, there and
+back, so that a drift of the machine hits all alike. Recordings start and stop over HTTP between the
+bursts. Rows are JSON lines in bench/results/recorder.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from bench import client, markdown, real_size_model
+from bench.provenance import ROOT, config_hash, provenance
+from bench.server import Server
+from bench.starts import Start, arm_of
+from vllm_balance import traces
+
+RUN = ROOT / "configs" / "runs" / "recorder.toml"
+console = Console()
+
+
+def recorder() -> None:
+    """Append one row per burst to bench/results/recorder.jsonl and print the table."""
+    settings = tomllib.loads(RUN.read_text())
+    model = real_size_model.ensure(**settings["model"])
+    load, order = settings["load"], settings["recordings"]["order"]
+    prompts = prompts_of(load, settings["seed"])
+    rows: list[dict[str, Any]] = []
+    start = Start(position=0, arm="static", case="", settings=settings, factors=(1.0,), loads={})
+    with Server(arm_of(start), model) as server, tempfile.TemporaryDirectory() as to:
+        for _ in range(2):
+            client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
+        for position, what in enumerate(order * settings["recordings"]["rounds"]):
+            file = Path(to) / f"{position}.npz"
+            rows.append(
+                {"position": position, "arm": what}
+                | _burst(server, str(model), prompts, load["max_tokens"], what, file)
+            )
+            console.print(rows[-1])
+    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    for row in rows:
+        _append(origin | row | provenance())
+    console.print(table(rows))
+
+
+def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
+    """The prompts of a load, drawn with a seed."""
+    words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
+    pick = random.Random(seed)
+    return [
+        " ".join(pick.choice(words) for _ in range(load["prompt_words"]))
+        for _ in range(load["requests"])
+    ]
+
+
+def _append(row: dict[str, Any]) -> None:
+    results = ROOT / "bench" / "results" / "recorder.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _burst(
+    server: Server, model: str, prompts: list[str], max_tokens: int, what: str, file: Path
+) -> dict[str, Any]:
+    """Times of one burst, and what was recorded of it.
+
+    Raises:
+        RuntimeError: the recording does not hold what the balancer counted.
+    """
+    server.reset()
+    if what != "off":
+        _post(server, "start", {"file": str(file), "what": what})
+    answers = client.send(server.url, model, prompts, max_tokens=max_tokens)
+    row: dict[str, Any] = {"tpot_ms": answers.tpot_ms, "tokens_per_s": answers.tokens_per_s}
+    if what == "off":
+        return row
+    state = _post(server, "stop", None)[0]
+    recorded, counted = int(traces.load(file).chunks(1).sum()), server.status()[0]["pairs"]
+    if state["dropped_steps"] == 0 and recorded != counted:
+        raise RuntimeError(f"{recorded} pairs were recorded and {counted} were routed.")
+    return row | {key: state[key] for key in ("steps", "tokens", "dropped_steps", "bytes")}
+
+
+def _post(server: Server, action: str, body: dict[str, str] | None) -> list[dict[str, Any]]:
+    url = f"{server.url}/moe_balancer/record/{action}"
+    ranks: list[dict[str, Any]] = (
+        httpx.post(url, json=body, timeout=60).raise_for_status().json()["ranks"]
+    )
+    return ranks
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Per arm: time per token, against no recording, and what a step takes in the file."""
+    bursts = {arm: [row for row in rows if row["arm"] == arm] for arm in ("off", "counts", "ids")}
+    base_ms = statistics.median(row["tpot_ms"] for row in bursts["off"])
+    body = []
+    for arm, own in bursts.items():
+        values_ms = [row["tpot_ms"] for row in own]
+        median_ms = statistics.median(values_ms)
+        steps = sum(row.get("steps", 0) for row in own)
+        size = f"{sum(row['bytes'] for row in own) / steps:,.0f}" if steps else "-"
+        dropped = str(sum(row.get("dropped_steps", 0) for row in own))
+        body.append(
+            [
+                arm,
+                str(len(own)),
+                f"{median_ms:.1f}",
+                f"{median_ms / base_ms - 1:+.2%}",
+                f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
+                size,
+                dropped,
+            ]
+        )
+    headings = ("recording", "bursts", "TPOT ms", "against off", "least to most", "bytes a step",
+                "dropped steps")  # fmt: skip
+    return markdown.table(headings, body)
+
+
+if __name__ == "__main__":
+    typer.run(recorder)

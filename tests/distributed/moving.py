@@ -1,0 +1,182 @@
+"""One rank of a gloo group whose experts move while it computes; started by test_moving.py.
+
+    python moving.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+
+Weights are moved by vLLM's own exchange. Every batch is compared with the dense layer here; what
+ranks must agree on is written to OUT_FILE.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vllm_balance.balancer import LayerBalancer, new_counters
+from vllm_balance.cost import CostModel
+from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.online import OnlinePlacement, recording
+from vllm_balance.placement.online import OnlineSettings
+from vllm_balance.routing import ROUTING, LayerTables
+from vllm_balance.seams.loading import write_maps
+from vllm_balance.seams.online import WorkerRanks
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, STEPS = 3, 8, 2, 6, 60
+
+
+class Group:
+    """What vLLM's GroupCoordinator is to the code under test: the whole gloo group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank_in_group, self.world_size, self.ranks = rank, size, list(range(size))
+        self.cpu_group = self.device_group = dist.group.WORLD
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def eplb_state(group: Group, weights_LED: torch.Tensor) -> SimpleNamespace:
+    """vLLM's EplbModelState with every expert at its linear place; its communicator is real."""
+    from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
+
+    slots = EXPERTS // group.world_size
+    first = group.rank_in_group * slots
+    weights = [[weights_ED[first : first + slots].clone()] for weights_ED in weights_LED]
+    buffer = [torch.empty_like(weight) for weight in weights[0]]
+    state = SimpleNamespace(
+        physical_to_logical_map=torch.zeros((LAYERS, EXPERTS), dtype=torch.int64),
+        logical_to_physical_map=torch.zeros((LAYERS, EXPERTS, 4), dtype=torch.int64),
+        logical_replica_count=torch.zeros((LAYERS, EXPERTS), dtype=torch.int64),
+        model=SimpleNamespace(expert_weights=weights, num_logical_experts=EXPERTS),
+        expert_buffer=buffer,
+        communicator=create_eplb_communicator(group, "torch_nccl", weights, buffer),
+    )
+    for row in range(LAYERS):
+        write_maps(state, row, np.arange(EXPERTS, dtype=np.int32), EXPERTS)
+    return state
+
+
+def layer_of(row: int, state: SimpleNamespace, group: Group) -> LayerBalancer:
+    slots = EXPERTS // group.world_size
+    expert_map_P = torch.full((EXPERTS,), -1)
+    first = group.rank_in_group * slots
+    expert_map_P[first : first + slots] = torch.arange(slots)
+    return LayerBalancer(
+        layer_name=f"layers.{row}",
+        policy=ROUTING["gem"](),
+        tables=LayerTables(
+            logical_to_physical_ER=state.logical_to_physical_map[row],
+            num_replicas_E=state.logical_replica_count[row],
+            num_ranks=group.world_size,
+            num_physical=EXPERTS,
+            load_P=None,
+            record_enabled=None,
+            counters=new_counters(group.world_size, torch.device("cpu")),
+        ),
+        way="replicated",
+        rank=group.rank_in_group,
+        all_reduce=lambda tensor: tensor,
+        experts=LocalPairExperts(expert_map_P),
+    )
+
+
+def expert(rows_ND: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(rows_ND * weight_D)
+
+
+def output(layer: LayerBalancer, weight_PD: torch.Tensor, batch) -> torch.Tensor:
+    """This layer's output over all ranks: routed, computed from the weights held here, summed."""
+    rows_TD, ids_TK, weights_TK = batch
+
+    def kernel(out, inputs, weight_N1, local_N1) -> None:
+        out.copy_(expert(inputs, weight_PD[local_N1.flatten().long()]) * weight_N1)
+
+    out_TD = torch.full_like(rows_TD, torch.nan)
+    layer.experts(out_TD, rows_TD, weights_TK, layer.in_router(ids_TK, None), kernel)
+    dist.all_reduce(out_TD)
+    return out_TD
+
+
+def dense(weights_ED: torch.Tensor, batch) -> torch.Tensor:
+    rows_TD, ids_TK, weights_TK = batch
+    return (expert(rows_TD[:, None], weights_ED[ids_TK]) * weights_TK[..., None]).sum(1)
+
+
+def batch_of(step: int):
+    """The traffic turns to other experts in the middle of the run."""
+    random = np.random.default_rng(step)
+    busy = [0, 1, 2] if step < STEPS // 2 else [5, 6, 7]
+    share_E = np.full(EXPERTS, 0.2)
+    share_E[busy] = 3.0
+    ids = [random.choice(EXPERTS, TOP_K, replace=False, p=share_E / share_E.sum()) for _ in "x" * 9]
+    generator = torch.Generator().manual_seed(step)
+    return (
+        torch.randn((9, HIDDEN), generator=generator),
+        torch.tensor(np.array(ids)),
+        torch.rand((9, TOP_K), generator=generator),
+    )
+
+
+def run(group: Group) -> dict:
+    weights_LED = torch.randn((LAYERS, EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1))
+    state = eplb_state(group, weights_LED)
+    layers = [layer_of(row, state, group) for row in range(LAYERS)]
+    load_LP = torch.zeros((LAYERS, EXPERTS), dtype=torch.int32)
+    for layer, load_P in zip(layers, load_LP, strict=True):
+        recording(layer, load_P)
+    with patch("vllm.distributed.get_ep_group", lambda: group):
+        ranks = WorkerRanks(state)
+    before = [weight[0].clone() for weight in state.model.expert_weights]
+    assert ranks.swap_us() > 0
+    for weight, kept in zip(state.model.expert_weights, before, strict=True):
+        assert torch.equal(weight[0], kept), "the probe changed the weights"
+    cost = CostModel(a_us=1.0, b_us=1.0, c_us=0.0, beta_us=1.0)
+    online = OnlinePlacement(
+        settings=OnlineSettings(interval=10, window=10, horizon=10**9, hysteresis=0.0),
+        costs=[cost] * group.world_size,
+        layers=layers,
+        load_LP=load_LP,
+        placement_LP=ranks.placement_LP,
+        ranks=ranks,
+        swap_us=1.0,
+    )
+    slots = EXPERTS // group.world_size
+    placements = []
+    for step in range(STEPS):
+        batch = batch_of(step)
+        for row, layer in enumerate(layers):
+            held_PD = state.model.expert_weights[row][0]
+            expected = dense(weights_LED[row], batch)
+            torch.testing.assert_close(output(layer, held_PD, batch), expected)
+        online.after_step()
+        placements.append(online.placement_LP.tolist())
+        first = group.rank_in_group * slots
+        for row, slots_P in enumerate(online.placement_LP):
+            own = torch.from_numpy(slots_P[first : first + slots].astype(np.int64))
+            assert torch.equal(state.model.expert_weights[row][0], weights_LED[row][own])
+    status = online.status()
+    shared = ("steps", "decisions", "moves", "swaps", "slowdown_per_rank", "drift", "recent")
+    return {"placements": placements} | {key: status[key] for key in shared}
+
+
+def main() -> None:
+    size, rank, init, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{init}",
+        world_size=size,
+        rank=rank,
+        timeout=timedelta(seconds=60),
+    )
+    found = run(Group(rank, size))
+    with open(out, "w") as file:
+        json.dump(found, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The servers of benchmarks end with the run that started them."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+SCRIPT = '''
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from bench.server import Server
+
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+arm = SimpleNamespace(
+    name="fake", num_ranks=1, command=lambda model, port: [sys.executable, "-c", HEALTHY, str(port)]
+)
+with Server(arm, Path("model")) as server:
+    print(server._process.pid, flush=True)
+    time.sleep(600)
+'''
+
+
+def test_a_run_that_is_terminated_takes_its_server_along():
+    run = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    server = psutil.Process(int(run.stdout.readline()))
+    assert server.is_running()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the server outlived its run"
+        time.sleep(0.05)

@@ -1,0 +1,216 @@
+"""The recorder of one rank: what its layers added is in the file, and serving never waits."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_balance import recorder as recorder_module
+from vllm_balance import step_writer, traces
+from vllm_balance.errors import BalancerError
+from vllm_balance.recorder import RecordedModel, Recorder
+from vllm_balance.recording import Phase, RecordingFile, RecordSettings
+from vllm_balance.step_writer import Step
+
+LAYERS, EXPERTS, TOP_K = 3, 7, 2
+
+
+def recorder(**changes) -> Recorder:
+    model = RecordedModel(
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        layer_index=tuple(range(1, LAYERS + 1)),
+        rank=0,
+        num_ranks=1,
+        max_step_tokens=16,
+        device=torch.device("cpu"),
+    )
+    return Recorder(model, **changes)
+
+
+def settings(path, what: str = "counts", max_bytes: int = 2**20) -> RecordSettings:
+    return RecordSettings(file=path / "t.npz", what=what, max_bytes=max_bytes)
+
+
+def random_ids(num_tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(LAYERS, num_tokens, EXPERTS, generator=generator)
+    return noise.argsort(2)[..., :TOP_K]
+
+
+def step_of(number: int, num_tokens: int, phase: Phase = Phase.DECODE) -> Step:
+    return Step(
+        number=number,
+        phase=phase,
+        num_tokens=num_tokens,
+        request_id_T=np.arange(num_tokens),
+        position_T=np.full(num_tokens, number),
+        phase_T=np.full(num_tokens, phase),
+    )
+
+
+def run(chosen: Recorder, number: int, ids_LTK: torch.Tensor, **step) -> None:
+    """One forward pass through all layers."""
+    chosen.begin_step()
+    for layer, ids_TK in enumerate(ids_LTK):
+        chosen.add(layer, ids_TK, None)
+    chosen.end_step(step_of(number, ids_LTK.shape[1], **step))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("sizes", [[0], [1], [16], [3, 0, 16, 1, 5] * 30])
+@pytest.mark.parametrize("what", ["counts", "ids"])
+def test_what_layers_add_is_in_the_file(tmp_path, monkeypatch, dtype, sizes, what):
+    """Also over many blocks: they hold three steps, or sixteen tokens."""
+    monkeypatch.setattr(recorder_module, "BLOCK_BYTES", 3 * 4 * LAYERS * (EXPERTS + 1))
+    chosen = recorder()
+    chosen.start(settings(tmp_path, what))
+    batches = [random_ids(size, seed).to(dtype) for seed, size in enumerate(sizes)]
+    for number, ids_LTK in enumerate(batches):
+        while not chosen._writer._free:
+            threading.Event().wait(0.001)
+        run(chosen, number, ids_LTK)
+    chosen.stop()
+    status = chosen.status()
+    assert (status["state"], status["dropped_steps"]) == ("stopped", 0)
+    assert (status["steps"], status["tokens"]) == (len(sizes), sum(sizes))
+    assert status["bytes"] <= status["max_bytes"]
+    if what == "ids" and sum(sizes) == 0:
+        return
+    trace = traces.load(tmp_path / "t.npz")
+    assert trace.layer_index_L.tolist() == [1, 2, 3]
+    if what == "ids":
+        expected = torch.cat(batches, dim=1).transpose(0, 1)
+        assert np.array_equal(trace.topk_ids_TLK, expected)
+        assert trace.position_T.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
+        return
+    for counts_LE, ids_LTK in zip(trace.counts_NLE, batches, strict=True):
+        expected_LE = [np.bincount(ids.ravel(), minlength=EXPERTS) for ids in ids_LTK.numpy()]
+        assert np.array_equal(counts_LE, expected_LE)
+
+
+def test_padding_and_what_dummy_batches_left_do_not_count(tmp_path):
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    ids_LTK = random_ids(6, 0)
+    for layer in range(LAYERS):
+        chosen.add(layer, ids_LTK[layer], None)
+    ids_LTK[:, 3:] = -1
+    run(chosen, 0, ids_LTK)
+    chosen.begin_step()
+    for layer in range(LAYERS):
+        chosen.add(layer, random_ids(6, 1)[layer], torch.tensor([2]))
+    chosen.end_step(step_of(1, 2))
+    chosen.add(0, ids_LTK[0], None)
+    chosen.end_step(Step(number=2, phase=Phase.IDLE, num_tokens=0))
+    chosen.stop()
+    trace = traces.load(tmp_path / "t.npz")
+    assert trace.counts_NLE.sum(2).tolist() == [[6] * LAYERS, [4] * LAYERS]
+    expected_E = np.bincount(random_ids(6, 1)[1, :2].ravel(), minlength=EXPERTS)
+    assert np.array_equal(trace.counts_NLE[1, 1], expected_E)
+
+
+def test_all_tokens_to_one_expert_beyond_sixteen_bits(tmp_path):
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    run(chosen, 0, torch.full((LAYERS, 40_000, TOP_K), 4))
+    chosen.stop()
+    assert traces.load(tmp_path / "t.npz").counts_NLE[0, 2].tolist() == [0, 0, 0, 0, 80_000, 0, 0]
+
+
+def test_it_is_written_without_a_stop(tmp_path, monkeypatch):
+    """What a killed server leaves: a thread writes what there is, every few seconds."""
+    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    run(chosen, 0, random_ids(4, 0))
+    while chosen.status()["steps"] == 0:
+        threading.Event().wait(0.005)
+    assert traces.load(tmp_path / "t.npz").counts_NLE.sum() == 4 * TOP_K * LAYERS
+    chosen.stop()
+
+
+def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
+    lines = []
+    chosen = recorder(log=lines.append)
+    limit = 2**16
+    chosen.start(settings(tmp_path, "ids", limit))
+    number = 0
+    while chosen.is_recording:
+        run(chosen, number, random_ids(16, number))
+        number += 1
+    chosen.stop()
+    status = chosen.status()
+    assert status["state"] == "full"
+    assert limit // 3 < (tmp_path / "t.npz").stat().st_size <= status["bytes"] <= limit
+    assert len(lines) == 1 and "65,536 bytes" in lines[0]
+    assert len(traces.load(tmp_path / "t.npz").topk_ids_TLK) == status["tokens"]
+    chosen.start(RecordSettings(file=tmp_path / "next.npz"))
+    run(chosen, number, random_ids(2, 0))
+    chosen.stop()
+    assert len(traces.load(tmp_path / "next.npz").counts_NLE) == 1
+
+
+def test_steps_are_dropped_and_counted_if_the_writer_is_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "BLOCK_BYTES", 4 * LAYERS * (EXPERTS + 1))
+    may_write = threading.Event()
+    append = RecordingFile.append
+
+    def slow_append(self, chunk):
+        may_write.wait(30)
+        return append(self, chunk)
+
+    monkeypatch.setattr(RecordingFile, "append", slow_append)
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    for number in range(10):
+        run(chosen, number, random_ids(3, number))
+    may_write.set()
+    chosen.stop()
+    assert chosen.status()["steps"] == 2 and chosen.status()["dropped_steps"] == 8
+    assert len(traces.load(tmp_path / "t.npz").counts_NLE) == 2
+
+
+def test_a_disk_that_fails_ends_the_recording_and_not_the_server(tmp_path, monkeypatch):
+    def full_disk(self, chunk):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordingFile, "append", full_disk)
+    lines = []
+    chosen = recorder(log=lines.append)
+    chosen.start(settings(tmp_path))
+    run(chosen, 0, random_ids(3, 0))
+    chosen.stop()
+    assert chosen.status()["state"] == "failed"
+    assert "No space left" in lines[0]
+    run(chosen, 1, random_ids(3, 0))
+
+
+def test_one_recording_at_a_time_into_a_new_file(tmp_path):
+    chosen = recorder()
+    assert chosen.status() == {"state": "off"}
+    chosen.stop()
+    chosen.start(settings(tmp_path))
+    with pytest.raises(BalancerError, match="is running"):
+        chosen.start(settings(tmp_path))
+    chosen.stop()
+    with pytest.raises(BalancerError, match="File exists"):
+        chosen.start(settings(tmp_path))
+    assert not chosen.is_recording
+
+
+def test_cuda_graphs_record_only_what_they_were_captured_with(tmp_path):
+    """The buffer that graphs write to is there from the start and stays the same one."""
+    chosen = recorder(captured="counts", graphs=True)
+    buffer = chosen._routed
+    assert buffer is not None
+    with pytest.raises(BalancerError, match="without recording ids"):
+        chosen.start(settings(tmp_path, "ids"))
+    chosen.start(settings(tmp_path))
+    run(chosen, 0, random_ids(3, 0))
+    chosen.stop()
+    assert chosen._routed is buffer
+    with pytest.raises(BalancerError, match="without recording counts"):
+        recorder(graphs=True).start(settings(tmp_path))

@@ -1,0 +1,57 @@
+"""The best few swaps from where experts are now, compiled. Import this inside a call: numba.
+
+Unlike `swap_search.descend`, which takes the first swap that helps and goes on to the end, this
+takes the best one of all and stops after a few: every swap moves the weights of two experts.
+"""
+
+# Compiled functions carry no annotations, as those in kernels/.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_balance.placement.swap_search import compiled, fill, swapped_score, top_three
+
+
+@compiled
+def best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S):
+    """(item, item) of the swap with the lowest score below `score`; (-1, -1) if there is none."""
+    num_items = len(rank_of_I)
+    first, second = -1, -1
+    limit = score * (1.0 - 1e-9)
+    for i in range(num_items):
+        for j in range(i + 1, num_items):
+            s, t = rank_of_I[i], rank_of_I[j]
+            if s == t or not (is_slowest_S[s] or is_slowest_S[t]):
+                continue
+            found = swapped_score(tokens_NI, i, j, s, t, limit, *state, top_N3)
+            if found < limit:
+                limit, first, second = found, i, j
+    return first, second
+
+
+@compiled
+def few_swaps(tokens_NI, rank_of_I, coefficient_S6, swap_M2):
+    """Steepest descent of at most len(swap_M2) swaps, which it writes there; returns how many.
+
+    Changes rank_of_I.
+    """
+    num_steps, num_ranks = len(tokens_NI), len(coefficient_S6)
+    activated_NS = np.empty((num_steps, num_ranks), np.int64)
+    tokens_NS, tiles_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
+    time_NS = np.empty((num_steps, num_ranks))
+    top_N3 = np.empty((num_steps, 3), np.int64)
+    is_slowest_S = np.empty(num_ranks, np.bool_)
+    state = (coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS)
+    for swap in range(len(swap_M2)):
+        score = fill(tokens_NI, rank_of_I, *state)
+        top_three(time_NS, top_N3)
+        is_slowest_S[:] = False
+        is_slowest_S[top_N3[:, 0]] = True
+        i, j = best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S)
+        if i < 0:
+            return swap
+        rank_of_I[i], rank_of_I[j] = rank_of_I[j], rank_of_I[i]
+        swap_M2[swap] = i, j
+    return len(swap_M2)

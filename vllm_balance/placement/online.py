@@ -1,0 +1,162 @@
+"""Whether to move a few experts now: modelled gain over a horizon against the cost of moving.
+
+Not in GEM's paper, whose placement is fixed when the model is loaded. Swaps are chosen on the even
+steps of the recent window and judged on the odd ones, so that chance does not move experts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_balance.placement.gem import coefficients
+from vllm_balance.placement.policy import Array, Cluster, check_history
+from vllm_balance.placement.score import step_times
+
+LEAST_STEPS = 8
+"""Recorded steps below which nothing is decided."""
+
+
+class OnlineSettings(BaseModel):
+    """The keys of the setting ``online``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    interval: int = Field(default=200, ge=1)
+    """Steps between two decisions."""
+    window: int = Field(default=64, ge=LEAST_STEPS)
+    """Most recent steps that a decision looks at."""
+    horizon: int = Field(default=2000, ge=1)
+    """Steps within which a move must have paid for itself."""
+    max_swaps: int = Field(default=4, ge=1)
+    """Most swaps of two experts in one decision, over all layers."""
+    hysteresis: float = Field(default=0.01, ge=0, lt=1)
+    """Least gain, as a share of the modelled time of a step, for which anything moves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swap:
+    """Two slots of one layer, on different ranks, that exchange their experts."""
+
+    layer: int
+    """Row of the placement."""
+    slots: tuple[int, int]
+    gain_us: float
+    """Modelled time per step that it saves after the swaps before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to do, and the numbers that it rests on. All times are per step, all layers."""
+
+    swaps: tuple[Swap, ...]
+    """Empty: leave everything where it is."""
+    step_us: float
+    """Modelled time of a step as experts are placed now."""
+    gain_us: float
+    """What the best few swaps would save, whether they are made or not."""
+    reason: str
+
+    def placement(self, placement_LP: Array) -> Array:
+        """The placement after the swaps, int32 [L, P]."""
+        moved_LP = placement_LP.copy()
+        for swap in self.swaps:
+            moved_LP[swap.layer, list(swap.slots)] = moved_LP[swap.layer, list(swap.slots[::-1])]
+        return moved_LP
+
+
+def decide(
+    history_NLE: Array,
+    placement_LP: Array,
+    cluster: Cluster,
+    settings: OnlineSettings,
+    swap_us: float,
+) -> Decision:
+    """The swaps that pay, or none with the reason. Pure: the same arguments, the same decision.
+
+    Args:
+        history_NLE: pairs of each expert in the recent steps, integers [N, L, E].
+        placement_LP: expert of each slot now, [L, E]; one copy each.
+        cluster: the ranks with their present speeds.
+        swap_us: measured time of one swap, microseconds, during which no rank serves.
+
+    Raises:
+        BalancerError: the history is not one.
+    """
+    check_history(history_NLE)
+    if len(history_NLE) < LEAST_STEPS:
+        reason = f"{len(history_NLE)} steps recorded, {LEAST_STEPS} needed"
+        return Decision(swaps=(), step_us=0.0, gain_us=0.0, reason=reason)
+    coefficient_S6 = coefficients(cluster)
+    step_us, chains = 0.0, []
+    for layer, slots_P in enumerate(placement_LP):
+        history_NE = history_NLE[:, layer]
+        before_us, chain = _candidates(history_NE, slots_P, cluster, coefficient_S6, settings)
+        step_us += before_us
+        chains.append([Swap(layer=layer, slots=slots, gain_us=gain) for slots, gain in chain])
+    swaps = _best(chains, settings.max_swaps, least_gain_us=swap_us / settings.horizon)
+    gain_us = sum(swap.gain_us for swap in swaps)
+    if not swaps:
+        reason = "no swap pays for itself within the horizon"
+    elif gain_us < settings.hysteresis * step_us:
+        swaps, reason = (), "the gain is within the hysteresis"
+    else:
+        reason = "moved"
+    return Decision(swaps=swaps, step_us=step_us, gain_us=gain_us, reason=reason)
+
+
+def drift(before_LE: Array, now_LE: Array) -> float:
+    """How much of the load went to other experts: mean total variation distance, 0 to 1.
+
+    Args:
+        before_LE, now_LE: pairs of each expert, [L, E].
+    """
+    shares = [load / np.maximum(load.sum(1, keepdims=True), 1) for load in (before_LE, now_LE)]
+    return float(np.abs(shares[0] - shares[1]).sum(1).mean() / 2)
+
+
+def _candidates(
+    history_NE: Array,
+    slots_P: Array,
+    cluster: Cluster,
+    coefficient_S6: Array,
+    settings: OnlineSettings,
+) -> tuple[float, list[tuple[tuple[int, int], float]]]:
+    """Mean modelled time of one layer's odd steps, and its best swaps in order with their gains."""
+    from vllm_balance.placement.few_swaps import few_swaps
+
+    slot_of_E = np.argsort(slots_P)
+    rank_of_E = slot_of_E // (len(slots_P) // cluster.num_ranks)
+    chosen_M2 = np.empty((settings.max_swaps, 2), np.int64)
+    even_NE = np.ascontiguousarray(history_NE[::2], dtype=np.int64)
+    count = few_swaps(even_NE, rank_of_E.copy(), coefficient_S6, chosen_M2)
+    trial_P, odd_NE = slots_P.copy(), history_NE[1::2]
+    first_us = before_us = float(step_times(odd_NE, trial_P, cluster).max(1).mean())
+    chain = []
+    for one, two in chosen_M2[:count].tolist():
+        slots = int(slot_of_E[one]), int(slot_of_E[two])
+        slot_of_E[[one, two]] = slot_of_E[[two, one]]
+        trial_P[list(slots)] = trial_P[list(slots[::-1])]
+        after_us = float(step_times(odd_NE, trial_P, cluster).max(1).mean())
+        chain.append((slots, before_us - after_us))
+        before_us = after_us
+    return first_us, chain
+
+
+def _best(chains: list[list[Swap]], most: int, *, least_gain_us: float) -> tuple[Swap, ...]:
+    """The swaps with the largest gains; those of a layer in their order, none that does not pay."""
+    waiting = [(-chain[0].gain_us, layer, 0) for layer, chain in enumerate(chains) if chain]
+    heapq.heapify(waiting)
+    taken: list[Swap] = []
+    while waiting and len(taken) < most:
+        gain_us, layer, place = heapq.heappop(waiting)
+        if -gain_us <= least_gain_us:
+            break
+        taken.append(chains[layer][place])
+        if place + 1 < len(chains[layer]):
+            following = chains[layer][place + 1]
+            heapq.heappush(waiting, (-following.gain_us, layer, place + 1))
+    return tuple(taken)

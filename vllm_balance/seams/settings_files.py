@@ -1,0 +1,112 @@
+"""The files that settings name, read and checked against the deployment: a map, a profile."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vllm_balance import maps, profiles
+from vllm_balance.config import BalancerConfig
+from vllm_balance.cost import CostModel
+from vllm_balance.errors import BalancerError
+from vllm_balance.initial_placement import InitialPlacement
+from vllm_balance.maps import PlacementMap
+from vllm_balance.model_shape import ModelShape, from_mapping
+from vllm_balance.seams.device import device_name
+
+
+def read_map(config: BalancerConfig) -> PlacementMap | None:
+    """The map that the settings name, or None. Raises BalancerError as `maps.load` does."""
+    return None if config.map is None else maps.load(Path(config.map).expanduser())
+
+
+def absolute(config: BalancerConfig) -> dict[str, str]:
+    """The files of the settings by key, as a worker in any folder finds them."""
+    named = {"map": config.map, "profile": config.profile}
+    return {
+        key: str(Path(path).expanduser().resolve())
+        for key, path in named.items()
+        if path is not None
+    }
+
+
+def initial_placement(config: BalancerConfig, vllm_config: Any) -> InitialPlacement | None:
+    """Where settled settings want the experts at load time; None leaves them to vLLM.
+
+    Raises:
+        BalancerError: the placement cannot be read or does not fit the model and the ranks.
+    """
+    found = read_map(config)
+    if found is None:
+        return None
+    return placement_of(found, vllm_config, config.num_redundant_experts or 0)
+
+
+def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
+    """The placement of a map, checked against the deployment.
+
+    Raises:
+        BalancerError: another model, number of ranks or redundancy; a layer without entry.
+    """
+    layers = moe_layers(vllm_config.model_config.hf_text_config)
+    shape = read_shape(vllm_config.model_config)
+    found.require(shape=shape, num_ranks=num_ranks(vllm_config), layers=layers)
+    if found.num_physical != shape.num_experts + redundant:
+        raise BalancerError(
+            f"The placement map has {found.num_physical} slots per layer, and {shape.num_experts} "
+            f"experts with {redundant} redundant ones make {shape.num_experts + redundant}. Leave "
+            f"`num_redundant_experts` and `redundancy` out to take the map's, or make another map "
+            f"with `vllm-balance place --redundant {redundant}`."
+        )
+    return InitialPlacement.of_map(found, layers)
+
+
+def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel, ...] | None:
+    """The measured curve of each rank from the profile that the settings name, or None.
+
+    Raises:
+        BalancerError: the profile is damaged, or of another model, dtype, device, version of
+            vLLM or torch, or number of ranks.
+    """
+    if config.profile is None:
+        return None
+    model = vllm_config.model_config
+    served = str(model.dtype).removeprefix("torch.")
+    found = profiles.load(Path(config.profile).expanduser())
+    found.require(
+        shape=read_shape(model).model_copy(update={"dtype": served}),
+        device=device_name(),
+        versions={package: version(package) for package in profiles.BOUND_VERSIONS},
+    )
+    return found.costs_of(num_ranks(vllm_config))
+
+
+def num_ranks(vllm_config: Any) -> int:
+    """Expert-parallel ranks."""
+    parallel = vllm_config.parallel_config
+    return int(parallel.tensor_parallel_size * parallel.data_parallel_size)
+
+
+def read_shape(model_config: Any) -> ModelShape:
+    """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
+    return from_mapping(
+        model_config.hf_config.to_dict(),
+        name=Path(model_config.model).name,
+        where=str(model_config.model),
+    )
+
+
+def moe_layers(text: Any) -> tuple[int, ...]:
+    """Indices of the MoE layers, by what the configurations of models say about dense ones."""
+    listed = getattr(text, "moe_layers", None)
+    if listed:
+        return tuple(listed)
+    first = getattr(text, "first_k_dense_replace", None) or 0
+    dense = set(getattr(text, "mlp_only_layers", None) or ())
+    step = max(1, getattr(text, "decoder_sparse_step", None) or 1)
+    return tuple(
+        layer
+        for layer in range(first, text.num_hidden_layers)
+        if layer not in dense and (layer + 1) % step == 0
+    )
