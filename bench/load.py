@@ -26,8 +26,7 @@ METRICS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "itl": "itl_ms", "e2el": "e2e_m
 NUM_QUANTILES = 51
 PERCENTILES = (50, 90, 99)
 SAMPLE_S = 1.0
-"""Between two looks at the counters. A look waits for the running step and holds up the next one
-for about a millisecond, in all arms alike."""
+"""Between two looks at the counters, which hold up the step behind them; in all arms alike."""
 
 
 class Load(BaseModel):

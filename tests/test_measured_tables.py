@@ -100,6 +100,10 @@ def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
     assert table.body[0] == ["prefill", "+0%", "+0.0%", "7300", "8030", "6570", "-10.0%", "-18.2%"]
     assert table.body[1][:3] == ["prefill", "+16%", "+14.4%"]
     assert table.command.endswith("--traces DIR")
+    assert [load for _, load, arm in grouped(slowed) if arm == "gem"] == [
+        "prefill",
+        "prefill, one rank +16%",
+    ]
 
 
 @pytest.mark.parametrize(("own", "count"), [(rows, 1), (slo_rows, 2)])

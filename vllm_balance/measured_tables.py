@@ -153,10 +153,10 @@ def grouped(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Meas
     keys = dict.fromkeys(
         (row.case, load, arm)
         for row in rows
-        for load in dict.fromkeys(r.load for r in rows)
+        for load in dict.fromkeys(r.load_name for r in rows)
         for arm in dict.fromkeys(r.arm for r in rows)
     )
-    found = {key: [r for r in rows if (r.case, r.load, r.arm) == key] for key in keys}
+    found = {key: [r for r in rows if (r.case, r.load_name, r.arm) == key] for key in keys}
     return {key: own for key, own in found.items() if own}
 
 

@@ -137,6 +137,12 @@ class Measurement(Document):
     layers: list[LayerHeat]
 
     @property
+    def load_name(self) -> str:
+        """The load and, where a rank was slowed, by how much."""
+        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
+        return ", ".join(filter(None, (self.load, slowed)))
+
+    @property
     def identity(self) -> tuple[str, str, str]:
         """What rows that may be compared have in common: settings, code, machine."""
         return self.config_hash, self.sources, self.machine

@@ -78,7 +78,7 @@ def pareto(rows: list[Measurement]) -> Figure:
                 "name": " ".join(filter(None, (case, arm))),
                 "x": [_round(median(own, lambda row: row.tpot_ms.p50)) for own in loads],
                 "y": [_round(median(own, lambda row: row.tokens_per_s)) for own in loads],
-                "text": [own[0].load or f"{own[0].concurrency} at once" for own in loads],
+                "text": [own[0].load_name or f"{own[0].concurrency} at once" for own in loads],
                 "hovertemplate": "%{text}<br>%{x} ms<br>%{y} tokens/s<extra>%{fullData.name}"
                 "</extra>",
                 "marker": {"size": 9, "symbol": _case_number(rows, case)},
@@ -185,7 +185,7 @@ def latency(rows: list[Measurement], field: str) -> Figure:
 def _views(rows: list[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
     """Each case and load by name, with its rows of all arms."""
     for case, load in dict.fromkeys((case, load) for case, load, _ in grouped(rows)):
-        own = [row for row in rows if (row.case, row.load) == (case, load)]
+        own = [row for row in rows if (row.case, row.load_name) == (case, load)]
         yield ", ".join(filter(None, (case, load))), own
 
 
