@@ -42,6 +42,8 @@ class LayerBalancer:
     exchanged_bytes: int = 0
     """Bytes this rank put into count exchanges beyond vLLM's own collectives."""
     exchange_ns: int = 0
+    last_physical_TK: torch.Tensor | None = None
+    """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
 
     def in_router(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -70,6 +72,7 @@ class LayerBalancer:
             physical_TK = self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
         self.decisions += 1
         self.decide_ns += time.perf_counter_ns() - start
+        self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
 
     def _route_by_exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
@@ -104,6 +107,20 @@ class LayerBalancer:
         self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
         if self.experts is not None:
             self.experts.reset()
+
+    def slots(self) -> dict[str, list[int]]:
+        """The expert in each slot now, and the pairs of the last batch that went there.
+
+        With the all-reduce way the batch is this rank's tokens, otherwise all tokens. Without a
+        last batch at hand (GPU) there are no pairs.
+        """
+        experts_P = self.tables.placement.physical_to_logical_P
+        tokens_P = torch.zeros_like(experts_P)
+        if self.last_physical_TK is not None:
+            slots_N = self.last_physical_TK.flatten().long()
+            valid_N = slots_N[(slots_N >= 0) & (slots_N < len(experts_P))]
+            tokens_P = valid_N.bincount(minlength=len(experts_P))
+        return {"physical_to_logical": experts_P.tolist(), "slot_tokens": tokens_P.tolist()}
 
     def status(self) -> dict[str, Any]:
         """This layer's counters by name."""
@@ -170,7 +187,9 @@ class WorkerBalancer:
         if self.online is not None:
             status["online"] = self.online.status()
         if per_layer:
-            status["layers"] = layers
+            status["layers"] = [
+                own | layer.slots() for own, layer in zip(layers, self.layers, strict=True)
+            ]
         return status
 
     def _stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
