@@ -111,6 +111,15 @@ class Server:
         ranks: list[dict[str, Any]] = answer.json()["ranks"]
         return ranks
 
+    def memory_bytes(self) -> int:
+        """Resident memory of all its processes; pages that they share count in each."""
+        assert self._process is not None
+        total = 0
+        for process in (psutil.Process(self._process.pid), *descendants(self._process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
+
     def worker(self, rank: int) -> int:
         """Process id of the worker of a tensor-parallel rank.
 

@@ -8,7 +8,7 @@ The rows, top to bottom, as docs describe them:
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
 6. routing and placement policies, the experts of one rank; cost curves, fetch costs, their files
-7. metrics; recorder, traces and their replay; shapes of models and JSON files
+7. metrics; recorder, traces and their replay; shapes of models, JSON files, rows of benchmarks
 8. kernels
 9. the vocabulary and the one exception
 """
@@ -50,6 +50,8 @@ ROWS = [
         "trace_summary",
         "model_shape",
         "documents",
+        "measurement",
+        "measured_tables",
     ],
     ["kernels"],
     ["types", "errors"],

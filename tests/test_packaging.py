@@ -45,6 +45,7 @@ def test_the_wheel_has_every_module_and_the_kernels_inside_the_package(
 ) -> None:
     in_tree = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("vllm_balance/**/*.py")}
     in_tree |= {f"vllm_balance/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/**/*.py")}
+    in_tree.add("vllm_balance/commands/report.html")
     assert any(name.startswith("vllm_balance/kernels/") for name in in_tree)
     assert in_tree <= set(wheel.namelist())
 

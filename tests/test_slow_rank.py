@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from bench.run import Start, starts_of
 from bench.slow_rank import slowed
+from bench.starts import plan
 
 
 @pytest.fixture
@@ -18,6 +18,11 @@ def spinning():
     yield psutil.Process(process.pid)
     process.kill()
     process.wait()
+
+
+def governors() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "bench.slow_rank" in child.cmdline()]
 
 
 def seen(process: psutil.Process, status: str, within_s: float = 20) -> bool:
@@ -30,7 +35,7 @@ def seen(process: psutil.Process, status: str, within_s: float = 20) -> bool:
 
 def test_stopped_within_and_running_behind(spinning):
     with slowed(spinning.pid, 1.5):
-        (governor,) = psutil.Process().children()[1:]
+        (governor,) = governors()
         assert seen(spinning, psutil.STATUS_STOPPED)
         assert seen(spinning, psutil.STATUS_RUNNING)
     assert not governor.is_running()
@@ -39,7 +44,7 @@ def test_stopped_within_and_running_behind(spinning):
 
 def test_a_governor_that_was_killed_leaves_nothing_stopped(spinning):
     with pytest.raises(RuntimeError, match="ended, or may not"), slowed(spinning.pid, 1.5):
-        (governor,) = psutil.Process().children()[1:]
+        (governor,) = governors()
         governor.kill()
         governor.wait()
     assert spinning.status() != psutil.STATUS_STOPPED
@@ -47,7 +52,7 @@ def test_a_governor_that_was_killed_leaves_nothing_stopped(spinning):
 
 def test_factors(spinning):
     with slowed(spinning.pid, 1.0):
-        assert len(psutil.Process().children()) == 1
+        assert governors() == []
     with pytest.raises(ValueError, match="cannot be made faster"), slowed(spinning.pid, 0.9):
         pass
 
@@ -64,10 +69,13 @@ def test_an_arm_whose_map_knows_the_slowdown_has_a_server_for_each():
         "slow": [1, 1.16],
         "arms": {"static": {}, "eplb": {"place": "eplb"}, "gem": {"place": "gem"}},
     }
-    assert starts_of(settings) == [
-        Start(arm="static", factors=(1.0, 1.16)),
-        Start(arm="eplb", factors=(1.0, 1.16)),
-        Start(arm="gem", factors=(1.0,)),
-        Start(arm="gem", factors=(1.16,)),
+    load = {"load": {"requests": 1, "prompt_tokens": 1, "max_tokens": 1}}
+    starts = [(start.arm, start.factors) for start in plan(settings | load, rounds=1)]
+    forth = [
+        ("static", (1.0, 1.16)),
+        ("eplb", (1.0, 1.16)),
+        ("gem", (1.0,)),
+        ("gem", (1.16,)),
     ]
-    assert starts_of({"arms": {"static": {}}}) == [Start(arm="static", factors=(1.0,))]
+    assert starts == forth + forth[::-1]
+    assert plan({"arms": {"static": {}}} | load, rounds=1)[0].factors == (1.0,)

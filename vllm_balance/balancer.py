@@ -42,6 +42,8 @@ class LayerBalancer:
     exchanged_bytes: int = 0
     """Bytes this rank put into count exchanges beyond vLLM's own collectives."""
     exchange_ns: int = 0
+    last_physical_TK: torch.Tensor | None = None
+    """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
 
     def in_router(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -67,6 +69,7 @@ class LayerBalancer:
         physical_TK = self._route(topk_ids_TK, num_valid_tokens)
         self.decisions += 1
         self.decide_ns += time.perf_counter_ns() - start
+        self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
 
     def _route(
@@ -107,6 +110,35 @@ class LayerBalancer:
         self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
         return counts_SE
 
+    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
+        """Routes ids on scratch buffers: compiles the kernels, counts nothing."""
+        self.policy.route(ids_TK, tables, None)
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        self.tables.counters.zero_()
+        self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
+        if self.experts is not None:
+            self.experts.reset()
+
+    def slots(self) -> dict[str, list[int]]:
+        """The expert in each slot now, and the pairs of the last batch that went there.
+
+        With the all-reduce way the batch is this rank's tokens, otherwise all tokens. Without a
+        last batch at hand (GPU) there are no pairs.
+        """
+        experts_P = self.content_P()
+        tokens_P = torch.zeros_like(experts_P)
+        if self.last_physical_TK is not None:
+            slots_N = self.last_physical_TK.flatten().long()
+            valid_N = slots_N[(slots_N >= 0) & (slots_N < len(experts_P))]
+            tokens_P = valid_N.bincount(minlength=len(experts_P))
+        return {"physical_to_logical": experts_P.tolist(), "slot_tokens": tokens_P.tolist()}
+
+    def content_P(self) -> torch.Tensor:
+        """The expert in each slot now, int32 [P]; -1 in a slot that holds none."""
+        return self.tables.placement.physical_to_logical_P
+
     def recent_experts_us(self) -> list[float]:
         """Time of this rank's experts in each of the last batches, us; empty on GPUs."""
         return [ns / 1e3 for ns in self.experts.recent_ns] if self.experts else []
@@ -125,17 +157,6 @@ class LayerBalancer:
             "compute-bound batch, routed evenly": summed["compute_bound_batches"],
             "no tokens": summed["empty_batches"],
         }
-
-    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        """Routes ids on scratch buffers: compiles the kernels, counts nothing."""
-        self.policy.route(ids_TK, tables, None)
-
-    def reset(self) -> None:
-        """Sets all counters to zero."""
-        self.tables.counters.zero_()
-        self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
-        if self.experts is not None:
-            self.experts.reset()
 
     def status(self) -> dict[str, Any]:
         """This layer's counters by name."""
@@ -203,8 +224,8 @@ class WorkerBalancer:
             status["online"] = self.online.status()
         if per_layer:
             status["layers"] = [
-                {**layer, "recent_experts_us": balancer.recent_experts_us()}
-                for layer, balancer in zip(layers, self.layers, strict=True)
+                own | layer.slots() | {"recent_experts_us": layer.recent_experts_us()}
+                for own, layer in zip(layers, self.layers, strict=True)
             ]
         return status
 

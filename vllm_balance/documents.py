@@ -34,7 +34,7 @@ def read(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
         return kind.model_validate_json(content)
     except ValidationError as error:
         raise BalancerError(
-            f"{path} is no usable {what}. {_explain(error)} Make it anew, or use the file as it "
+            f"{path} is no usable {what}. {explain(error)} Make it anew, or use the file as it "
             f"was written."
         ) from error
 
@@ -57,7 +57,7 @@ def write(path: Path, document: Document) -> None:
         raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first three complaints, each in a sentence, values cut short."""
     parts = []
     for item in error.errors(include_url=False)[:3]:

@@ -151,7 +151,10 @@ class OnlinePlacement:
         if self._own[0] == 0:
             costs = [c.slowed(f) for c, f in zip(self._costs, self._slowdown_S, strict=True)]
             cluster = Cluster(costs=tuple(costs))
-            decision = decide(history_NLE, self.placement_LP, cluster, self._settings, swap_us)
+            turn = self._totals["decisions"]
+            decision = decide(
+                history_NLE, self.placement_LP, cluster, self._settings, swap_us, turn
+            )
         decision = self._ranks.from_first(decision)
         self._time_us["deciding"] += (time.perf_counter() - start) * 1e6
         self._totals["decisions"] += 1
@@ -184,8 +187,8 @@ class OnlinePlacement:
         if decision.swaps:
             self._report(
                 f"Online placement, step {entry['step']}: {entry['swaps']} swaps, modelled gain "
-                f"{decision.gain_us / max(decision.step_us, 1e-9):.1%} of a step, drift "
-                f"{self._drift:.2f}, slowdown of the ranks "
+                f"{decision.gain_us / max(decision.step_us, 1e-9):.1%} of the layers searched, "
+                f"drift {self._drift:.2f}, slowdown of the ranks "
                 f"{', '.join(f'{s:.2f}' for s in self._slowdown_S)}."
             )
 

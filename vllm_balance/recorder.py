@@ -6,6 +6,7 @@ from there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class Recorder:
         self._captured, self._graphs, self._log = captured, graphs, log
         self._routed = None if captured is None else model.step_buffer(captured)
         self._writer: StepWriter | None = None
+        self._serving_ns = 0
 
     @property
     def is_recording(self) -> bool:
@@ -104,6 +106,7 @@ class Recorder:
         file = RecordingFile(path, settings.what, settings.max_bytes, self.model.header())
         if self._captured != settings.what or self._routed is None:
             self._captured, self._routed = settings.what, self.model.step_buffer(settings.what)
+        self._serving_ns = 0
         row = self._routed[0]
         num_rows = min(BLOCK_BYTES, settings.max_bytes // 8) // (row.numel() * row.element_size())
         self._writer = StepWriter(
@@ -117,7 +120,9 @@ class Recorder:
 
     def status(self) -> dict[str, Any]:
         """State and extent of the recording, the last one if it ended."""
-        return {"state": "off"} if self._writer is None else self._writer.status()
+        if self._writer is None:
+            return {"state": "off"}
+        return {**self._writer.status(), "serving_us": self._serving_ns / 1e3}
 
     def add(
         self, layer: int, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -132,25 +137,41 @@ class Recorder:
         routed = self._routed
         if routed is None or not (self._graphs or self.is_recording):
             return
-        if routed.dtype != torch.int32:
-            ids_TK = topk_ids_TK[: len(routed)]
-            routed[: len(ids_TK), layer].copy_(ids_TK)
-            return
-        bin_N = topk_ids_TK.reshape(-1).long() + 1
-        if num_valid_tokens is not None:
-            token_N = torch.arange(len(bin_N), device=bin_N.device) // topk_ids_TK.shape[1]
-            bin_N = torch.where(token_N < num_valid_tokens, bin_N, 0)
-        routed[0, layer].index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.int32))
+        start = time.perf_counter_ns()
+        _gather(routed, layer, topk_ids_TK, num_valid_tokens)
+        self._serving_ns += time.perf_counter_ns() - start
 
     def begin_step(self) -> None:
         """Forgets what dummy batches left behind; before the forward pass."""
+        start = time.perf_counter_ns()
         if self._routed is not None and not self.wants_tokens:
             self._routed.zero_()
+        self._serving_ns += time.perf_counter_ns() - start
 
     def end_step(self, step: Step) -> None:
         """Takes the step that was launched last, or drops it if the writer is behind."""
         if self._writer is None or self._routed is None:
             return
+        start = time.perf_counter_ns()
         if step.phase == Phase.IDLE:
             self._routed.zero_()
         self._writer.put(step, self._routed[: step.num_tokens if self.wants_tokens else 1])
+        self._serving_ns += time.perf_counter_ns() - start
+
+
+def _gather(
+    routed: torch.Tensor,
+    layer: int,
+    topk_ids_TK: torch.Tensor,
+    num_valid_tokens: torch.Tensor | None,
+) -> None:
+    """Adds a layer's ids to a step's buffer of either kind."""
+    if routed.dtype != torch.int32:
+        ids_TK = topk_ids_TK[: len(routed)]
+        routed[: len(ids_TK), layer].copy_(ids_TK)
+        return
+    bin_N = topk_ids_TK.reshape(-1).long() + 1
+    if num_valid_tokens is not None:
+        token_N = torch.arange(len(bin_N), device=bin_N.device) // topk_ids_TK.shape[1]
+        bin_N = torch.where(token_N < num_valid_tokens, bin_N, 0)
+    routed[0, layer].index_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.int32))

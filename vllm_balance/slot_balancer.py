@@ -86,6 +86,11 @@ class SlotBalancer(LayerBalancer):
         self.look_ahead_ns = 0
         self.dynamic.reset()
 
+    def content_P(self) -> torch.Tensor:
+        state = self.dynamic.state
+        home_SE = torch.arange(state.num_logical, dtype=torch.int32).view(state.num_ranks, -1)
+        return torch.cat([home_SE, state.content_SD], dim=1).flatten()
+
     def status(self) -> dict[str, Any]:
         return {
             **LayerBalancer.status(self),

@@ -8,6 +8,7 @@ thread falls behind, steps are left out and counted: serving never waits.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,6 +89,7 @@ class StepWriter:
         self._state: Literal["recording", "stopped", "full", "failed"] = "recording"
         self._num_steps = self._num_tokens = self._dropped_steps = 0
         self._num_bytes = file.num_bytes
+        self._writing_ns = 0
         self._changed = threading.Condition()
         self._filling, *self._free = [_new_block(row, num_rows) for _ in range(2)]
         self._full: list[_Block] = []
@@ -130,6 +132,7 @@ class StepWriter:
             "dropped_steps": self._dropped_steps,
             "bytes": self._num_bytes,
             "max_bytes": self.settings.max_bytes,
+            "writing_us": self._writing_ns / 1e3,
         }
 
     def _hand_over(self) -> bool:
@@ -152,6 +155,7 @@ class StepWriter:
                     break
                 with self._changed:
                     self._num_bytes = file.num_bytes
+                    self._writing_ns = time.thread_time_ns()
                     self._num_steps += len(block.steps)
                     self._num_tokens += sum(step.num_tokens for step in block.steps)
                     block.clear()

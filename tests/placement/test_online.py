@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.placement import Cluster, score_L
-from vllm_balance.placement.online import LEAST_STEPS, OnlineSettings, decide, drift
+from vllm_balance.placement.online import LEAST_STEPS, MOST_LAYERS, OnlineSettings, decide, drift
 
 PER_TOKEN = CostModel(a_us=0.0, b_us=0.0, c_us=0.0, beta_us=1.0)
 EVEN = Cluster(costs=(PER_TOKEN, PER_TOKEN))
@@ -98,6 +98,21 @@ def test_the_most_swaps_are_shared_by_all_layers_and_the_best_come_first():
     two = SETTINGS.model_copy(update={"max_swaps": 2})
     decision = decide(history_NLE, placement_LP, EVEN, two, swap_us=0.0)
     assert [swap.layer for swap in decision.swaps] == [1, 0]
+
+
+def test_many_layers_are_searched_in_turn():
+    layers = 2 * MOST_LAYERS + 1
+    history_NLE = np.tile(np.array([10, 10, 0, 0], dtype=np.int32), (16, layers, 1))
+    placement_LP = np.tile(LINEAR_LP, (layers, 1))
+    settings = SETTINGS.model_copy(update={"max_swaps": layers})
+    seen: list[int] = []
+    for turn in range(3):
+        decision = decide(history_NLE, placement_LP, EVEN, settings, swap_us=0.0, turn=turn)
+        found = [swap.layer for swap in decision.swaps]
+        assert len(found) <= MOST_LAYERS and decision.step_us == 20.0 * len(found)
+        seen += found
+        placement_LP = decision.placement(placement_LP)
+    assert sorted(seen) == list(range(layers))
 
 
 def test_too_few_steps_decide_nothing():

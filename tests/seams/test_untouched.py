@@ -63,12 +63,13 @@ def defaults() -> dict[str, object]:
     return vars(AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args([]))
 
 
-def test_register_adds_two_arguments_that_are_off_and_changes_no_default():
+def test_register_adds_three_arguments_that_are_off_and_changes_no_default():
     stock = defaults()
     plugin.register()
     ours = defaults()
     assert ours.pop("moe_balancer") is None
     assert ours.pop("moe_balancer_config") is None
+    assert ours.pop("moe_record") is None
     assert ours == stock
 
 

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_balance.placement.gem import coefficients
 from vllm_balance.placement.policy import Array, Cluster, check_history
-from vllm_balance.placement.score import step_times
+from vllm_balance.placement.score import lower_bound_L, score_L, step_times
 
+MOST_LAYERS = 8
+"""Layers that one decision searches, in turn: serving waits for it."""
 LEAST_STEPS = 8
 """Recorded steps below which nothing is decided."""
 
@@ -34,7 +36,7 @@ class OnlineSettings(BaseModel):
     max_swaps: int = Field(default=4, ge=1)
     """Most swaps of two experts in one decision, over all layers."""
     hysteresis: float = Field(default=0.01, ge=0, lt=1)
-    """Least gain, as a share of the modelled time of a step, for which anything moves."""
+    """Least gain for which experts move, as a share of the modelled time of the layers searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +52,12 @@ class Swap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, and the numbers that it rests on. All times are per step, all layers."""
+    """What to do, and the numbers that it rests on. All times are per step."""
 
     swaps: tuple[Swap, ...]
     """Empty: leave everything where it is."""
     step_us: float
-    """Modelled time of a step as experts are placed now."""
+    """Modelled time of the layers searched, as experts are placed now."""
     gain_us: float
     """What the best few swaps would save, whether they are made or not."""
     reason: str
@@ -74,8 +76,12 @@ def decide(
     cluster: Cluster,
     settings: OnlineSettings,
     swap_us: float,
+    turn: int = 0,
 ) -> Decision:
     """The swaps that pay, or none with the reason. Pure: the same arguments, the same decision.
+
+    At most MOST_LAYERS layers are searched, others with every `turn`, and no layer whose distance
+    from the lower bound would not pay for one swap.
 
     Args:
         history_NLE: pairs of each expert in the recent steps, integers [N, L, E].
@@ -91,14 +97,20 @@ def decide(
         reason = f"{len(history_NLE)} steps recorded, {LEAST_STEPS} needed"
         return Decision(swaps=(), step_us=0.0, gain_us=0.0, reason=reason)
     coefficient_S6 = coefficients(cluster)
-    step_us, chains = 0.0, []
-    for layer, slots_P in enumerate(placement_LP):
-        history_NE = history_NLE[:, layer]
-        before_us, chain = _candidates(history_NE, slots_P, cluster, coefficient_S6, settings)
-        step_us += before_us
-        chains.append([Swap(layer=layer, slots=slots, gain_us=gain) for slots, gain in chain])
-    swaps = _best(chains, settings.max_swaps, least_gain_us=swap_us / settings.horizon)
-    gain_us = sum(swap.gain_us for swap in swaps)
+    least_gain_us = swap_us / settings.horizon
+    every = -(-len(placement_LP) // MOST_LAYERS)
+    layers = range(turn % every, len(placement_LP), every)
+    odd_NLE = history_NLE[1::2, layers]
+    now_us_L = score_L(odd_NLE, placement_LP[layers], cluster) / len(odd_NLE)
+    room_us_L = now_us_L - lower_bound_L(odd_NLE, cluster) / len(odd_NLE)
+    chains = []
+    for layer, now_us, room_us in zip(layers, now_us_L, room_us_L, strict=True):
+        if room_us > least_gain_us:
+            window_NE, slots_P = history_NLE[:, layer], placement_LP[layer]
+            chain = _chain(window_NE, slots_P, now_us, cluster, coefficient_S6, settings.max_swaps)
+            chains.append([Swap(layer=layer, slots=slots, gain_us=gain) for slots, gain in chain])
+    swaps = _best(chains, settings.max_swaps, least_gain_us)
+    step_us, gain_us = float(now_us_L.sum()), sum(swap.gain_us for swap in swaps)
     if not swaps:
         reason = "no swap pays for itself within the horizon"
     elif gain_us < settings.hysteresis * step_us:
@@ -118,24 +130,24 @@ def drift(before_LE: Array, now_LE: Array) -> float:
     return float(np.abs(shares[0] - shares[1]).sum(1).mean() / 2)
 
 
-def _candidates(
+def _chain(
     history_NE: Array,
     slots_P: Array,
+    now_us: float,
     cluster: Cluster,
     coefficient_S6: Array,
-    settings: OnlineSettings,
-) -> tuple[float, list[tuple[tuple[int, int], float]]]:
-    """Mean modelled time of one layer's odd steps, and its best swaps in order with their gains."""
+    most: int,
+) -> list[tuple[tuple[int, int], float]]:
+    """The best swaps of one layer's even steps, in order, each with its gain on the odd ones."""
     from vllm_balance.placement.few_swaps import few_swaps
 
     slot_of_E = np.argsort(slots_P)
     rank_of_E = slot_of_E // (len(slots_P) // cluster.num_ranks)
-    chosen_M2 = np.empty((settings.max_swaps, 2), np.int64)
+    chosen_M2 = np.empty((most, 2), np.int64)
     even_NE = np.ascontiguousarray(history_NE[::2], dtype=np.int64)
     count = few_swaps(even_NE, rank_of_E.copy(), coefficient_S6, chosen_M2)
     trial_P, odd_NE = slots_P.copy(), history_NE[1::2]
-    first_us = before_us = float(step_times(odd_NE, trial_P, cluster).max(1).mean())
-    chain = []
+    before_us, chain = float(now_us), []
     for one, two in chosen_M2[:count].tolist():
         slots = int(slot_of_E[one]), int(slot_of_E[two])
         slot_of_E[[one, two]] = slot_of_E[[two, one]]
@@ -143,20 +155,19 @@ def _candidates(
         after_us = float(step_times(odd_NE, trial_P, cluster).max(1).mean())
         chain.append((slots, before_us - after_us))
         before_us = after_us
-    return first_us, chain
+    return chain
 
 
-def _best(chains: list[list[Swap]], most: int, *, least_gain_us: float) -> tuple[Swap, ...]:
+def _best(chains: list[list[Swap]], most: int, least_gain_us: float) -> tuple[Swap, ...]:
     """The swaps with the largest gains; those of a layer in their order, none that does not pay."""
-    waiting = [(-chain[0].gain_us, layer, 0) for layer, chain in enumerate(chains) if chain]
+    waiting = [(-chain[0].gain_us, place, 0) for place, chain in enumerate(chains) if chain]
     heapq.heapify(waiting)
     taken: list[Swap] = []
     while waiting and len(taken) < most:
-        gain_us, layer, place = heapq.heappop(waiting)
+        gain_us, place, done = heapq.heappop(waiting)
         if -gain_us <= least_gain_us:
             break
-        taken.append(chains[layer][place])
-        if place + 1 < len(chains[layer]):
-            following = chains[layer][place + 1]
-            heapq.heappush(waiting, (-following.gain_us, layer, place + 1))
+        taken.append(chains[place][done])
+        if done + 1 < len(chains[place]):
+            heapq.heappush(waiting, (-chains[place][done + 1].gain_us, place, done + 1))
     return tuple(taken)
