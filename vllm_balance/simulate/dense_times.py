@@ -64,12 +64,13 @@ class DenseTimes:
         return np.ceil(tokens_N / self.layout.data)
 
     def _product(self, weights: float, tokens_N: Array) -> Array:
-        """A matrix product: weights streamed, or multiplied with tokens, whichever is longer."""
+        """A matrix product: its weights streamed, or multiplied after what cannot be hidden."""
         share, number = self.hardware.efficiency, self.model.dense_number
         stream = weights * self.model.dense_weight.value
         stream /= self.hardware.memory_bandwidth.per_us * share.dense_streaming.value
         peak = self.hardware.peak(number).per_us * share.dense_compute.value
-        return np.where(tokens_N > 0, np.maximum(stream, 2 * weights * tokens_N / peak), 0.0)
+        compute_N = share.dense_exposed.value * stream + 2 * weights * tokens_N / peak
+        return np.where(tokens_N > 0, np.maximum(stream, compute_N), 0.0)
 
     def _scores(self, looks_N: Array, reads_N: Array) -> Array:
         """Attention proper of one layer.
@@ -83,5 +84,5 @@ class DenseTimes:
         heads = model.num_heads.value / layout.tensor
         flop_N = 2 * heads * model.attention_width * looks_N / layout.data
         number = "float16" if "float16" in self.hardware.compute else model.dense_number
-        peak = self.hardware.peak(number).per_us * share.dense_compute.value
+        peak = self.hardware.peak(number).per_us * share.attention_compute.value
         return np.maximum(stream_N, flop_N / peak)

@@ -53,7 +53,7 @@ class ExpertTimes:
 
 
 def roofline(model: Model, hardware: Hardware) -> ExpertTimes:
-    """Every expert streams its weights, in tiles of tokens; arithmetic overlaps with that."""
+    """Every expert streams its weights, in tiles of tokens; arithmetic hides behind that."""
     n = np.arange(TABLE + 1, dtype=np.float64)
     share = hardware.efficiency
     per_us = hardware.memory_bandwidth.per_us * share.expert_streaming.value
@@ -64,11 +64,12 @@ def roofline(model: Model, hardware: Hardware) -> ExpertTimes:
     height = hardware.tiles.compute_tokens.value
     flop = 2 * model.expert_weights * np.ceil(n / height) * height
     peak = hardware.peak(model.expert_number).per_us * share.expert_compute.value
-    fixed = hardware.fixed.experts.value
+    compute, fixed = flop / peak, hardware.fixed.experts.value
+    if hardware.experts == "in_turn":
+        stream = np.maximum(stream, share.expert_exposed.value * stream + compute)
+        compute = np.zeros_like(stream)
     return ExpertTimes(
-        fixed_S2=np.array([[fixed, fixed]]),
-        stream_SN=stream[None],
-        compute_SN=(flop / peak)[None],
+        fixed_S2=np.array([[fixed, fixed]]), stream_SN=stream[None], compute_SN=compute[None]
     )
 
 

@@ -19,6 +19,7 @@ from vllm_balance.simulate.quantities import (
     FlopPerSecond,
     Microseconds,
     Ratio,
+    Share,
     Sourced,
     Tokens,
 )
@@ -41,8 +42,15 @@ class Efficiency(Document):
 
     expert_streaming: Ratio
     expert_compute: Ratio
+    expert_exposed: Share
+    """As dense_exposed, for experts that run in turn."""
     dense_streaming: Ratio
     dense_compute: Ratio
+    attention_compute: Ratio
+    """Of scores and weighted sums, against the 16-bit peak."""
+    dense_exposed: Share
+    """Share of the time to stream weights that arithmetic cannot hide: 0 on a GPU; a CPU core
+    unpacks weights before it multiplies."""
 
 
 class Tiles(Document):
@@ -72,6 +80,8 @@ class Hardware(Sourced):
 
     kind: Literal["vllm-balance hardware"]
     format: Literal[1]
+    experts: Literal["together", "in_turn"]
+    """A grouped kernel, in which one expert's arithmetic hides another's streaming, or a loop."""
     memory: Bytes
     memory_bandwidth: BytesPerSecond
     compute: dict[Number, FlopPerSecond] = Field(min_length=1)

@@ -54,6 +54,13 @@ class Ratio(Quantity):
     unit: Literal["1"]
 
 
+class Share(Quantity):
+    """Part of a whole, 0 to 1; may be 0."""
+
+    value: float = Field(ge=0, le=1)
+    unit: Literal["1"]
+
+
 class Tokens(Quantity):
     value: float = Field(gt=0)
     unit: Literal["token"]

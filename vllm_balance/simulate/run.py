@@ -20,8 +20,8 @@ from vllm_balance.simulate.serving import Load, schedule
 from vllm_balance.simulate.traffic import Traffic
 
 Array = np.ndarray[Any, np.dtype[Any]]
-HISTORY_STEPS = 64
-"""Decode batches that redundant experts are placed by."""
+HISTORY_STEPS, HISTORY_TOKENS = 64, 256
+"""Decode batches that redundant experts are placed by, and their size."""
 _STATE_BYTES = 2
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
@@ -60,7 +60,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     Raises:
         BalancerError: the parts do not fit together.
     """
-    history_NLE = placed_by.history(HISTORY_STEPS, min(arm.load.concurrency, 1024))
+    history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
     layers = placements(history_NLE, arm.layout.num_ranks, arm.num_redundant)
     decider = Decider.of(policy_of(arm.balancer, arm.hardware.knee.value), layers)
     window = arm.model.window.tokens.value if arm.model.window else None
