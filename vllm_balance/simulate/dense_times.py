@@ -47,9 +47,7 @@ class DenseTimes:
         router_N = self._product(hidden * model.num_experts.value, tokens_N)
         shared_N = self._product(hidden * model.shared_width / tensor, tokens_N)
         dense_N = self._product(3 * hidden * model.dense_inner.value / tensor, tokens_N)
-        head_N = self._product(
-            model.vocabulary.value * hidden / tensor, self._own(steps.sampled_N)
-        )
+        head_N = self._product(model.vocabulary.value * hidden / tensor, self._own(steps.sampled_N))
         total_N = model.num_moe_layers * (router_N + shared_N) + head_N
         total_N += model.num_dense_layers.value * dense_N
         fixed = self.hardware.fixed

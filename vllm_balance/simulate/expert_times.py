@@ -44,7 +44,8 @@ class ExpertTimes:
         """
         from vllm_balance.simulate.rank_times import rank_times
 
-        return rank_times(tokens_LP, num_ranks, self.fixed_S2, self.stream_SN, self.compute_SN)
+        tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
+        return rank_times(tokens_LP, num_ranks, *tables)
 
     def alone_us(self, tokens: int) -> float:
         """One expert with so many tokens on the first kind of rank."""
@@ -104,10 +105,7 @@ def _expert_times(rank: RankProfile) -> tuple[float, Array]:
     from scipy.optimize import nnls
 
     design = np.array(
-        [
-            np.concatenate([[1.0], _rises(np.array(point.tokens_E)).sum(0)])
-            for point in rank.points
-        ]
+        [np.concatenate([[1.0], _rises(np.array(point.tokens_E)).sum(0)]) for point in rank.points]
     )
     time_us = np.array([point.time_us for point in rank.points])
     relative = design / time_us[:, None]

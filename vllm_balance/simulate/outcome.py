@@ -1,7 +1,7 @@
 """What a simulated run comes to.
 
-Symbols, used in names and in docs/simulator.md. Of one layer, one step and one rank s: G_s activated
-physical experts, N_s pairs, t_s time of its experts. Of one layer and step:
+Symbols, used in names and in docs/simulator.md. Of one layer, one step and one rank s: G_s
+activated physical experts, N_s pairs, t_s time of its experts. Of one layer and step::
 
     t_layer = t_exchange + t_decide + t_dispatch + max over s of t_s + t_combine
 

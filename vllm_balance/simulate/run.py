@@ -46,9 +46,7 @@ class Arm:
         """Redundant experts in each layer."""
         if self.balancer == "static":
             return 0
-        return num_redundant(
-            self.model.num_experts.value, self.layout.num_ranks, self.redundancy
-        )
+        return num_redundant(self.model.num_experts.value, self.layout.num_ranks, self.redundancy)
 
 
 def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
@@ -66,9 +64,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     window = arm.model.window.tokens.value if arm.model.window else None
     steps = schedule(arm.load, window=window, seed=arm.seed)
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
-    dense = DenseTimes(
-        model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network
-    )
+    dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
     stage = _MoeStage(arm, decider, network)
     rows = [
         stage.step(traffic, int(decode), int(prefill))

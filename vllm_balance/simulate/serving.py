@@ -81,7 +81,7 @@ def schedule(load: Load, *, window: int | None = None, seed: int = 0) -> Steps:
     """The steps of a load. `window`: how far back narrow layers look."""
     random = np.random.default_rng(seed)
     state = _Requests(load, window or 2**40, random)
-    rows = []
+    rows: list[tuple[int, ...]] = []
     while len(rows) < load.max_steps and state.computed_C.min() < state.done:
         rows.append(state.step(len(rows)))
     columns = np.array(rows, dtype=np.int64).T

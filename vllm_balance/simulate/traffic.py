@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Traffic:
     def top_k(self) -> int:
         return self.decode_LNK.shape[2]
 
+    def fresh(self) -> Traffic:
+        """The same traffic from its beginning; the rows are shared."""
+        return replace(self, _position=[0, 0])
+
     def batch(self, num_decode: int, num_prefill: int) -> torch.Tensor:
         """The next tokens' experts in all layers, int32 [L, tokens, K], decoding ones first."""
         parts = []
@@ -50,11 +54,12 @@ class Traffic:
 
     def history(self, num_steps: int, batch: int) -> Array:
         """Counts of the next decode batches, to place experts by: int32 [steps, L, E]."""
-        ids_NLTK = np.stack([self.batch(batch, 0).numpy() for _ in range(num_steps)])
-        flat_NLT = ids_NLTK.reshape(num_steps, self.num_layers, -1)
-        counts_NLE = np.zeros((num_steps, self.num_layers, self.num_experts), np.int32)
-        step, layer = np.indices(flat_NLT.shape[:2])
-        np.add.at(counts_NLE, (step[..., None], layer[..., None], flat_NLT), 1)
+        size = self.num_layers * self.num_experts
+        base_L11 = np.arange(self.num_layers)[:, None, None] * self.num_experts
+        counts_NLE = np.empty((num_steps, self.num_layers, self.num_experts), np.int32)
+        for step in range(num_steps):
+            cells = (self.batch(batch, 0).numpy() + base_L11).ravel()
+            counts_NLE[step] = np.bincount(cells, minlength=size).reshape(counts_NLE.shape[1:])
         return counts_NLE
 
 
