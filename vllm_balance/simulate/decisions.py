@@ -68,8 +68,8 @@ class Decider:
     def num_ranks(self) -> int:
         return self.tables_L[0].num_ranks
 
-    def slots(self, ids_LTK: torch.Tensor) -> Array:
-        """Pairs of each slot in each layer after routing a batch, int32 [L, P].
+    def slots(self, ids_LTK: torch.Tensor) -> tuple[Array, None]:
+        """Pairs of each slot in each layer after routing a batch, int32 [L, P]; no fetches.
 
         Raises:
             RuntimeError: a token was lost or doubled; the policy is broken.
@@ -85,7 +85,7 @@ class Decider:
             raise RuntimeError(
                 f"{self.policy.name} routed {tokens_LP.sum(1).tolist()} pairs of {pairs}."
             )
-        return tokens_LP
+        return tokens_LP, None
 
 
 def _tables(placement: Placement) -> LayerTables:

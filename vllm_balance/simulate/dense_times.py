@@ -51,7 +51,8 @@ class DenseTimes:
         total_N = model.num_moe_layers * (router_N + shared_N) + head_N
         total_N += model.num_dense_layers.value * dense_N
         fixed = self.hardware.fixed
-        return np.asarray(total_N + fixed.step.value + model.num_layers.value * fixed.layer.value)
+        total_N += fixed.step.value + fixed.token.value * steps.sampled_N
+        return np.asarray(total_N + model.num_layers.value * fixed.layer.value)
 
     @property
     def _state_bytes(self) -> int:

@@ -72,7 +72,11 @@ class Fixed(Document):
     layer: Microseconds
     """Norms, router, rotary embedding and launches of one layer."""
     step: Microseconds
-    """Scheduling, sampling and answering, per step."""
+    """Scheduling and launching a step."""
+    token: Microseconds
+    """Sampling, answering and streaming each token that comes out, beside the step."""
+    request: Microseconds
+    """From a request's arrival to its first step, and its first token's way back."""
 
 
 class Hardware(Sourced):

@@ -12,7 +12,7 @@ Of one step, all in microseconds::
     N_max  = sum over layers of max over s of N_s        (tokens on the worst rank)
 
 Of a run: waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and
-steps first; TTFT = end of the step with the first token - arrival; TPOT = mean t_step from a
+steps first; TTFT = t_request + end of the step with the first token - arrival; TPOT = mean t_step from a
 request's first token to its last; X = tokens that come out / time.
 """
 
@@ -42,6 +42,8 @@ class Outcome:
     """lambda."""
     pairs_N: Array
     """N_max."""
+    request_us: float
+    """Part of TTFT that no step is responsible for."""
     redundant_bytes: float
     """Memory that redundant experts take on each rank."""
 
@@ -73,7 +75,8 @@ class Outcome:
         counted = (arrived >= 0) & (first >= 0)
         if not counted.any():
             return float("nan")
-        return float(np.quantile(end_N[first[counted] + 1] - end_N[arrived[counted]], quantile))
+        spans = end_N[first[counted] + 1] - end_N[arrived[counted]]
+        return float(np.quantile(spans, quantile)) + self.request_us
 
     @property
     def tokens_per_s(self) -> float:

@@ -16,11 +16,12 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 @compiled
 def _at(table_N, n):
-    """The table's entry, or its last slope carried on."""
+    """The table's entry; behind its end the mean slope of its second half, free of tiles."""
     last = len(table_N) - 1
     if n <= last:
         return table_N[n]
-    return table_N[last] + (n - last) * (table_N[last] - table_N[last - 1])
+    half = last // 2
+    return table_N[last] + (n - last) * (table_N[last] - table_N[half]) / (last - half)
 
 
 @compiled

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 
 from vllm_balance.profiles import Profile
+from vllm_balance.routing import FETCHING
 from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
 from vllm_balance.simulate.dense_times import DenseTimes
 from vllm_balance.simulate.expert_times import ExpertTimes, measured, roofline
+from vllm_balance.simulate.fetches import (
+    FetchingDecider,
+    fetch_us,
+    fetching_policy,
+    with_fetches,
+)
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
@@ -43,7 +50,7 @@ class Arm:
 
     @property
     def num_redundant(self) -> int:
-        """Redundant experts in each layer."""
+        """Redundant experts or dynamic slots in each layer, over all ranks."""
         if self.balancer == "static":
             return 0
         return num_redundant(self.model.num_experts.value, self.layout.num_ranks, self.redundancy)
@@ -58,14 +65,11 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     Raises:
         BalancerError: the parts do not fit together.
     """
-    history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
-    layers = placements(history_NLE, arm.layout.num_ranks, arm.num_redundant)
-    decider = Decider.of(policy_of(arm.balancer, arm.hardware.knee.value), layers)
     window = arm.model.window.tokens.value if arm.model.window else None
     steps = schedule(arm.load, window=window, seed=arm.seed)
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
-    stage = _MoeStage(arm, decider, network)
+    stage = _MoeStage(arm, decider_of(arm, placed_by), network)
     rows = [
         stage.step(traffic, int(decode), int(prefill))
         for decode, prefill in zip(steps.decode_N, steps.prefill_N, strict=True)
@@ -83,8 +87,23 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         busy_us_N=columns[5],
         activated_N=columns[6],
         pairs_N=columns[7],
+        request_us=arm.hardware.fixed.request.value,
         redundant_bytes=own * arm.model.expert_bytes,
     )
+
+
+def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
+    """The balancer of an arm, on placements for the load of `placed_by`."""
+    ranks, slots = arm.layout.num_ranks, arm.num_redundant
+    if arm.balancer in FETCHING:
+        fetching = fetching_policy(arm.balancer, arm.model, arm.hardware)
+        num_experts = arm.model.num_experts.value
+        return FetchingDecider.of(
+            fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
+        )
+    history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
+    policy = policy_of(arm.balancer, arm.hardware.knee.value)
+    return Decider.of(policy, placements(history_NLE, ranks, slots))
 
 
 def expert_times(arm: Arm) -> ExpertTimes:
@@ -101,15 +120,19 @@ def _is_of(profile: Profile, model: Model) -> bool:
 class _MoeStage:
     """The part of a layer that the balancer is in."""
 
-    def __init__(self, arm: Arm, decider: Decider, network: Network) -> None:
+    def __init__(self, arm: Arm, decider: Decider | FetchingDecider, network: Network) -> None:
         self.arm, self.decider, self.network = arm, decider, network
         self.times = expert_times(arm)
+        self.fetch_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
 
     def step(self, traffic: Traffic, num_decode: int, num_prefill: int) -> tuple[float, ...]:
         """(exchange, decide, dispatch, experts, combine, mean over ranks of experts, lambda,
         N_max), times in microseconds, all summed over the simulated layers."""
-        tokens_LP = self.decider.slots(traffic.batch(num_decode, num_prefill))
+        tokens_LP, fetched_LS = self.decider.slots(traffic.batch(num_decode, num_prefill))
         time_LS, activated_LS, pairs_LS = self.times.of(tokens_LP, self.decider.num_ranks)
+        busy = float(time_LS.mean(1).sum())
+        if fetched_LS is not None:
+            time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us)
         layers = len(tokens_LP)
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
         return (
@@ -118,7 +141,7 @@ class _MoeStage:
             dispatch,
             float(time_LS.max(1).sum()),
             combine,
-            float(time_LS.mean(1).sum()),
+            busy,
             float(activated_LS.max(1).sum()),
             float(pairs_LS.max(1).sum()),
         )

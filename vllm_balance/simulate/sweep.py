@@ -1,9 +1,10 @@
-"""Many cells in parallel over cores, or over a cluster, with Ray; ended at any time, resumed later."""
+"""Many cells in parallel over cores or a cluster, with Ray; ended at any time, resumed later."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -141,7 +142,7 @@ def _computed(chunks: list[list[Cell]], address: str | None) -> Iterator[list[Ro
     if not chunks:
         return
     ray.init(
-        address=address, include_dashboard=False, logging_level="error", log_to_driver=False,
+        address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
         ignore_reinit_error=True,
     )  # fmt: skip
     try:
