@@ -47,10 +47,16 @@ class ExpertTimes:
         tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
         return rank_times(tokens_LP, num_ranks, *tables)
 
-    def alone_us(self, tokens: int) -> float:
-        """One expert with so many tokens on the first kind of rank."""
-        times, _, _ = self.of(np.array([[tokens]], np.int32), 1)
-        return float(times[0, 0])
+    @property
+    def knee_tokens(self) -> float:
+        """Tokens per active expert from which a rank computes: what a profile tells production.
+
+        Time of an expert with one token, over the time of a further token in a large batch.
+        """
+        table_N = self.compute_SN[0] if self.compute_SN.any() else self.stream_SN[0]
+        few, many = KNOTS[-2], KNOTS[-1]
+        token_us = (table_N[many] - table_N[few]) / (many - few)
+        return float(self.stream_SN[0, 1] / token_us)
 
 
 def roofline(model: Model, hardware: Hardware) -> ExpertTimes:

@@ -33,7 +33,9 @@ def fetch_us(model: Model, hardware: Hardware) -> float:
     return hardware.host.latency.value + model.expert_bytes / hardware.host.bandwidth.per_us
 
 
-def fetching_policy(name: str, model: Model, hardware: Hardware) -> FetchingPolicy:
+def fetching_policy(
+    name: str, model: Model, hardware: Hardware, knee_tokens: float
+) -> FetchingPolicy:
     """The policy with the threshold that production derives from the same rates."""
     peak = hardware.peak(model.expert_number).per_us * hardware.efficiency.expert_compute.value
     bytes_per_s = model.expert_bytes / fetch_us(model, hardware) * 1e6
@@ -43,9 +45,7 @@ def fetching_policy(name: str, model: Model, hardware: Hardware) -> FetchingPoli
         flop_per_s=peak * 1e6,
         copy_bytes_per_s=bytes_per_s,
     )
-    return FETCHING[name](
-        Rules(threshold_tokens=cost.threshold_tokens, knee_tokens=hardware.knee.value)
-    )
+    return FETCHING[name](Rules(threshold_tokens=cost.threshold_tokens, knee_tokens=knee_tokens))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,7 +21,6 @@ from vllm_balance.simulate.quantities import (
     Ratio,
     Share,
     Sourced,
-    Tokens,
 )
 
 Number = Literal["float32", "float16", "float8", "float4"]
@@ -95,8 +94,6 @@ class Hardware(Sourced):
     fixed: Fixed
     decide: dict[str, Microseconds]
     """Time to decide and map one layer's batch, by balancer; others take as long as eplb."""
-    knee: Tokens
-    """Tokens per active expert above which metro spreads; what production defaults to."""
     ranks_per_node: Count
     scale_up: Link
     """Between the ranks of a node."""

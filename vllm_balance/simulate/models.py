@@ -70,6 +70,20 @@ class Model(Sourced):
             raise ValueError("hidden, inner and expert_matrices must be at least 1")
         return self
 
+    def with_layers(self, num_layers: int, *, vocabulary: int) -> Model:
+        """The model cut to its first layers of experts, as benchmarks on a CPU serve it."""
+
+        def count(value: int) -> Count:
+            return self.num_layers.model_copy(update={"value": value})
+
+        return self.model_copy(
+            update={
+                "num_layers": count(num_layers),
+                "num_dense_layers": count(0),
+                "vocabulary": count(vocabulary),
+            }
+        )
+
     @property
     def num_moe_layers(self) -> int:
         return self.num_layers.value - self.num_dense_layers.value

@@ -12,8 +12,8 @@ Of one step, all in microseconds::
     N_max  = sum over layers of max over s of N_s        (tokens on the worst rank)
 
 Of a run: waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and
-steps first; TTFT = t_request + end of the step with the first token - arrival; TPOT = mean t_step from a
-request's first token to its last; X = tokens that come out / time.
+steps first; TTFT = t_request + end of the step with the first token - arrival; TPOT = mean t_step
+from a request's first token to its last; X = tokens that come out / time.
 """
 
 from __future__ import annotations

@@ -61,11 +61,6 @@ class Share(Quantity):
     unit: Literal["1"]
 
 
-class Tokens(Quantity):
-    value: float = Field(gt=0)
-    unit: Literal["token"]
-
-
 class BytesPerWeight(Quantity):
     value: float = Field(gt=0, le=8)
     unit: Literal["byte/weight"]

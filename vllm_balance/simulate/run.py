@@ -95,14 +95,15 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
 def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
     """The balancer of an arm, on placements for the load of `placed_by`."""
     ranks, slots = arm.layout.num_ranks, arm.num_redundant
+    knee = expert_times(arm).knee_tokens
     if arm.balancer in FETCHING:
-        fetching = fetching_policy(arm.balancer, arm.model, arm.hardware)
+        fetching = fetching_policy(arm.balancer, arm.model, arm.hardware, knee)
         num_experts = arm.model.num_experts.value
         return FetchingDecider.of(
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
     history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
-    policy = policy_of(arm.balancer, arm.hardware.knee.value)
+    policy = policy_of(arm.balancer, knee)
     return Decider.of(policy, placements(history_NLE, ranks, slots))
 
 

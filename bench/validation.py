@@ -1,0 +1,202 @@
+"""The simulator against what was measured and what was published: `python -m bench.validation`.
+
+Writes bench/results/validation.jsonl anew (a row holds prediction and reference), the errors that
+`vllm-balance plan` shows (configs/validity.toml), and the tables of docs/simulator.md. No constant
+is chosen per row: hardware and model files are the ones of the catalogue. Where a paper does not
+say something, the same assumption holds for all of its rows (`bench/published.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from bench import markdown, published, real_size_model, run
+from bench.provenance import ROOT, config_hash, provenance
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
+
+RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
+PAGE = ROOT / "docs" / "simulator.md"
+VALIDITY = ROOT / "configs" / "validity.toml"
+RUNS = ("decode", "prefill")
+MACHINE = "cpu-avx512"
+FAR_APART = 0.03
+"""Relative distance from which two measured arms must be ranked right."""
+SEED = 1
+Row = dict[str, Any]
+
+
+def validate(
+    docs_only: bool = typer.Option(False, "--docs", help="Only write the tables anew."),
+) -> None:
+    """Predict everything that is known, and say how far off it was."""
+    if not docs_only:
+        origin = provenance()
+        rows = [*measured_rows(), *published.rows(SEED)]
+        RESULTS.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    write_validity(rows)
+    PAGE.write_text(markdown.filled(PAGE, "validation", lambda name: table(name, rows)))
+    Console().print(f"{len(rows)} points; see {PAGE.relative_to(ROOT)}.")
+
+
+def measured_rows() -> Iterator[Row]:
+    """TPOT and TTFT of every arm of the run files, and every pair of arms."""
+    for name in RUNS:
+        settings = tomllib.loads((ROOT / "configs" / "runs" / f"{name}.toml").read_text())
+        arms = _measured(name, settings)
+        if not arms:
+            Console().print(f"[yellow]{name}: no rows of the present run file; left out.[/]")
+            continue
+        made = {arm: predict(settings, arm) for arm in arms}
+        metric = "tpot_ms" if settings["load"]["max_tokens"] > 8 else "ttft_ms"
+        for arm, rows in arms.items():
+            yield from _arm_rows(name, arm, made[arm], rows, metric)
+        for first, second in itertools.combinations(arms, 2):
+            yield _pair(name, metric, (first, second), arms, made)
+
+
+def _measured(name: str, settings: Row) -> dict[str, list[Row]]:
+    path = ROOT / "bench" / "results" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    digest = config_hash(settings)
+    rows = [row for row in rows if row["config_hash"] == digest]
+    found = {arm: [row for row in rows if row["arm"] == arm] for arm in settings["arms"]}
+    return {arm: own for arm, own in found.items() if own}
+
+
+def predict(settings: Row, name: str) -> Outcome:
+    """The simulation of one arm of a run file on this machine's ranks."""
+    machine, profile = hardware.load(MACHINE)
+    shape = real_size_model.PRESETS[settings["model"]["preset"]]
+    model = models.load(settings["model"]["preset"]).with_layers(
+        settings["model"]["num_layers"], vocabulary=shape.vocabulary
+    )
+    load, own = settings["load"], settings["arms"][name]
+    replay = ReplaySettings(**settings["replay"], seed=settings["seed"])
+    arm = Arm(
+        model=model,
+        hardware=machine,
+        profile=profile,
+        layout=Layout(tensor=settings["serve"]["tensor_parallel"]),
+        balancer=own.get("balancer", name),
+        redundancy=own.get("redundancy", 1.0),
+        load=Load(
+            concurrency=load["requests"],
+            prompt_tokens=prompt_tokens(settings),
+            output_tokens=load["max_tokens"],
+            token_budget=8192,
+            max_steps=1000,
+            steady=False,
+        ),
+    )
+    layers = model.num_moe_layers
+    return simulate(arm, skewed(replay, model, layers), skewed(replay, model, layers))
+
+
+def prompt_tokens(settings: Row) -> int:
+    """Tokens of a prompt, by the served model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(real_size_model.ensure(**settings["model"]))
+    prompts = run._prompts(settings["load"], settings["seed"])
+    return round(statistics.mean(len(tokenizer(prompt)["input_ids"]) for prompt in prompts))
+
+
+def _arm_rows(name: str, arm: str, made: Outcome, rows: list[Row], metric: str) -> Iterator[Row]:
+    predicted = {
+        "tpot_ms": made.tpot_us / 1e3,
+        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
+        "activated_worst_rank": float(made.activated_N.mean()),
+        "tokens_worst_rank": float(made.pairs_N.mean()),
+    }
+    for what, value in predicted.items():
+        reference = statistics.median(row[what] for row in rows)
+        yield {
+            "kind": "measured",
+            "run": name,
+            "arm": arm,
+            "what": what,
+            "main": what == metric,
+            "reference": reference,
+            "predicted": value,
+            "error": value / reference - 1,
+        }
+
+
+def _pair(
+    name: str,
+    metric: str,
+    pair: tuple[str, str],
+    arms: dict[str, list[Row]],
+    made: dict[str, Outcome],
+) -> Row:
+    """Ratio of two arms, measured and predicted."""
+    times = [statistics.median(row[metric] for row in arms[arm]) for arm in pair]
+    found = [
+        made[arm].tpot_us if metric == "tpot_ms" else made[arm].ttft_us_at(0.5) for arm in pair
+    ]
+    reference, predicted = times[1] / times[0] - 1, found[1] / found[0] - 1
+    return {
+        "kind": "pair",
+        "run": name,
+        "arm": f"{pair[1]} against {pair[0]}",
+        "what": metric,
+        "reference": reference,
+        "predicted": predicted,
+        "error": predicted - reference,
+        "far_apart": abs(reference) > FAR_APART,
+        "ranked": (reference > 0) == (predicted > 0),
+    }
+
+
+def write_validity(rows: list[Row]) -> None:
+    """The mean absolute error of all ratios between balancers."""
+    errors = [abs(row["error"]) for row in rows if row["kind"] in ("pair", "published ratio")]
+    text = VALIDITY.read_text().splitlines()
+    numbers = {"points": str(len(errors)), "gain_error": f"{statistics.mean(errors):.3f}"}
+    for index, line in enumerate(text):
+        name = line.partition(" ")[0]
+        if name in numbers:
+            text[index] = f'{name} = {{ value = {numbers[name]}, unit = "1", source = "rows" }}'
+    VALIDITY.write_text("\n".join(text) + "\n")
+
+
+def table(name: str, rows: list[Row]) -> str:
+    """One table of docs/simulator.md."""
+    if name == "measured":
+        own = [row for row in rows if row["kind"] == "measured"]
+        head = ["run", "arm", "what", "measured", "predicted", "error"]
+        body = [
+            [row["run"], row["arm"], row["what"].replace("_", " "), f"{row['reference']:.1f}",
+             f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
+            for row in own
+        ]  # fmt: skip
+        return markdown.table(head, body, left=3)
+    if name == "pairs":
+        head = ["run", "arms", "measured", "predicted", "ranked"]
+        body = [
+            [row["run"], row["arm"], f"{row['reference']:+.1%}", f"{row['predicted']:+.1%}",
+             ("right" if row["ranked"] else "wrong") if row["far_apart"] else "within 3 %"]
+            for row in rows if row["kind"] == "pair"
+        ]  # fmt: skip
+        return markdown.table(head, body, left=2)
+    own = [row for row in rows if row["kind"].startswith("published") and row["paper"] == name]
+    head = ["what", "published", "predicted", "remark"]
+    body = [
+        [row["what"], row["published"], f"{row['predicted']:{row['format']}}", row["remark"]]
+        for row in own
+    ]
+    return markdown.table(head, body, left=1)
+
+
+if __name__ == "__main__":
+    typer.run(validate)
