@@ -1,7 +1,7 @@
 """Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase [--fine]`.
 
-Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind the rows
-it has written. `python -m bench.modelled docs` writes the tables anew.
+Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
+rows. `python -m bench.modelled docs` writes the tables anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_balance.simulate.sweep import Cell, read, sweep
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "simulator.md"
 ZIPFS = (0.3, 0.8)
-"""The busiest of 128 experts gets 3, or 12 times the mean: as recorded from real models, or worse."""
+"""The busiest of 128 experts gets 3 or 12 times the mean: as in public recordings, or worse."""
 REDUNDANCIES = (1.125, 1.25, 1.375, 1.5)
 QWEN = Cell(model="qwen3-235b-a22b-fp8", hardware="b200", data=8, balancer="static",
             redundancy=1.0, zipf=0.3, concurrency=1024, layers=4, steps=32)  # fmt: skip
@@ -116,6 +116,8 @@ def _table(name: str) -> str:
     rows = _newest("modelled")
     case = CASES[name]
     own = [row for row in rows if (row["model"], row["hardware"]) == (case.model, case.hardware)]
+    order = ("static", *BALANCERS)
+    own.sort(key=lambda row: (row["zipf"], order.index(row["balancer"]), row["redundancy"]))
     head = ["zipf", "balancer", "redundancy", "TPOT ms", "against none", "against EPLB",
             "tokens/s", "experts on the worst rank", "waiting", "GB per rank"]  # fmt: skip
     body = []
@@ -143,6 +145,7 @@ def _slo_table() -> str:
     rows = _newest("slo")
     head = ["model", "balancer", "redundancy", *(f"{slo} ms" for slo in SLOS_MS)]
     groups: dict[tuple[str, str, float], list[Row]] = {}
+    rows.sort(key=lambda row: (row["model"], ("static", *BALANCERS).index(row["balancer"])))
     for row in rows:
         groups.setdefault((row["model"], row["balancer"], row["redundancy"]), []).append(row)
     body = []

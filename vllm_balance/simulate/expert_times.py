@@ -110,8 +110,12 @@ def _expert_times(rank: RankProfile) -> tuple[float, Array]:
     """(fixed time, table of one expert's time): rising, straight between KNOTS, robust fit."""
     from scipy.optimize import nnls
 
+    most = max(max(point.tokens_E) for point in rank.points)
+    knots_K = np.array(
+        [1, *(k for k, below in zip(KNOTS[1:], KNOTS, strict=False) if below < most)]
+    )
     design = np.array(
-        [np.concatenate([[1.0], _rises(np.array(point.tokens_E)).sum(0)]) for point in rank.points]
+        [np.append(_rises(np.array(p.tokens_E), knots_K).sum(0), 1.0) for p in rank.points]
     )
     time_us = np.array([point.time_us for point in rank.points])
     relative = design / time_us[:, None]
@@ -120,18 +124,17 @@ def _expert_times(rank: RankProfile) -> tuple[float, Array]:
         found, _ = nnls(relative * weight[:, None], weight)
         residual = relative @ found - 1
         weight = 1 / np.sqrt(1 + (residual / _OUTLIER) ** 2)
-    table = _rises(np.arange(TABLE + 1)) @ found[1:]
+    table = _rises(np.arange(TABLE + 1), knots_K) @ found[:-1]
     table[0] = 0.0
-    return float(found[0]), table
+    return float(found[-1]), table
 
 
-def _rises(tokens_N: Array) -> Array:
+def _rises(tokens_N: Array, knots_K: Array) -> Array:
     """How far an expert with n tokens has come: 1 for the first knot, then a share of each piece.
 
-    [N, knots]; the last piece goes on for ever.
+    [N, K]; the last piece, which holds the largest measured number of tokens, goes on for ever.
     """
-    knots = np.array(KNOTS, dtype=np.float64)
-    share = (tokens_N[:, None] - knots[:-1]) / np.diff(knots)
+    share = (tokens_N[:, None] - knots_K[:-1]) / np.diff(knots_K)
     share = np.maximum(share, 0)
     share[:, :-1] = np.minimum(share[:, :-1], 1)
     return np.concatenate([np.ones((len(tokens_N), 1)), share], axis=1)
