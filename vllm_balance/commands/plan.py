@@ -101,10 +101,12 @@ def traffic_of(
     """What makes fresh traffic: of a trace, half to serve and half to place experts by."""
     layers = min(MOST_LAYERS, shape.num_moe_layers)
     if trace is None:
-        settings = ReplaySettings(zipf=zipf, seed=seed)
-        return lambda: (skewed(settings, shape, layers), skewed(settings, shape, layers))
-    first, second = traces.load(trace).split(seed)
-    return lambda: (recorded(second, shape, layers, seed), recorded(first, shape, layers, seed))
+        served = placed_by = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
+    else:
+        first, second = traces.load(trace).split(seed)
+        served = recorded(second, shape, layers, seed)
+        placed_by = recorded(first, shape, layers, seed)
+    return lambda: (served.fresh(), placed_by.fresh())
 
 
 def report(question: Question, found: Advice) -> None:
