@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,12 @@ PAGE = ROOT / "docs" / "simulator.md"
 VALIDITY = ROOT / "configs" / "validity.toml"
 RUNS = ("decode", "prefill")
 MACHINE = "cpu-avx512"
+SHOWN = {
+    "tpot_ms": "TPOT ms",
+    "ttft_ms": "TTFT ms",
+    "activated_worst_rank": "experts on the worst rank",
+    "tokens_worst_rank": "tokens on the worst rank",
+}
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 SEED = 1
@@ -49,28 +56,39 @@ def validate(
 
 
 def measured_rows() -> Iterator[Row]:
-    """TPOT and TTFT of every arm of the run files, and every pair of arms."""
+    """TPOT and TTFT of every arm of the newest rows of each run, and every pair of arms."""
     for name in RUNS:
-        settings = tomllib.loads((ROOT / "configs" / "runs" / f"{name}.toml").read_text())
-        arms = _measured(name, settings)
-        if not arms:
-            Console().print(f"[yellow]{name}: no rows of the present run file; left out.[/]")
-            continue
+        path = ROOT / "bench" / "results" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
+        settings = settings_of(name, rows[-1]["config_hash"])
+        arms = {arm: [row for row in rows if row["arm"] == arm] for arm in settings["arms"]}
         made = {arm: predict(settings, arm) for arm in arms}
         metric = "tpot_ms" if settings["load"]["max_tokens"] > 8 else "ttft_ms"
-        for arm, rows in arms.items():
-            yield from _arm_rows(name, arm, made[arm], rows, metric)
+        for arm, own in arms.items():
+            yield from _arm_rows(name, arm, made[arm], own, metric)
         for first, second in itertools.combinations(arms, 2):
             yield _pair(name, metric, (first, second), arms, made)
 
 
-def _measured(name: str, settings: Row) -> dict[str, list[Row]]:
-    path = ROOT / "bench" / "results" / f"{name}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    digest = config_hash(settings)
-    rows = [row for row in rows if row["config_hash"] == digest]
-    found = {arm: [row for row in rows if row["arm"] == arm] for arm in settings["arms"]}
-    return {arm: own for arm, own in found.items() if own}
+def settings_of(name: str, digest: str) -> Row:
+    """The run file that rows were made with: the present one, or the version with their hash.
+
+    Raises:
+        LookupError: no committed version has this hash.
+    """
+    path = f"configs/runs/{name}.toml"
+    git = ["git", "-C", str(ROOT)]
+    log = subprocess.run(
+        [*git, "log", "--format=%h", "--", path], capture_output=True, text=True, check=True
+    )
+    texts = [(ROOT / path).read_text()]
+    for commit in log.stdout.split():
+        if config_hash(settings := tomllib.loads(texts[-1])) == digest:
+            return settings
+        shown = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, text=True)
+        texts += [shown.stdout] if shown.returncode == 0 else []
+    raise LookupError(f"No version of {path} has the hash {digest} of its newest rows.")
 
 
 def predict(settings: Row, name: str) -> Outcome:
@@ -118,6 +136,8 @@ def _arm_rows(name: str, arm: str, made: Outcome, rows: list[Row], metric: str) 
         "activated_worst_rank": float(made.activated_N.mean()),
         "tokens_worst_rank": float(made.pairs_N.mean()),
     }
+    if metric == "ttft_ms":
+        del predicted["tpot_ms"]
     for what, value in predicted.items():
         reference = statistics.median(row[what] for row in rows)
         yield {
@@ -174,9 +194,10 @@ def table(name: str, rows: list[Row]) -> str:
     """One table of docs/simulator.md."""
     if name == "measured":
         own = [row for row in rows if row["kind"] == "measured"]
+        own.sort(key=lambda row: (RUNS.index(row["run"]), list(SHOWN).index(row["what"])))
         head = ["run", "arm", "what", "measured", "predicted", "error"]
         body = [
-            [row["run"], row["arm"], row["what"].replace("_", " "), f"{row['reference']:.1f}",
+            [row["run"], row["arm"], SHOWN[row["what"]], f"{row['reference']:.1f}",
              f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
             for row in own
         ]  # fmt: skip

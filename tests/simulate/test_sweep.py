@@ -11,11 +11,10 @@ from vllm_balance.simulate.sweep import Cell, compute, read, sweep
 
 CELLS = [
     Cell(
-        model="gpt-oss-20b", hardware="h100", data=4, balancer=balancer, redundancy=redundancy,
-        zipf=0.5, concurrency=concurrency, prompt_tokens=4, output_tokens=8, layers=1, steps=2,
-        seed=seed,
+        model="gpt-oss-20b", hardware="h100", data=4, balancer="static", redundancy=1.0, zipf=zipf,
+        concurrency=concurrency, prompt_tokens=4, output_tokens=8, layers=1, steps=2, seed=seed,
     )
-    for balancer, redundancy in (("static", 1.0), ("eplb", 1.5), ("metro", 1.5))
+    for zipf in (0.0, 0.5, 1.0)
     for concurrency in (8, 16, 32)
     for seed in range(30)
 ]  # fmt: skip
