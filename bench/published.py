@@ -188,7 +188,6 @@ def harmoeny(seed: int) -> Iterator[Row]:
             token_budget=65536,
         )  # fmt: skip
         base, ours = run(setup, "static", 1.0, seed), run(setup, "harmoeny_paper", 1.25, seed)
-        own = run(setup, "harmoeny", 1.25, seed)
         yield _row("harmoeny", f"{name}, alpha 0.9, round robin: waiting share", "82.6 %",
                    static_waits, base.waiting_share, form=".1%", ratio=False)  # fmt: skip
         yield _row("harmoeny", f"{name}, alpha 0.9, HarMoEny: waiting share", "2.6 %", waits,
@@ -198,8 +197,6 @@ def harmoeny(seed: int) -> Iterator[Row]:
                    ratio=False)  # fmt: skip
         yield _row("harmoeny", f"{name}, alpha 0.9: TTFT against round robin", "-45.1 %",
                    5.36 / 9.77 - 1, _prefill(ours) / _prefill(base) - 1)  # fmt: skip
-        yield _row("harmoeny", f"{name}, alpha 0.9, our schedule against the paper's: layer", "-",
-                   0.0, _layer(own) / _layer(ours) - 1, "no reference", ratio=False)  # fmt: skip
 
 
 def tempo(seed: int) -> Iterator[Row]:
