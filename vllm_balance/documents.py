@@ -49,7 +49,7 @@ def read_toml(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BalancerError(f"{path} is no TOML file: {error}.") from error
     except ValidationError as error:
-        raise BalancerError(f"{path} is no usable {what}. {_explain(error)}") from error
+        raise BalancerError(f"{path} is no usable {what}. {explain(error)}") from error
 
 
 def write(path: Path, document: Document) -> None:
