@@ -9,6 +9,7 @@ and how fast attention is. Rows: bench/results/machine.jsonl.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import client, real_size_model, run
+from bench import counters, real_size_model
+from bench.load import Load, send, timed
 from bench.provenance import ROOT, provenance
 from bench.server import Arm, Server
 
@@ -28,13 +30,15 @@ PRODUCTS = {"qkv": (2560, 2048), "output": (2048, 2048), "router": (128, 2048)}
 """Rows and columns on one of two tensor-parallel ranks."""
 TOKENS = (1, 8, 32, 128, 512, 2048)
 LOADS = (
-    {"requests": 4, "prompt_words": 8, "max_tokens": 40},
-    {"requests": 32, "prompt_words": 8, "max_tokens": 40},
-    {"requests": 1, "prompt_words": 500, "max_tokens": 2},
-    {"requests": 1, "prompt_words": 1000, "max_tokens": 2},
+    Load(requests=4, prompt_tokens=8, max_tokens=40),
+    Load(requests=32, prompt_tokens=8, max_tokens=40),
+    Load(requests=1, prompt_tokens=500, max_tokens=2),
+    Load(requests=1, prompt_tokens=1000, max_tokens=2),
 )
 """Two to decode and two to prefill."""
 REPEATS = 3
+COUNTED = ("steps", "activated_worst_rank", "tokens_worst_rank", "experts_us_per_layer")
+SEED = 7
 LAYERS = (1, 2)
 SECONDS = 0.4
 Row = dict[str, Any]
@@ -102,38 +106,36 @@ def _products_of_rank(core: int, barrier: Any, answers: Any) -> None:
 
 
 def _serve(num_layers: int, ranks: int) -> list[Row]:
+    """Rows of all loads on one server without redundant experts."""
     model = real_size_model.ensure(num_layers=num_layers)
     flags = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", "4096"]
     flags += ["--max-num-seqs", "32", "--no-enable-prefix-caching"]
     arm = Arm(
         name="static",
         balancer="static",
-        settings={"replay": {"zipf": 0.0, "seed": 7}},
+        settings={"replay": {"zipf": 0.0, "seed": SEED}},
         tensor_parallel=ranks,
         flags=flags,
     )
     rows = []
     with Server(arm, model) as server:
-        for load in LOADS:
-            prompts = run._prompts(load, seed=7)
-            client.send(server.url, str(model), prompts, max_tokens=load["max_tokens"])
-            for repeat in range(REPEATS):
-                server.reset()
-                answers = client.send(
-                    server.url, str(model), prompts, max_tokens=load["max_tokens"]
-                )
-                counted = run._counters(server.status())
-                rows.append(
-                    {
-                        "run": "machine",
-                        "part": "server",
-                        "layers": num_layers,
-                        "repeat": repeat,
-                        **load,
-                        **run._times(answers),
-                        **counted,
-                    }
-                )
+        for load, repeat in itertools.product(LOADS, range(-1, REPEATS)):
+            server.reset()
+            answered = send(load, server.url, model, SEED)
+            if repeat < 0:
+                continue
+            timed_rows, counted = timed(load, answered), counters.counted(server.status())
+            rows.append(
+                {
+                    "run": "machine",
+                    "part": "server",
+                    "layers": num_layers,
+                    "repeat": repeat,
+                    **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
+                    **{key: timed_rows[key]["p50"] for key in ("tpot_ms", "ttft_ms")},
+                    **{key: counted[key] for key in COUNTED},
+                }
+            )
     return rows
 
 

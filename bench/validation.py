@@ -19,10 +19,13 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from bench import markdown, published, real_size_model, run
+from bench import markdown, published, real_size_model
+from bench.load import Load as Asked
 from bench.provenance import ROOT, config_hash, provenance
+from vllm_balance.measurement import Measurement, newest, read_measurements
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
+from vllm_balance.simulate.sweep import read
 
 RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
 PAGE = ROOT / "docs" / "simulator.md"
@@ -47,28 +50,91 @@ def validate(
     """Predict everything that is known, and say how far off it was."""
     if not docs_only:
         origin = provenance()
-        rows = [*measured_rows(), *published.rows(SEED)]
-        RESULTS.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        rows = [*measured_rows(), *({**row, **origin} for row in published.rows(SEED))]
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = read(RESULTS)
     write_validity(rows)
     PAGE.write_text(markdown.filled(PAGE, "validation", lambda name: table(name, rows)))
     Console().print(f"{len(rows)} points; see {PAGE.relative_to(ROOT)}.")
 
 
 def measured_rows() -> Iterator[Row]:
-    """TPOT and TTFT of every arm of the newest rows of each run, and every pair of arms."""
+    """TPOT and TTFT of every arm of the newest rows of each run, and every pair of arms.
+
+    A run that has no measured rows at present keeps the points that it had.
+    """
     for name in RUNS:
         path = ROOT / "bench" / "results" / f"{name}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [row for row in rows if row["config_hash"] == rows[-1]["config_hash"]]
-        settings = settings_of(name, rows[-1]["config_hash"])
-        arms = {arm: [row for row in rows if row["arm"] == arm] for arm in settings["arms"]}
-        made = {arm: predict(settings, arm) for arm in arms}
-        metric = "tpot_ms" if settings["load"]["max_tokens"] > 8 else "ttft_ms"
-        for arm, own in arms.items():
-            yield from _arm_rows(name, arm, made[arm], own, metric)
-        for first, second in itertools.combinations(arms, 2):
-            yield _pair(name, metric, (first, second), arms, made)
+        if not path.exists():
+            Console().print(f"[yellow]{name} was not measured; its old points are kept.[/]")
+            yield from (row for row in read(RESULTS) if row.get("run") == name)
+            continue
+        rows = newest(read_measurements(path))
+        settings = settings_of(name, rows[-1].config_hash)
+        groups: dict[tuple[str, str], dict[str, list[Measurement]]] = {}
+        for row in rows:
+            groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
+        for (case, load), arms in groups.items():
+            yield from _group(name, settings, (case, load), arms)
+
+
+def _group(
+    name: str, settings: Row, variant: tuple[str, str], arms: dict[str, list[Measurement]]
+) -> Iterator[Row]:
+    """Points of the arms that share a load and a server's variant."""
+    case, load_name = variant
+    settings = settings | settings.get("cases", {}).get(case, {})
+    load = Asked(**settings.get("load", {}) | settings.get("loads", {}).get(load_name, {}))
+    metric = "tpot_ms" if load.max_tokens > 8 else "ttft_ms"
+    made = {arm: predict(settings, load, arm) for arm in arms}
+    found = {arm: _medians(rows, metric) for arm, rows in arms.items()}
+    where = {"run": name, "case": case, "load": load_name, **provenance()}
+    for arm, outcome in made.items():
+        for what, value in _predicted(outcome, metric).items():
+            reference = found[arm][what]
+            yield {
+                "kind": "measured",
+                "arm": " ".join(filter(None, (case, load_name, arm))),
+                "what": what,
+                "reference": reference,
+                "predicted": value,
+                "error": value / reference - 1,
+                **where,
+            }
+    for first, second in itertools.combinations(arms, 2):
+        reference = found[second][metric] / found[first][metric] - 1
+        both = [_predicted(made[arm], metric)[metric] for arm in (first, second)]
+        predicted = both[1] / both[0] - 1
+        yield {
+            "kind": "pair",
+            "arm": " ".join(filter(None, (case, load_name, f"{second} against {first}"))),
+            "what": metric,
+            "reference": reference,
+            "predicted": predicted,
+            "error": predicted - reference,
+            "far_apart": abs(reference) > FAR_APART,
+            "ranked": (reference > 0) == (predicted > 0),
+            **where,
+        }
+
+
+def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
+    """Medians over the rows of an arm, named as `_predicted` names them."""
+    latencies = ("ttft_ms",) if metric == "ttft_ms" else ("tpot_ms", "ttft_ms")
+    found = {key: statistics.median(getattr(row, key).p50 for row in rows) for key in latencies}
+    counts = ("activated_worst_rank", "tokens_worst_rank")
+    return found | {key: statistics.median(getattr(row, key) for row in rows) for key in counts}
+
+
+def _predicted(made: Outcome, metric: str) -> dict[str, float]:
+    """What is compared; TPOT only where there are more than a few tokens."""
+    found = {"tpot_ms": made.tpot_us / 1e3} if metric == "tpot_ms" else {}
+    return {
+        **found,
+        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
+        "activated_worst_rank": float(made.activated_N.mean()),
+        "tokens_worst_rank": float(made.pairs_N.mean()),
+    }
 
 
 def settings_of(name: str, digest: str) -> Row:
@@ -83,7 +149,7 @@ def settings_of(name: str, digest: str) -> Row:
         [*git, "log", "--format=%h", "--", path], capture_output=True, text=True, check=True
     )
     texts = [(ROOT / path).read_text()]
-    for commit in log.stdout.split():
+    for commit in [*log.stdout.split(), ""]:
         if config_hash(settings := tomllib.loads(texts[-1])) == digest:
             return settings
         shown = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, text=True)
@@ -91,14 +157,14 @@ def settings_of(name: str, digest: str) -> Row:
     raise LookupError(f"No version of {path} has the hash {digest} of its newest rows.")
 
 
-def predict(settings: Row, name: str) -> Outcome:
+def predict(settings: Row, load: Asked, name: str) -> Outcome:
     """The simulation of one arm of a run file on this machine's ranks."""
     machine, profile = hardware.load(MACHINE)
     shape = real_size_model.PRESETS[settings["model"]["preset"]]
     model = models.load(settings["model"]["preset"]).with_layers(
         settings["model"]["num_layers"], vocabulary=shape.vocabulary
     )
-    load, own = settings["load"], settings["arms"][name]
+    own = settings["arms"][name]
     replay = ReplaySettings(**settings["replay"], seed=settings["seed"])
     arm = Arm(
         model=model,
@@ -108,9 +174,9 @@ def predict(settings: Row, name: str) -> Outcome:
         balancer=own.get("balancer", name),
         redundancy=own.get("redundancy", 1.0),
         load=Load(
-            concurrency=load["requests"],
-            prompt_tokens=prompt_tokens(settings),
-            output_tokens=load["max_tokens"],
+            concurrency=load.at_once,
+            prompt_tokens=load.prompt_tokens,
+            output_tokens=load.max_tokens,
             token_budget=8192,
             max_steps=1000,
             steady=False,
@@ -118,64 +184,6 @@ def predict(settings: Row, name: str) -> Outcome:
     )
     layers = model.num_moe_layers
     return simulate(arm, skewed(replay, model, layers), skewed(replay, model, layers))
-
-
-def prompt_tokens(settings: Row) -> int:
-    """Tokens of a prompt, by the served model's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(real_size_model.ensure(**settings["model"]))
-    prompts = run._prompts(settings["load"], settings["seed"])
-    return round(statistics.mean(len(tokenizer(prompt)["input_ids"]) for prompt in prompts))
-
-
-def _arm_rows(name: str, arm: str, made: Outcome, rows: list[Row], metric: str) -> Iterator[Row]:
-    predicted = {
-        "tpot_ms": made.tpot_us / 1e3,
-        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
-        "activated_worst_rank": float(made.activated_N.mean()),
-        "tokens_worst_rank": float(made.pairs_N.mean()),
-    }
-    if metric == "ttft_ms":
-        del predicted["tpot_ms"]
-    for what, value in predicted.items():
-        reference = statistics.median(row[what] for row in rows)
-        yield {
-            "kind": "measured",
-            "run": name,
-            "arm": arm,
-            "what": what,
-            "main": what == metric,
-            "reference": reference,
-            "predicted": value,
-            "error": value / reference - 1,
-        }
-
-
-def _pair(
-    name: str,
-    metric: str,
-    pair: tuple[str, str],
-    arms: dict[str, list[Row]],
-    made: dict[str, Outcome],
-) -> Row:
-    """Ratio of two arms, measured and predicted."""
-    times = [statistics.median(row[metric] for row in arms[arm]) for arm in pair]
-    found = [
-        made[arm].tpot_us if metric == "tpot_ms" else made[arm].ttft_us_at(0.5) for arm in pair
-    ]
-    reference, predicted = times[1] / times[0] - 1, found[1] / found[0] - 1
-    return {
-        "kind": "pair",
-        "run": name,
-        "arm": f"{pair[1]} against {pair[0]}",
-        "what": metric,
-        "reference": reference,
-        "predicted": predicted,
-        "error": predicted - reference,
-        "far_apart": abs(reference) > FAR_APART,
-        "ranked": (reference > 0) == (predicted > 0),
-    }
 
 
 def write_validity(rows: list[Row]) -> None:
