@@ -57,6 +57,8 @@ ROWS = [
     ["types", "errors"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
+UNITS = ("seams", "kernels", "routing", "commands", "placement", "simulate")
+"""Packages whose modules know each other."""
 VLLM_AT_IMPORT = {"endpoint", "seams.worker_cpu", "seams.worker_gpu"}
 """Modules that vLLM itself asks for by name, inside a process that has imported it already."""
 
@@ -113,7 +115,7 @@ def test_imports_point_down(name):
         if root != "vllm_balance" or not rest or rest == "__version__":
             continue
         other = rest.partition(".")[0]
-        same_unit = own == other and own in ("seams", "kernels", "routing", "commands", "placement")
+        same_unit = own == other and own in UNITS
         assert same_unit or ROW_OF[other] >= ROW_OF[own], f"{name} imports {imported} from above"
 
 

@@ -8,6 +8,7 @@ import typer
 
 from vllm_balance.commands.doctor import doctor
 from vllm_balance.commands.place import place
+from vllm_balance.commands.plan import plan
 from vllm_balance.commands.profile import profile
 from vllm_balance.commands.report import report
 from vllm_balance.commands.trace import info
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(profile)
 app.command()(place)
+app.command()(plan)
 app.command()(report)
 trace = typer.Typer(help="Recorded routing.", no_args_is_help=True)
 app.add_typer(trace, name="trace")
