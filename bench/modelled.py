@@ -1,4 +1,4 @@
-"""Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase [--fine]`.
+"""Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase`.
 
 Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
 rows. `python -m bench.modelled docs` writes the tables anew.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import markdown
 from bench.provenance import ROOT, provenance
-from vllm_balance.simulate.sweep import Cell, read, sweep
+from vllm_balance.simulate.sweep import Cell, compute, read, sweep
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "simulator.md"
@@ -88,6 +89,17 @@ def phase(
 ) -> None:
     """Which balancer wins, over batch, skew, redundancy and ranks."""
     _run("phase", list(phase_cells(fine))[:first], results)
+
+
+@app.command()
+def speed() -> None:
+    """Seconds of one core to simulate 1,000 steps of 61 layers on 8 ranks."""
+    for name in ("static", *BALANCERS):
+        cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.5)
+        compute(replace(cell, steps=1))
+        start = time.process_time()
+        compute(cell)
+        Console().print(f"{name}: {time.process_time() - start:.1f} s")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from bench import markdown, published, real_size_model
+from bench import markdown, published, real_size_model, validation_tables
 from bench.load import Load as Asked
 from bench.provenance import ROOT, config_hash, provenance
 from vllm_balance.measurement import Measurement, newest, read_measurements
@@ -30,14 +30,8 @@ from vllm_balance.simulate.sweep import read
 RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
 PAGE = ROOT / "docs" / "simulator.md"
 VALIDITY = ROOT / "configs" / "validity.toml"
-RUNS = ("decode", "prefill")
+RUNS = ("decode", "prefill", "batch", "redundancy")
 MACHINE = "cpu-avx512"
-SHOWN = {
-    "tpot_ms": "TPOT ms",
-    "ttft_ms": "TTFT ms",
-    "activated_worst_rank": "experts on the worst rank",
-    "tokens_worst_rank": "tokens on the worst rank",
-}
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 SEED = 1
@@ -54,7 +48,9 @@ def validate(
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = read(RESULTS)
     write_validity(rows)
-    PAGE.write_text(markdown.filled(PAGE, "validation", lambda name: table(name, rows)))
+    PAGE.write_text(
+        markdown.filled(PAGE, "validation", lambda name: validation_tables.table(name, rows))
+    )
     Console().print(f"{len(rows)} points; see {PAGE.relative_to(ROOT)}.")
 
 
@@ -172,7 +168,7 @@ def predict(settings: Row, load: Asked, name: str) -> Outcome:
         profile=profile,
         layout=Layout(tensor=settings["serve"]["tensor_parallel"]),
         balancer=own.get("balancer", name),
-        redundancy=own.get("redundancy", 1.0),
+        redundancy=own.get("redundancy", settings.get("eplb", {}).get("redundancy", 1.0)),
         load=Load(
             concurrency=load.at_once,
             prompt_tokens=load.prompt_tokens,
@@ -196,35 +192,6 @@ def write_validity(rows: list[Row]) -> None:
         if name in numbers:
             text[index] = f'{name} = {{ value = {numbers[name]}, unit = "1", source = "rows" }}'
     VALIDITY.write_text("\n".join(text) + "\n")
-
-
-def table(name: str, rows: list[Row]) -> str:
-    """One table of docs/simulator.md."""
-    if name == "measured":
-        own = [row for row in rows if row["kind"] == "measured"]
-        own.sort(key=lambda row: (RUNS.index(row["run"]), list(SHOWN).index(row["what"])))
-        head = ["run", "arm", "what", "measured", "predicted", "error"]
-        body = [
-            [row["run"], row["arm"], SHOWN[row["what"]], f"{row['reference']:.1f}",
-             f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
-            for row in own
-        ]  # fmt: skip
-        return markdown.table(head, body, left=3)
-    if name == "pairs":
-        head = ["run", "arms", "measured", "predicted", "ranked"]
-        body = [
-            [row["run"], row["arm"], f"{row['reference']:+.1%}", f"{row['predicted']:+.1%}",
-             ("right" if row["ranked"] else "wrong") if row["far_apart"] else "within 3 %"]
-            for row in rows if row["kind"] == "pair"
-        ]  # fmt: skip
-        return markdown.table(head, body, left=2)
-    own = [row for row in rows if row["kind"].startswith("published") and row["paper"] == name]
-    head = ["what", "published", "predicted", "remark"]
-    body = [
-        [row["what"], row["published"], f"{row['predicted']:{row['format']}}", row["remark"]]
-        for row in own
-    ]
-    return markdown.table(head, body, left=1)
 
 
 if __name__ == "__main__":

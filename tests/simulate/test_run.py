@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import published
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, hardware, models, simulate, skewed
@@ -157,3 +158,13 @@ def test_published_rows_come_out_again(name):
         for key, value in again.items():
             same = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
             assert row[key] == same, f"{key} of {cell}"
+
+
+def test_predictions_of_published_points_come_out_again():
+    lines = (ROOT / "bench" / "results" / "validation.jsonl").read_text().splitlines()
+    committed = {(row.get("paper"), row["what"]): row for row in map(json.loads, lines)}
+    for row in (*published.reproduction(1), *published.tempo(1)):
+        assert row["predicted"] == pytest.approx(
+            committed[row["paper"], row["what"]]["predicted"], abs=1e-9
+        )
+        assert np.sign(row["predicted"]) == np.sign(row["reference"])

@@ -30,6 +30,7 @@ from vllm_balance.simulate.models import Model
 
 MOST_LAYERS = 4
 """Simulated layers, which stand for all."""
+HEADINGS = ("x", "in flight", "TPOT", "TTFT", "tok/s", "gain", "experts", "wait", "GB")
 
 
 def plan(
@@ -113,27 +114,29 @@ def report(question: Question, found: Advice) -> None:
     """Prints the candidates and the answer."""
     layout = question.layout
     table = Table(
+        padding=(0, 0),
         title=f"{question.model.name} on {layout.num_ranks} x {question.hardware.name}, "
         f"TP{layout.tensor} x DP{layout.data}; {question.prompt_tokens} tokens in, "
-        f"{question.output_tokens} out. Modelled, not measured."
+        f"{question.output_tokens} out. Modelled, not measured.",
+        caption="x: physical / logical experts; TPOT and TTFT in ms; gain: tok/s against static; "
+        "experts: activated on the worst rank of a layer; wait: share of the experts' time; "
+        "GB: redundant experts of a rank; none: no room, or misses the SLO",
     )
-    headings = ("redundancy", "in flight", "TPOT ms", "TTFT ms", "tokens/s", "against static",
-                "experts per layer", "waiting", "GB per rank")  # fmt: skip
     table.add_column("balancer")
-    for heading in headings:
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     base = found.candidates[0].tokens_per_s
     for each in found.candidates:
+        cells = _cells(question, each, base)
         style = "bold" if each is found.best else None
-        table.add_row(each.balancer, f"{each.redundancy:g}", *_cells(question, each, base),
-                      style=style)  # fmt: skip
+        table.add_row(each.balancer, f"{each.redundancy:g}", *cells, style=style)
     Console().print(table)
     Console().print(answer(question, found), soft_wrap=True)
 
 
 def _cells(question: Question, each: advice.Candidate, base: float) -> list[str]:
     if each.outcome is None:
-        return ["-"] * 3 + ["does not fit, or misses the SLO"] + ["-"] * 4
+        return ["none", *["-"] * 7]
     made = each.outcome
     return [
         str(each.concurrency),
