@@ -31,7 +31,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import counters, gate, real_size_model, waiting
+from bench import counters, demo_trace, gate, real_size_model, waiting
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed
 from bench.provenance import ROOT, config_hash, provenance, sources
@@ -101,11 +101,12 @@ def _placed(
     """The files of arms with a placement, made and verified; None if the run has no such arm."""
     if "place" not in settings:
         return None
-    if folder is None:
+    name = settings["replay"]["trace"]
+    if folder is None and name != "demo":
         raise typer.BadParameter("this run replays a trace: name its folder with --traces")
     placed = Placed(
         model=model,
-        trace=folder / settings["replay"]["trace"],
+        trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
         folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
         num_ranks=settings["serve"].get("tensor_parallel", 1),
         settings=settings["place"],

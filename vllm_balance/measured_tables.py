@@ -19,6 +19,13 @@ FEW_TOKENS = 8
 
 Value = Callable[[Measurement], float]
 
+
+def waiting(row: Measurement) -> float:
+    """Share of the experts' time that an average rank waits: by clocks, or else by experts."""
+    measured = row.waiting_share
+    return row.waiting_share_by_experts if measured is None else measured
+
+
 COLUMNS: tuple[tuple[str, str, Value], ...] = (
     ("TPOT ms", ".1f", lambda row: row.tpot_ms.p50),
     ("p99", ".1f", lambda row: row.tpot_ms.p99),
@@ -27,8 +34,7 @@ COLUMNS: tuple[tuple[str, str, Value], ...] = (
     ("tokens/s", ".1f", lambda row: row.tokens_per_s),
     ("experts on the worst rank", ".1f", lambda row: row.activated_worst_rank),
     ("tokens on the worst rank", ".0f", lambda row: row.tokens_worst_rank),
-    ("waiting by experts", ".1%", lambda row: row.waiting_share_by_experts),
-    ("waiting by tokens", ".1%", lambda row: row.waiting_share_by_tokens),
+    ("waiting", ".1%", waiting),
     ("deciding us", ".0f", lambda row: row.decide_us_per_layer),
     ("memory GiB", ".1f", lambda row: row.memory_bytes / 2**30),
 )

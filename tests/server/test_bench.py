@@ -89,9 +89,12 @@ def test_the_counters_are_those_of_the_load(measured):
     assert (found.num_logical_experts, found.num_physical_experts) == (16, 24)
     assert found.steps >= 400, "two waves of 200 tokens each"
     assert found.decisions == found.steps * 2
-    # Every token but the last of each request goes through 2 layers with 4 experts.
-    pairs = 8 * (8 + 200 - 1) * 2 * 4
-    assert sum(found.tokens_per_rank) * found.steps == pytest.approx(pairs)
+    # Every token but the last of each request goes through 2 layers with 4 experts. The client
+    # draws tokens and sends text, which may come back as a token more.
+    tokens = sum(found.tokens_per_rank) * found.steps / (2 * 4)
+    assert tokens == pytest.approx(round(tokens))
+    assert 0 <= tokens - 8 * (8 + 200 - 1) <= 8
+    assert 0 <= found.waiting_share < 1
     assert found.activated_worst_rank >= max(found.activated_per_rank)
     assert 0 <= found.waiting_share_by_experts < 0.5
     assert found.experts_us_per_layer > 0 and found.decide_us_per_layer > 0
