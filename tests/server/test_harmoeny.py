@@ -65,7 +65,9 @@ def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, den
         assert sum(rank["tokens_per_rank"]) == rank["pairs"]
         assert (rank["early_fetches"] > 0) == (layout != "data")
     shared = ["pairs", "activated_per_rank", "tokens_per_rank", "max_tokens_sum"]
-    shared += [name for name in ranks[0] if name.endswith("_schedules")]
+    # Idle ranks of data parallelism go on for some steps, without tokens.
+    kinds = [name for name in ranks[0] if name.endswith("_schedules")]
+    shared += [name for name in kinds if name != "empty_schedules"]
     for name in shared:
         assert ranks[0][name] == ranks[1][name], f"the ranks decided differently: {name}"
 

@@ -262,7 +262,7 @@ def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) 
     from vllm.logger import init_logger
 
     per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
-    init_logger("vllm_balance").info(
+    init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
         "per rank); the host store of all experts takes %.2f GiB, %.2f GiB are free.",
         config.name,
