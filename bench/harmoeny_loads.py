@@ -16,7 +16,7 @@ BATCH_TOKENS = 4096
 SKEWS = ((0.0, 10), (0.5, 1), (0.9, 1), (0.5, 10), (0.9, 10))
 """Share of the pairs that goes to the hot experts, and their number."""
 CHANGES = (None, 4, 1)
-"""Batches after which other experts, at home on another rank, are hot."""
+"""Batches after which other experts, all at home on one rank, are hot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +48,15 @@ def skewed(num_ranks: int, seed: int) -> Iterator[Load]:
             settings = ReplaySettings(**source, seed=seed, rows=BATCH_TOKENS * 8)
             ids_NK = draw(settings, 1, num_experts, top_k, 0)[0].numpy()
             rng = np.random.default_rng(seed)
-            phase = 0 if change is None else 1 + np.arange(2 * BATCHES) // change
-            shift_N = num_experts // num_ranks * np.broadcast_to(phase, 2 * BATCHES)
             rows_NB = rng.integers(0, len(ids_NK), (2 * BATCHES, BATCH_TOKENS * num_ranks // 2))
             counts_NE = np.stack([
-                np.bincount((ids_NK[rows] + shift).ravel() % num_experts, minlength=num_experts)
-                for rows, shift in zip(rows_NB, shift_N, strict=True)
+                np.bincount(
+                    hot_first(num_experts, num_ranks, 0 if change is None else 1 + n // change)[
+                        ids_NK[rows].ravel()
+                    ],
+                    minlength=num_experts,
+                )
+                for n, rows in enumerate(rows_NB)
             ])  # fmt: skip
             when = "steady" if change is None else f"new every {change}"
             yield Load(
@@ -62,6 +65,14 @@ def skewed(num_ranks: int, seed: int) -> Iterator[Load]:
                 fit_NE=counts_NE[:BATCHES],
                 counts_NE=counts_NE[BATCHES:],
             )
+
+
+def hot_first(num_experts: int, num_ranks: int, phase: int) -> np.ndarray:
+    """Which expert is hottest, second ... in a phase: those of one rank come first, [E]."""
+    rng = np.random.default_rng((num_experts, num_ranks, phase))
+    names_E = rng.permutation(num_experts)
+    is_far_E = names_E // (num_experts // num_ranks) != rng.integers(num_ranks)
+    return names_E[np.argsort(is_far_E, kind="stable")]
 
 
 def recorded(folder: Path, seed: int) -> Iterator[Load]:

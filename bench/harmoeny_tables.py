@@ -14,6 +14,12 @@ from bench.provenance import ROOT
 DOCUMENT = ROOT / "docs/harmoeny.md"
 POLICIES = ("static", "exflow", "eplb", "shadow", "even_split", "harmoeny_paper", "harmoeny")
 FETCHERS = ("shadow", "even_split", "harmoeny_paper", "harmoeny")
+FEW, MANY = 4, 8
+"""Dynamic slots per rank that the tables of loads show."""
+WITH_MANY = ("eplb", "harmoeny")
+SKEWS = ("alpha 0", "alpha 0.9 on 1, new every 4", "alpha 0.5 on 10, new every 4",
+         "alpha 0.9 on 10, steady", "alpha 0.9 on 10, new every 4")  # fmt: skip
+"""Loads of the skew model that its table shows; all are in the rows."""
 PREDICTORS = ("none", "last batch", "average", "affinity")
 Row = dict[str, Any]
 
@@ -35,16 +41,23 @@ def _is_skew(row: Row) -> bool:
 
 
 def ratio_table(rows: list[Row]) -> str:
-    """Busiest rank / mean per load and number of ranks, most slots."""
-    slots = max(row["D"] for row in rows)
+    """Busiest rank / mean per load and number of ranks, few slots and many."""
+    few = [row for row in rows if row["D"] == FEW]
+    many = _grouped((row for row in rows if row["D"] == MANY), "load", "S")
     body = [
-        [load, str(ranks), *(_mean(group, policy, "ratio") for policy in POLICIES)]
-        for (load, ranks), group in _grouped(
-            (row for row in rows if row["D"] == slots), "load", "S"
-        ).items()
+        [
+            load,
+            str(ranks),
+            *(_mean(group, policy, "ratio") for policy in POLICIES),
+            *(_mean(many[load, ranks], policy, "ratio") for policy in WITH_MANY),
+        ]
+        for (load, ranks), group in _grouped(few, "load", "S").items()
     ]
-    heads = ["load", "ranks", *(f"`{policy}`" for policy in POLICIES)]
-    return f"{slots} dynamic slots per rank.\n\n" + markdown.table(heads, body)
+    heads = [f"`{policy}`" for policy in POLICIES]
+    heads += [f"`{policy}`, {MANY} slots" for policy in WITH_MANY]
+    return f"{FEW} slots per rank, where nothing else is said.\n\n" + markdown.table(
+        ["load", "ranks", *heads], body
+    )
 
 
 def fetch_table(rows: list[Row]) -> str:
@@ -82,7 +95,8 @@ def aside_table(rows: list[Row]) -> str:
     """How `harmoeny` treated the batches."""
     outcomes = ("balanced", "unpaid", "held", "fetched")
     body = []
-    for (load,), group in _grouped(rows, "load").items():
+    shown = [row for row in rows if not _is_skew(row) or row["load"] in SKEWS]
+    for (load,), group in _grouped(shown, "load").items():
         counts = [sum(r["harmoeny"]["outcomes"].get(o, 0) for r in group) for o in outcomes]
         body.append([load, *(f"{count / sum(counts):.0%}" for count in counts)])
     return markdown.table(["load", *outcomes], body)
@@ -106,7 +120,8 @@ def time_table(rows: list[Row]) -> str:
 def lookahead_table(rows: list[Row]) -> str:
     """Per predictor: experts in time, and experts fetched in vain per expert in use."""
     body = []
-    for (load, slots), group in _grouped(rows, "load", "D").items():
+    shown = [row for row in rows if row["D"] < MANY]
+    for (load, slots), group in _grouped(shown, "load", "D").items():
         cells = []
         for name in PREDICTORS:
             total = {
@@ -141,7 +156,7 @@ def render(rows: list[Row]) -> None:
     times = [row for row in rows if row["kind"] == "time"]
     ahead = [row for row in rows if row["kind"] == "lookahead"]
     tables = {
-        "skew": lambda: ratio_table([row for row in quality if _is_skew(row)]),
+        "skew": lambda: ratio_table([row for row in quality if row["load"] in SKEWS]),
         "traces": lambda: ratio_table([row for row in quality if not _is_skew(row)]),
         "fetches": lambda: fetch_table(quality),
         "eviction": lambda: eviction_table(quality),

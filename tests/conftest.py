@@ -1,4 +1,4 @@
-"""Makes ``cases``, ``serving`` (a real server) and ``bench`` importable from any folder.
+"""Makes ``cases``, ``gloo``, ``measured``, ``serving``, ``bench`` importable from any folder.
 
 Neither ``tests`` nor the repository's root may be on sys.path: with one of them there, ``kernels``
 would become a top-level package, and transformers probes for a package of that name.
@@ -36,4 +36,6 @@ if "bench" not in sys.modules:
     sys.modules["bench"] = types.ModuleType("bench")
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]
 _load("cases", TESTS / "cases.py")
+_load("measured", TESTS / "measured.py")
 _load("serving", TESTS / "server" / "serving.py")
+_load("gloo", TESTS / "distributed" / "gloo.py")

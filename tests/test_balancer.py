@@ -144,6 +144,18 @@ def test_status_of_a_worker_sums_its_layers_and_reset_starts_over():
     assert status["tokens_per_rank"] == [0, 0]
 
 
+@pytest.mark.parametrize("way", ["replicated", "after_gather"])
+def test_a_layer_tells_its_experts_and_where_the_last_batch_went(way):
+    layer = balancer(way, policy=ROUTING["first_copy"]())
+    empty = {"physical_to_logical": [0, 1, 2, 3, 0, 1], "slot_tokens": [0] * 6}
+    assert layer.slots() == empty
+    layer.after_gather(layer.in_router(IDS_TK.clone(), None))
+    layer.after_gather(layer.in_router(torch.tensor([[1, 0], [-1, -1]]), None))
+    assert layer.slots() == empty | {"slot_tokens": [1, 1, 0, 0, 0, 0]}
+    worker = WorkerBalancer(balancer="first_copy", rank=0, layers=[layer])
+    assert worker.status(per_layer=True)["layers"][0]["slot_tokens"] == [1, 1, 0, 0, 0, 0]
+
+
 def test_a_layer_without_replicas_says_that_there_is_nothing_to_choose():
     layer = balancer(content=(0, 1, 2, 3))
     worker = WorkerBalancer(balancer="metro", rank=0, layers=[layer])

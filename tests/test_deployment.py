@@ -6,11 +6,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_balance.config import BALANCERS, DEFAULT_REDUNDANCY, BalancerConfig
+from vllm_balance.config import (
+    BALANCERS,
+    DEFAULT_REDUNDANCY,
+    FETCHES,
+    LOADED_BY_MAP,
+    BalancerConfig,
+)
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 
-REPLICATING = [name for name in BALANCERS if name not in ("static", "gem")]
+REPLICATING = [
+    name for name in BALANCERS if name not in ("static", *LOADED_BY_MAP) and name not in FETCHES
+]
 
 
 def deployment(**changes) -> Deployment:
@@ -23,6 +31,10 @@ def deployment(**changes) -> Deployment:
         "enable_expert_parallel": True,
         "free_bytes": 2**40,
         "ranks_sharing_memory": 2,
+        "free_host_bytes": 2**40,
+        "on_cpu": True,
+        "is_eager": False,
+        "one_machine": True,
     }
     return Deployment(**(facts | changes))
 
@@ -118,7 +130,16 @@ def test_memory_is_refused_for_static_too():
     assert f"need {128 * 3 * 1000:,} bytes" in text
 
 
+@pytest.mark.parametrize("key", ["dynamic_slots", "threshold_tokens", "prefetch", "look_ahead"])
+def test_what_says_how_to_fetch_needs_a_balancer_that_fetches(key):
+    value = {"prefetch": "sync", "look_ahead": "off"}.get(key, 4)
+    text = refused(BalancerConfig(name="metro", **{key: value}), deployment())
+    assert f"`{key}`" in text and "harmoeny" in text
+
+
 def test_who_takes_a_map():
+    exflow = refused(BalancerConfig(name="exflow"), deployment())
+    assert "place --policy exflow" in exflow
     gem = refused(BalancerConfig(name="gem"), deployment())
     assert "`map` is missing" in gem and "vllm-balance place" in gem
     static = refused(BalancerConfig(name="static", map="m.json"), deployment())

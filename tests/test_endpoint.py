@@ -59,6 +59,13 @@ def test_status_and_reset_ask_every_rank():
     ]
 
 
+def test_a_benchmark_may_replay_another_skew():
+    engine = Engine({"moe_balancer": {"name": "static", "replay": {"zipf": 0.0}}})
+    answer = client(engine).post("/moe_balancer/replay", json={"zipf": 0.8})
+    assert answer.json() == {"status": "replaying"}
+    assert engine.asked == [("moe_balancer_replay", {"settings": {"zipf": 0.8}})]
+
+
 @pytest.mark.parametrize("engine", [None, Engine(None), Engine({}), Engine({"other": 1})])
 def test_a_server_without_a_balancer_says_so(engine):
     http = client(engine)

@@ -8,7 +8,7 @@ The rows, top to bottom, as docs describe them:
 4. what is deployed, and the hub of one batch
 5. settings; the exchange of counts
 6. routing and placement policies, the experts of one rank; cost curves, fetch costs, their files
-7. metrics; recorder, traces and their replay; shapes of models and JSON files
+7. metrics; recorder, traces and their replay; shapes of models, JSON files, rows of benchmarks
 8. kernels
 9. the vocabulary and the one exception
 """
@@ -27,7 +27,15 @@ ROWS = [
     ["plugin"],
     ["commands", "endpoint"],
     ["seams"],
-    ["deployment", "balancer", "simulate", "initial_placement", "online"],
+    [
+        "deployment",
+        "slot_deployment",
+        "balancer",
+        "slot_balancer",
+        "simulate",
+        "initial_placement",
+        "online",
+    ],
     ["config", "exchange"],
     ["routing", "placement", "experts", "cost", "fetch_cost", "profiles", "maps"],
     [
@@ -42,11 +50,15 @@ ROWS = [
         "trace_summary",
         "model_shape",
         "documents",
+        "measurement",
+        "measured_tables",
     ],
     ["kernels"],
     ["types", "errors"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
+UNITS = ("seams", "kernels", "routing", "commands", "placement", "simulate")
+"""Packages whose modules know each other."""
 VLLM_AT_IMPORT = {"endpoint", "seams.worker_cpu", "seams.worker_gpu"}
 """Modules that vLLM itself asks for by name, inside a process that has imported it already."""
 
@@ -103,7 +115,7 @@ def test_imports_point_down(name):
         if root != "vllm_balance" or not rest or rest == "__version__":
             continue
         other = rest.partition(".")[0]
-        same_unit = own == other and own in ("seams", "kernels", "routing", "commands", "placement")
+        same_unit = own == other and own in UNITS
         assert same_unit or ROW_OF[other] >= ROW_OF[own], f"{name} imports {imported} from above"
 
 

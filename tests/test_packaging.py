@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Our wheel, built from a copy so that the build leaves nothing in the tree."""
     copy = tmp_path_factory.mktemp("tree")
     clean = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("vllm_balance", "kernels"):
+    for folder in ("vllm_balance", "kernels", "configs"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=clean)
     for file in ("pyproject.toml", PROJECT["readme"]):
         if (ROOT / file).exists():
@@ -45,8 +45,19 @@ def test_the_wheel_has_every_module_and_the_kernels_inside_the_package(
 ) -> None:
     in_tree = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("vllm_balance/**/*.py")}
     in_tree |= {f"vllm_balance/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/**/*.py")}
+    in_tree.add("vllm_balance/commands/report.html")
     assert any(name.startswith("vllm_balance/kernels/") for name in in_tree)
     assert in_tree <= set(wheel.namelist())
+
+
+def test_the_wheel_has_what_the_simulator_knows(wheel: zipfile.ZipFile) -> None:
+    simulate = "vllm_balance/simulate"
+    wanted = {f"{simulate}/validity.toml"}
+    for kind in ("hardware", "model"):
+        files = (ROOT / simulate / f"{kind}_files").iterdir()
+        wanted |= {f"{simulate}/{kind}_files/{file.name}" for file in files}
+    assert len(wanted) > 10
+    assert wanted <= set(wheel.namelist())
 
 
 def test_the_wheel_adds_nothing_else_to_the_top_level(wheel: zipfile.ZipFile) -> None:

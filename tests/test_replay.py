@@ -100,6 +100,24 @@ def test_hot_experts_get_their_fraction_of_the_pairs(fraction: float) -> None:
     assert hottest / per_expert.sum() == pytest.approx(fraction, abs=0.01)
 
 
+def test_hot_experts_are_at_home_on_one_rank_which_changes_with_them() -> None:
+    hot = {"experts": 6, "fraction": 0.9, "ranks": 4}
+    changing = replay(hot=hot, change_every=1)
+    homes = set()
+    for _ in range(12):
+        hottest = np.argsort(counts(changing.rows(0, 4096)))[-6:]
+        assert len(set(hottest // 8)) == 1
+        homes.add(int(hottest[0]) // 8)
+    assert len(homes) > 1
+    assert torch.equal(replay(0, hot=hot).rows(0, 0), replay(1, hot=hot).rows(0, 0))
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(9, 4), (2, 5)])
+def test_hot_experts_that_no_rank_can_have_are_refused(experts: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match="at home on one of"):
+        replay(hot={"experts": experts, "fraction": 0.5, "ranks": ranks})
+
+
 def test_the_popular_experts_change_after_the_asked_number_of_batches() -> None:
     changing = replay(zipf=2.0, change_every=2, rows=4096)
     popular = [int(counts(changing.rows(0, 4096)).argmax()) for _ in range(8)]

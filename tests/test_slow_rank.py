@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 
-from bench.run import Start, starts_of
 from bench.slow_rank import slowed
+from bench.starts import plan
 
 
 @pytest.fixture
@@ -69,10 +69,13 @@ def test_an_arm_whose_map_knows_the_slowdown_has_a_server_for_each():
         "slow": [1, 1.16],
         "arms": {"static": {}, "eplb": {"place": "eplb"}, "gem": {"place": "gem"}},
     }
-    assert starts_of(settings) == [
-        Start(arm="static", factors=(1.0, 1.16)),
-        Start(arm="eplb", factors=(1.0, 1.16)),
-        Start(arm="gem", factors=(1.0,)),
-        Start(arm="gem", factors=(1.16,)),
+    load = {"load": {"requests": 1, "prompt_tokens": 1, "max_tokens": 1}}
+    starts = [(start.arm, start.factors) for start in plan(settings | load, rounds=1)]
+    forth = [
+        ("static", (1.0, 1.16)),
+        ("eplb", (1.0, 1.16)),
+        ("gem", (1.0,)),
+        ("gem", (1.16,)),
     ]
-    assert starts_of({"arms": {"static": {}}}) == [Start(arm="static", factors=(1.0,))]
+    assert starts == forth + forth[::-1]
+    assert plan({"arms": {"static": {}}} | load, rounds=1)[0].factors == (1.0,)

@@ -42,6 +42,8 @@ class LayerBalancer:
     exchanged_bytes: int = 0
     """Bytes this rank put into count exchanges beyond vLLM's own collectives."""
     exchange_ns: int = 0
+    last_physical_TK: torch.Tensor | None = None
+    """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
 
     def in_router(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -64,27 +66,23 @@ class LayerBalancer:
     ) -> torch.Tensor:
         start = time.perf_counter_ns()
         topk_ids_TK = topk_ids_TK.contiguous()
-        if self.way == "all_reduce" and self.policy.counts_decide:
-            physical_TK = self._route_by_exchanged_counts(topk_ids_TK)
-        else:
-            physical_TK = self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
+        physical_TK = self._route(topk_ids_TK, num_valid_tokens)
         self.decisions += 1
         self.decide_ns += time.perf_counter_ns() - start
+        self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
 
+    def _route(
+        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Maps and counts one batch."""
+        if self.way == "all_reduce" and self.policy.counts_decide:
+            return self._route_by_exchanged_counts(topk_ids_TK)
+        return self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
+
     def _route_by_exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        tables = self.tables
-        start = time.perf_counter_ns()
-        counts_SE = counts_per_rank(
-            topk_ids_TK,
-            num_logical=tables.num_replicas_E.shape[0],
-            rank=self.rank,
-            num_ranks=tables.num_ranks,
-            all_reduce=self.all_reduce,
-        )
-        self.exchange_ns += time.perf_counter_ns() - start
-        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
-        placement = tables.placement
+        tables, placement = self.tables, self.tables.placement
+        counts_SE = self._exchanged_counts(topk_ids_TK)
         tokens_E = counts_SE.sum(0, dtype=torch.int32)
         plan = self.policy.plan(Demand(tokens_E=tokens_E, tokens_SE=counts_SE), placement)
         physical_TK = assign(
@@ -98,12 +96,67 @@ class LayerBalancer:
             add_load(tables.load_P, physical_TK, tables.record_enabled)
         return physical_TK
 
+    def _exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """Pairs of each expert on each rank, [S, E] int32; a collective."""
+        start = time.perf_counter_ns()
+        counts_SE = counts_per_rank(
+            topk_ids_TK,
+            num_logical=self.tables.num_replicas_E.shape[0],
+            rank=self.rank,
+            num_ranks=self.tables.num_ranks,
+            all_reduce=self.all_reduce,
+        )
+        self.exchange_ns += time.perf_counter_ns() - start
+        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
+        return counts_SE
+
+    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
+        """Routes ids on scratch buffers: compiles the kernels, counts nothing."""
+        self.policy.route(ids_TK, tables, None)
+
     def reset(self) -> None:
         """Sets all counters to zero."""
         self.tables.counters.zero_()
         self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
         if self.experts is not None:
             self.experts.reset()
+
+    def slots(self) -> dict[str, list[int]]:
+        """The expert in each slot now, and the pairs of the last batch that went there.
+
+        With the all-reduce way the batch is this rank's tokens, otherwise all tokens. Without a
+        last batch at hand (GPU) there are no pairs.
+        """
+        experts_P = self.content_P()
+        tokens_P = torch.zeros_like(experts_P)
+        if self.last_physical_TK is not None:
+            slots_N = self.last_physical_TK.flatten().long()
+            valid_N = slots_N[(slots_N >= 0) & (slots_N < len(experts_P))]
+            tokens_P = valid_N.bincount(minlength=len(experts_P))
+        return {"physical_to_logical": experts_P.tolist(), "slot_tokens": tokens_P.tolist()}
+
+    def content_P(self) -> torch.Tensor:
+        """The expert in each slot now, int32 [P]; -1 in a slot that holds none."""
+        return self.tables.placement.physical_to_logical_P
+
+    def recent_experts_us(self) -> list[float]:
+        """Time of this rank's experts in each of the last batches, us; empty on GPUs."""
+        return [ns / 1e3 for ns in self.experts.recent_ns] if self.experts else []
+
+    def stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
+        """Batches in which the balancer did not do what its name says, by reason.
+
+        Args:
+            summed: the status summed over the layers.
+        """
+        if not self.policy.counts_decide:
+            return {}
+        if self.tables.num_physical == self.tables.num_replicas_E.shape[0]:
+            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
+        return {
+            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
+            "no tokens": summed["empty_batches"],
+        }
 
     def status(self) -> dict[str, Any]:
         """This layer's counters by name."""
@@ -165,25 +218,16 @@ class WorkerBalancer:
             "exchange": first.way,
             "counts_are_global": first.way != "all_reduce" or first.policy.counts_decide,
             **summed,
-            "stepped_aside": self._stepped_aside(summed),
+            "stepped_aside": first.stepped_aside(summed),
         }
         if self.online is not None:
             status["online"] = self.online.status()
         if per_layer:
-            status["layers"] = layers
+            status["layers"] = [
+                own | layer.slots() | {"recent_experts_us": layer.recent_experts_us()}
+                for own, layer in zip(layers, self.layers, strict=True)
+            ]
         return status
-
-    def _stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
-        """Batches in which the balancer did not do what its name says, by reason."""
-        policy = self.layers[0].policy
-        if not policy.counts_decide:
-            return {}
-        if self.layers[0].tables.num_physical == self.layers[0].tables.num_replicas_E.shape[0]:
-            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
-        return {
-            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
-            "no tokens": summed["empty_batches"],
-        }
 
 
 def warm_up(layer: LayerBalancer) -> None:
@@ -194,7 +238,7 @@ def warm_up(layer: LayerBalancer) -> None:
     tables = replace(layer.tables, load_P=None, counters=torch.zeros_like(layer.tables.counters))
     device = tables.counters.device
     for dtype in (torch.int32, torch.int64):
-        layer.policy.route(torch.zeros((1, 1), dtype=dtype, device=device), tables, None)
+        layer.warm_up(torch.zeros((1, 1), dtype=dtype, device=device), tables)
 
 
 def new_counters(num_ranks: int, device: torch.device) -> torch.Tensor:

@@ -27,10 +27,27 @@ from vllm_balance.replay_rows import ReplaySettings
 KEY = "moe_balancer"
 """Key of our settings in ``VllmConfig.additional_config``."""
 
-BalancerName = Literal["static", "eplb", "first_copy", "metro", "gem"]
+BalancerName = Literal[
+    "static",
+    "eplb",
+    "first_copy",
+    "metro",
+    "gem",
+    "exflow",
+    "harmoeny",
+    "harmoeny_paper",
+    "shadow",
+    "even_split",
+]
 BALANCERS: tuple[str, ...] = get_args(BalancerName)
+FETCHES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
+"""Balancers that fetch experts into dynamic slots."""
+LOADED_BY_MAP = ("gem", "exflow")
+"""Balancers whose placement comes from a map and stays."""
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
+DEFAULT_DYNAMIC_SLOTS = 8
+"""Dynamic slots per rank and layer without a number; fewer if there are fewer foreign experts."""
 
 
 class BalancerConfig(BaseModel):
@@ -57,6 +74,15 @@ class BalancerConfig(BaseModel):
     """Records what the router chooses into a new file; see docs/recording.md."""
     map: str | None = Field(default=None, min_length=1)
     """Placement map (`vllm-balance place`) that the weights are loaded by."""
+    dynamic_slots: int | None = Field(default=None, ge=2)
+    """Slots per rank and layer that hold fetched experts; balancers that fetch only."""
+    threshold_tokens: int | None = Field(default=None, ge=1)
+    """q, the fewest tokens that an expert is fetched for. Default: derived at start from the
+    measured speeds of this device."""
+    prefetch: Literal["async", "sync"] | None = None
+    """Whether experts are fetched beside the computation (the default) or before it."""
+    look_ahead: Literal["router", "off"] | None = None
+    """Whether a layer lets the next one fetch early, by the next router on its own inputs."""
     profile: str | None = Field(default=None, min_length=1)
     """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one."""
     online: OnlineSettings | None = None
@@ -67,9 +93,14 @@ class BalancerConfig(BaseModel):
     @property
     def replicates(self) -> bool:
         """Whether this balancer can use more than one copy of an expert."""
-        if self.name == "gem":
+        if self.name in LOADED_BY_MAP:
             return bool(self.num_redundant_experts) or (self.redundancy or 1.0) > 1.0
         return self.name != "static"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether this balancer fetches experts into dynamic slots."""
+        return self.name in FETCHES
 
     @property
     def uses_eplb(self) -> bool:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_balance.config import DEFAULT_REDUNDANCY, BalancerConfig
+from vllm_balance.config import (
+    DEFAULT_REDUNDANCY,
+    FETCHES,
+    LOADED_BY_MAP,
+    BalancerConfig,
+)
 from vllm_balance.errors import BalancerError
 
 
@@ -26,6 +31,18 @@ class Deployment:
     """Memory that the experts may take: of the machine on CPU, of one device otherwise."""
     ranks_sharing_memory: int
     """Ranks that share ``free_bytes``."""
+    free_host_bytes: int
+    """Memory of the machine that a host store may take; the same as ``free_bytes`` on CPU."""
+    on_cpu: bool
+    is_eager: bool
+    """Whether the model runs without CUDA graphs."""
+    one_machine: bool
+    """Whether all ranks run on this machine."""
+
+    @property
+    def store_bytes(self) -> int:
+        """A host store of all experts: one copy."""
+        return self.num_experts * self.num_moe_layers * self.expert_bytes
 
 
 def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int:
@@ -35,8 +52,9 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
         BalancerError: dense model, no expert parallelism, a single rank, redundancy that the
             balancer cannot use, that does not divide over the ranks or does not fit in memory.
     """
-    _check_layout(config, deployment)
+    check_layout(config, deployment)
     _check_sources(config)
+    _check_no_slots(config)
     redundant = _asked_for(config, deployment)
     if redundant and not config.replicates:
         raise BalancerError(
@@ -49,7 +67,22 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
     return redundant
 
 
-def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
+def _check_no_slots(config: BalancerConfig) -> None:
+    names = ("dynamic_slots", "threshold_tokens", "prefetch", "look_ahead")
+    found = [f"`{name}`" for name in names if getattr(config, name) is not None]
+    if found:
+        raise BalancerError(
+            f"--moe-balancer {config.name} fetches no experts, and {' and '.join(found)} say how. "
+            f"Leave them out, or use {', '.join(FETCHES)}."
+        )
+
+
+def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
+    """Returns if there are experts to balance and ranks to balance them over.
+
+    Raises:
+        BalancerError: dense model, no expert parallelism, a single rank.
+    """
     if deployment.num_experts == 0:
         raise BalancerError(
             f"--moe-balancer {config.name} was asked for, but {deployment.model} is a dense model: "
@@ -70,11 +103,12 @@ def _check_layout(config: BalancerConfig, deployment: Deployment) -> None:
 def _check_sources(config: BalancerConfig) -> None:
     """Raises BalancerError if the balancer lacks a file that it needs, or has one it cannot use."""
     _check_online(config)
-    if config.name == "gem" and config.map is None and config.online is None:
+    if config.name in LOADED_BY_MAP and config.map is None and config.online is None:
         raise BalancerError(
-            "--moe-balancer gem loads the weights by a placement map, and `map` is missing. Make "
-            "one with `vllm-balance place --policy gem -o FILE` and pass --moe-balancer-config "
-            '\'{"map": "FILE"}\', or let it find one while serving with `online`.'
+            f"--moe-balancer {config.name} loads the weights by a placement map, and `map` is "
+            f"missing. Make one with `vllm-balance place --policy {config.name} -o FILE` and pass "
+            f'--moe-balancer-config \'{{"map": "FILE"}}\', or let gem find one while serving with '
+            f"`online`."
         )
     if config.name == "static" and config.map is not None:
         raise BalancerError(

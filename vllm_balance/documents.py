@@ -1,8 +1,9 @@
-"""A versioned JSON file: written whole or not at all, read whole or refused with the reason."""
+"""A versioned file: written whole or not at all, read whole or refused with the reason."""
 
 from __future__ import annotations
 
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,9 +35,21 @@ def read(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
         return kind.model_validate_json(content)
     except ValidationError as error:
         raise BalancerError(
-            f"{path} is no usable {what}. {_explain(error)} Make it anew, or use the file as it "
+            f"{path} is no usable {what}. {explain(error)} Make it anew, or use the file as it "
             f"was written."
         ) from error
+
+
+def read_toml(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
+    """As `read`, of a TOML file that people write. Raises BalancerError as `read` does."""
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BalancerError(f"The {what} {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BalancerError(f"{path} is no TOML file: {error}.") from error
+    except ValidationError as error:
+        raise BalancerError(f"{path} is no usable {what}. {explain(error)}") from error
 
 
 def write(path: Path, document: Document) -> None:
@@ -57,7 +70,7 @@ def write(path: Path, document: Document) -> None:
         raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """The first three complaints, each in a sentence, values cut short."""
     parts = []
     for item in error.errors(include_url=False)[:3]:

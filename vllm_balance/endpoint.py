@@ -4,7 +4,8 @@ An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=mo
 names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
 ``POST /moe_balancer/reset`` sets all counters to zero. ``POST /moe_balancer/record/start`` with
 ``{"file": ..., "what": "counts" or "ids", "max_bytes": ...}`` records what the router chooses into
-a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit.
+a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit. For benchmarks,
+``POST /moe_balancer/replay`` gives a server whose routing is a replay another skew.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ async def reset(request: Request) -> dict[str, str]:
     """Sets the counters of every rank to zero."""
     await _ask(request, "moe_balancer_reset", {})
     return {"status": "reset"}
+
+
+@router.post("/moe_balancer/replay")
+async def replay(request: Request) -> dict[str, str]:
+    """Benchmarks only: replays another skew, in a server that was started with `replay`."""
+    await _ask(request, "moe_balancer_replay", {"settings": await request.json()})
+    return {"status": "replaying"}
 
 
 @router.post("/moe_balancer/record/start")

@@ -11,10 +11,9 @@ end, so routing costs one row look-up. Two processes that see the same batches i
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from vllm_balance.replay_rows import ReplaySettings, draw
+from vllm_balance.replay_rows import ReplaySettings, draw, name_experts
 
 STRATEGY = "vllm_balance_replay"
 _CALLS = "vllm_balance_replay_calls"
@@ -39,7 +38,7 @@ class Replay:
         rank: int = 0,
     ) -> None:
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
-        self._seed = settings.seed
+        self._settings = settings
         self._change_every = settings.change_every
         self._drawn_LNK = draw(settings, num_layers, num_experts, top_k, rank)
         self._rows_LNK = self._drawn_LNK.clone()
@@ -67,9 +66,8 @@ class Replay:
         self._rows_LNK = self._rows_LNK.to(device)
 
     def _name_experts(self, layer: int, phase: int) -> None:
-        """Decide which expert is the most popular, the second ...; the same on every rank."""
-        random = np.random.default_rng((self._seed, layer, phase))
-        names_E = torch.from_numpy(random.permutation(self.num_experts).astype(np.int32))
+        """Let other experts be the popular ones; the same on every rank."""
+        names_E = torch.from_numpy(name_experts(self._settings, self.num_experts, layer, phase))
         drawn_NK = self._drawn_LNK[layer]
         self._rows_LNK[layer] = names_E.to(drawn_NK.device)[drawn_NK.long()]
 

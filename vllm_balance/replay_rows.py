@@ -12,11 +12,16 @@ from vllm_balance.traces import Trace
 
 
 class Hot(BaseModel):
-    """`fraction` of all (token, expert) pairs goes to `experts` experts, evenly; the rest too."""
+    """`fraction` of all (token, expert) pairs goes to `experts` experts, evenly; the rest too.
+
+    With `ranks`, the hot experts of a layer are all at home on one of that many ranks, drawn per
+    layer, if experts are placed linearly; without, they may be anywhere.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     experts: int = Field(ge=1)
     fraction: float = Field(ge=0, le=1)
+    ranks: int | None = Field(default=None, ge=1)
 
 
 class ReplaySettings(BaseModel):
@@ -74,6 +79,17 @@ def draw(
     return torch.stack(layers)
 
 
+def name_experts(settings: ReplaySettings, num_experts: int, layer: int, phase: int) -> np.ndarray:
+    """Which expert is the most popular, the second ...: int32 [E]; the same on every rank."""
+    random = np.random.default_rng((settings.seed, layer, phase))
+    names_E = random.permutation(num_experts).astype(np.int32)
+    if settings.hot is None or settings.hot.ranks is None:
+        return names_E
+    home_E = names_E // (num_experts // settings.hot.ranks)
+    is_near_E = home_E == random.integers(settings.hot.ranks)
+    return np.concatenate([names_E[is_near_E], names_E[~is_near_E]])
+
+
 def _draw_weighted(
     weight_E: np.ndarray, random: np.random.Generator, num_rows: int, top_k: int
 ) -> np.ndarray:
@@ -89,6 +105,11 @@ def _draw_hot(
     hot: Hot, random: np.random.Generator, num_rows: int, num_experts: int, top_k: int
 ) -> np.ndarray:
     """int [num_rows, top_k]; experts 0 to hot.experts - 1 are the hot ones."""
+    if hot.ranks and (num_experts % hot.ranks or hot.experts > num_experts // hot.ranks):
+        raise ValueError(
+            f"hot: {hot.experts} experts at home on one of {hot.ranks} ranks, but a rank has "
+            f"{num_experts / hot.ranks:g} of {num_experts}: change hot.experts or hot.ranks"
+        )
     pairs = hot.fraction * top_k
     most_hot = int(np.ceil(pairs))
     num_cold = num_experts - hot.experts

@@ -152,7 +152,7 @@ def balance(tokens_E, num_ranks, num_dynamic, q, cost, tolerance, head_E, next_X
             load_S, used_S, fetches_S, move_3M)  # fmt: skip
     target, way = peak, HELD
     for candidate in range(3):
-        if target - goal >= gain:
+        if candidate == HELD or target - goal >= gain:
             found = _least(candidate, goal, target, precision, work)
             if candidate == HELD or target - found >= gain:
                 target, way = found, candidate

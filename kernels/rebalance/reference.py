@@ -143,7 +143,7 @@ def balance(
     if target <= goal:
         return [], True
     for candidate in ("held", "held_first", "largest"):
-        if target - goal >= gain:
+        if candidate == "held" or target - goal >= gain:
             found = _least(lambda at, c=candidate: fill(at, c) is not None, goal, target, precision)
             if candidate == "held" or target - found >= gain:
                 target, way = found, candidate

@@ -4,12 +4,10 @@ ranks.py runs every policy, way of exchange and odd batch in one process per ran
 that its own tokens come out as from a dense layer.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from gloo import run_ranks
 
 RANKS = Path(__file__).with_name("ranks.py")
 POLICIES = ("static", "eplb", "first_copy", "metro", "metro_even", "metro_knee")
@@ -19,23 +17,7 @@ WAYS = ("replicated", "after_gather", "all_reduce")
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
 def findings(request, tmp_path_factory) -> list[dict]:
     """What each rank found, by case; fails with a rank's traceback if one failed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    size = request.param
-    outs = [folder / f"{rank}.json" for rank in range(size)]
-    errors = [folder / f"{rank}.err" for rank in range(size)]
-    ranks = []
-    try:
-        for rank in range(size):
-            with errors[rank].open("w") as stderr:
-                command = [sys.executable, RANKS, str(size), str(rank), folder / "init", outs[rank]]
-                ranks.append(subprocess.Popen(command, stderr=stderr, cwd=folder))
-        codes = [process.wait(timeout=200) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(error.read_text()[-2500:] for error in errors)
-    return [json.loads(out.read_text()) for out in outs]
+    return run_ranks(RANKS, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def by_case(findings: list[dict]):

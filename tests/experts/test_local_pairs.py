@@ -4,11 +4,14 @@ Inputs are small whole numbers and weights are powers of two, so that every pair
 dtype and results are compared to the bit: a sum that was rounded in between would show.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import LocalPairExperts, extended_map, select_local_pairs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -169,3 +172,73 @@ def test_output_may_be_the_input():
     LocalPairExperts(map_P)(separate_TD, hidden_TD, weights_TK, ids_TK, kernel)
     LocalPairExperts(map_P)(hidden_TD, hidden_TD, weights_TK, ids_TK, kernel)
     assert torch.equal(hidden_TD, separate_TD)
+
+
+class Late:
+    """Slots that have not arrived: their matrices are broken until somebody waits."""
+
+    def __init__(self, kernel: Experts, pending: set[int], error: BalancerError | None) -> None:
+        self.kernel, self.slots, self.error = kernel, pending, error
+        self.whole_EDD = kernel.matrix_EDD.clone()
+        self.waits, self.inside = 0, 0
+        kernel.matrix_EDD[[*pending]] = torch.nan
+
+    def pending(self) -> set[int]:
+        return self.slots
+
+    def wait(self) -> None:
+        assert self.inside
+        self.waits += 1
+        if self.error is not None:
+            raise self.error
+        self.kernel.matrix_EDD.copy_(self.whole_EDD)
+
+    @contextmanager
+    def computing(self):
+        self.inside += 1
+        yield
+        self.inside -= 1
+
+
+@given(batches(), st.sets(st.integers(0, 8)), st.sampled_from(DTYPES))
+def test_late_experts_are_computed_behind_the_others_and_change_no_bit(batch, pending, dtype):
+    ids_TK, map_P = batch
+    num_local = max(1, int((map_P >= 0).sum()))
+    pending = {slot for slot in pending if slot < num_local}
+    hidden_TD, weights_TK = tokens(len(ids_TK), dtype), weights(ids_TK)
+    kernel = Experts(num_local, dtype)
+    local_TK = torch.where(ids_TK >= 0, map_P[ids_TK.clamp(min=0)], -1)
+    expected_TD = dense(hidden_TD, weights_TK, local_TK, kernel)
+    late = Late(kernel, pending, None)
+    experts = LocalPairExperts(map_P)
+    experts.arrivals = late
+    output_TD = torch.full_like(hidden_TD, torch.nan)
+    experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
+    assert torch.equal(output_TD, expected_TD)
+    of_calls = [set(ids) for _, _, ids in kernel.calls]
+    used = set(local_TK[local_TK >= 0].tolist())
+    assert of_calls == [part for part in (used - pending, used & pending) if part]
+    assert late.waits == bool(used & pending) and late.inside == 0
+
+
+def test_an_expert_that_cannot_arrive_is_an_error_and_not_a_number():
+    kernel = Experts(2, torch.float32)
+    experts = LocalPairExperts(torch.tensor([0, 1]))
+    experts.arrivals = Late(kernel, {1}, BalancerError("the copy failed."))
+    ids_TK = torch.tensor([[0, 1], [1, 0]])
+    output_TD = torch.full((2, HIDDEN), torch.nan)
+    with pytest.raises(BalancerError, match="the copy failed"):
+        experts(output_TD, tokens(2, torch.float32), weights(ids_TK), ids_TK, kernel)
+    assert [ids for _, _, ids in kernel.calls] == [[0, 0]], "only the expert that was there"
+
+
+def test_what_is_called_before_sees_the_tokens_of_every_batch():
+    seen = []
+    experts = LocalPairExperts(torch.tensor([0, -1]))
+    experts.before = lambda hidden_TD: seen.append(len(hidden_TD))
+    for ids_TK in (torch.tensor([[1, 1]]), torch.empty((0, 2), dtype=torch.int64)):
+        hidden_TD = tokens(len(ids_TK), torch.float32)
+        output_TD = torch.empty_like(hidden_TD)
+        experts(output_TD, hidden_TD, weights(ids_TK), ids_TK, Experts(1, torch.float32))
+    assert seen == [1, 0]
+    assert list(experts.recent_ns) == [0, 0]

@@ -95,6 +95,14 @@ def test_even_batches_and_unpaid_moves_step_aside():
     assert late.outcome is Outcome.UNPAID, "the idle rank would end when the other does"
 
 
+def test_replicas_that_are_there_even_out_what_is_not_worth_a_fetch():
+    """3 % above the mean: less than twice the tolerance, so nothing is fetched for it."""
+    rules, tokens_FE = Rules(threshold_tokens=10), one_source(1000, 1060, 1000, 940)
+    assert schedule(tokens_FE, held(4, [-1], [-1]), rules).outcome is Outcome.UNPAID
+    there = schedule(tokens_FE, held(4, [-1], [1]), rules)
+    assert there.outcome is Outcome.HELD and loads(there) == [2000, 2000]
+
+
 def test_a_fetch_that_costs_the_receiver_time_moves_less():
     """900 and 100, a fetch takes as long as 100 tokens: both end at 550."""
     rules = Rules(threshold_tokens=100, fetch_tokens=100, tolerance=0.0)

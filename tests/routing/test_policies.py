@@ -8,10 +8,10 @@ from cases import Case, random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance.config import BALANCERS
+from vllm_balance.config import BALANCERS, FETCHES
 from vllm_balance.kernels.assign import assign, even_split
 from vllm_balance.kernels.record import Counter, counters_size
-from vllm_balance.routing import ROUTING, LayerTables
+from vllm_balance.routing import FETCHING, ROUTING, LayerTables
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.types import Demand
 
@@ -60,8 +60,10 @@ def tokens_per_slot(split_ER: torch.Tensor, case: Case) -> torch.Tensor:
 
 
 def test_every_balancer_of_the_flag_has_a_policy():
-    assert sorted(BALANCERS) == NAMES
-    assert {name: policy.name for name, policy in ROUTING.items()} == {n: n for n in NAMES}
+    assert sorted(BALANCERS) == sorted([*ROUTING, *FETCHING])
+    assert sorted(FETCHES) == sorted(FETCHING)
+    for policies in (ROUTING, FETCHING):
+        assert all(policy.name == name for name, policy in policies.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +79,7 @@ def test_a_plan_serves_every_token_once(name, seed, knee):
     assert not split_ER[case.placement.logical_to_physical_ER < 0].any()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("eplb", "gem")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("eplb", "gem", "exflow")])
 @given(SEEDS, st.sampled_from(KNEES))
 def test_routing_does_what_was_planned(name, seed, knee):
     case = random_case(seed)

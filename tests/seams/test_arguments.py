@@ -7,6 +7,7 @@ are configurations without weights.
 import json
 import logging
 import pickle
+import sys
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -14,13 +15,13 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_balance import plugin, seams
-from vllm_balance.config import BALANCERS
+from vllm_balance.config import BALANCERS, FETCHES, LOADED_BY_MAP
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams.arguments import ARGUMENT_SEAMS
 from vllm_balance.seams.deployment import configure
 
 TWO_RANKS = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
-OF_THEMSELVES = [name for name in BALANCERS if name != "gem"]
+OF_THEMSELVES = [name for name in BALANCERS if name not in LOADED_BY_MAP]
 """Those that need no map."""
 WORKER = "vllm_balance.seams.worker_cpu.BalancedCPUWorker"
 
@@ -78,8 +79,12 @@ def test_a_balancer_selects_worker_and_eplb(moe_model, name, parallel):
     assert config.parallel_config.enable_eplb == (name != "static")
     if name != "static":
         eplb = config.parallel_config.eplb_config
-        assert eplb.num_redundant_experts == settled["num_redundant_experts"] == 2
-        assert (eplb.window_size, eplb.step_interval) == (1000, 3000)
+        fetches = name in FETCHES
+        redundant = 2 * 4 if fetches else 2
+        assert eplb.num_redundant_experts == settled["num_redundant_experts"] == redundant
+        assert settled["dynamic_slots"] == (4 if fetches else None)
+        rearranged = (1, sys.maxsize) if fetches else (1000, 3000)
+        assert (eplb.window_size, eplb.step_interval) == rearranged
         assert not eplb.use_async
 
 

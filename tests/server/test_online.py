@@ -1,42 +1,15 @@
 """Online gem: experts move while requests run, and the answers stay those of one dense rank."""
 
-from datetime import UTC, datetime
-from importlib.metadata import version
-
 import pytest
 from serving import DATA_PARALLEL, EAGER, FLOAT32, PROMPTS, TENSOR_PARALLEL, balanced, serve
 
-from vllm_balance import documents, profiles
-from vllm_balance.cost import CostModel, Fit
-from vllm_balance.model_shape import from_config
-from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
-from vllm_balance.seams.device import device_name
+from bench.stand_ins import made_up_profile
+from vllm_balance import documents
 
 pytestmark = pytest.mark.timeout(900)
 
 LAYOUTS = {"tensor": TENSOR_PARALLEL, "data": (*DATA_PARALLEL, "--api-server-count", "1")}
 EAGER_TO_MOVE = {"interval": 10, "window": 8, "horizon": 10**9, "hysteresis": 0.0}
-
-
-def made_up_profile(model) -> Profile:
-    """As if measured with the dtype of these tests; what counts here is that it is accepted."""
-    cost = CostModel(a_us=10.0, b_us=1.0, c_us=5.0, beta_us=1.0)
-    fit = Fit(model=cost, residual_us_N=(0.0,), r2=1.0, median_relative_error=0.0)
-    return Profile(
-        units=Units(),
-        created=datetime.now(UTC),
-        device=device_name(),
-        versions={package: version(package) for package in profiles.BOUND_VERSIONS},
-        shape=from_config(model).model_copy(update={"dtype": "float32"}),
-        ranks=[
-            RankProfile(
-                rank=0,
-                place="core 0",
-                curve=Curve.of(fit),
-                points=[Point(tokens_E=[1], time_us=11.0, repeats=1)],
-            )
-        ],
-    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

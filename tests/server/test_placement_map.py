@@ -1,13 +1,11 @@
 """Weights loaded by a placement map: every layer its own permutation, answers as from one rank."""
 
-from datetime import UTC, datetime
-
-import numpy as np
 import pytest
 from serving import EAGER, FLOAT32, PROMPTS, REARRANGED, TENSOR_PARALLEL, balanced, serve
 
+from bench.stand_ins import shuffled_map
 from vllm_balance import maps
-from vllm_balance.model_shape import ModelShape, from_config
+from vllm_balance.model_shape import from_config
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -15,26 +13,6 @@ NEVER = {"window_size": 1000, "step_interval": 100_000, "redundancy": None}
 """vLLM's EPLB does not move experts while these tests run, so that they stay where the map put
 them; the redundancy is the map's."""
 SERVERS = {"gem": (0, {}), "metro": (16, NEVER)}
-
-
-def shuffled_map(shape: ModelShape, num_redundant: int) -> maps.PlacementMap:
-    random = np.random.default_rng(7)
-    every = np.arange(shape.num_experts)
-    layers = [
-        np.concatenate([every, random.choice(every, num_redundant, replace=False)])
-        for _ in range(shape.num_layers)
-    ]
-    return maps.PlacementMap(
-        created=datetime.now(UTC),
-        policy="gem",
-        sources={},
-        shape=shape,
-        num_ranks=2,
-        layers=[
-            maps.LayerMap(index=index, physical_to_logical=random.permutation(slots_P).tolist())
-            for index, slots_P in enumerate(layers)
-        ],
-    ).sealed()
 
 
 @pytest.mark.parametrize("name", SERVERS)

@@ -8,7 +8,9 @@ import typer
 
 from vllm_balance.commands.doctor import doctor
 from vllm_balance.commands.place import place
+from vllm_balance.commands.plan import plan
 from vllm_balance.commands.profile import profile
+from vllm_balance.commands.report import report
 from vllm_balance.commands.trace import info
 from vllm_balance.errors import BalancerError
 
@@ -21,6 +23,8 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(profile)
 app.command()(place)
+app.command()(plan)
+app.command()(report)
 trace = typer.Typer(help="Recorded routing.", no_args_is_help=True)
 app.add_typer(trace, name="trace")
 trace.command()(info)

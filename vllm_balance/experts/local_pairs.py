@@ -7,14 +7,35 @@ vLLM's CPU experts take local expert ids and no map, so a rank must hand over ex
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import embedding_bag
 
 PairKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(output [N, D], hidden states [N, D], weights float32 [N, 1], local ids int32 [N, 1]) -> None."""
+
+RECENT_BATCHES = 1024
+
+
+class Arrivals(Protocol):
+    """Which of this layer's slots still wait for their expert's weights."""
+
+    def pending(self) -> set[int]:
+        """Local ids that must not be computed before :meth:`wait`."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when all are in place. Raises BalancerError if one cannot be."""
+        ...
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, no slot of the layer is overwritten."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +79,16 @@ class LocalPairExperts:
     def __init__(self, expert_map_P: torch.Tensor) -> None:
         self._extended_map_P1 = extended_map(expert_map_P)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.arrivals: Arrivals | None = None
+        """What tells experts that are still on their way; None: all are always there."""
+        self.before: Callable[[torch.Tensor], None] | None = None
+        """Called with the hidden states before anything is computed."""
         self.kernel_ns = 0
         """Time in the kernel, ns."""
         self.wrapping_ns = 0
         """Time around it: choosing, gathering and adding back local pairs, ns."""
+        self.recent_ns: deque[int] = deque(maxlen=RECENT_BATCHES)
+        """Time of each of the last batches, in the kernel and around it, without waiting, ns."""
 
     def __call__(
         self,
@@ -74,26 +101,77 @@ class LocalPairExperts:
         """Writes this rank's share of the layer's output: the weighted sum of its local pairs.
 
         Each pair is computed once in the input's dtype; a token's pairs are summed in float32.
+        Pairs of experts that have not arrived are computed in a second call, behind the others.
         """
+        if self.before is not None:
+            self.before(hidden_states_TD)
         start = time.perf_counter_ns()
         pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._extended_map_P1)
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
             output_TD.zero_()
+            self.recent_ns.append(0)
             return
-        inputs_ND, outputs_ND = self._room_for(num_pairs, hidden_states_TD)
-        torch.index_select(hidden_states_TD, 0, pairs.token_N, out=inputs_ND)
-        kernel_start = time.perf_counter_ns()
-        kernel(outputs_ND, inputs_ND, pairs.weight_N1, pairs.expert_N1)
-        kernel_end = time.perf_counter_ns()
-        every_N = torch.arange(num_pairs)
-        output_TD.copy_(embedding_bag(every_N, outputs_ND, pairs.first_T, mode="sum"))
-        self.kernel_ns += kernel_end - kernel_start
-        self.wrapping_ns += time.perf_counter_ns() - kernel_end + kernel_start - start
+        outputs_ND = self._room_for(num_pairs, hidden_states_TD)[1]
+        kernel_ns_before = self.kernel_ns
+        if self.arrivals is None:
+            away_ns = self._compute(hidden_states_TD, pairs, None, 0, num_pairs, kernel)
+            row_N = torch.arange(num_pairs)
+        else:
+            row_N, away_ns = self._as_they_arrive(hidden_states_TD, pairs, kernel, self.arrivals)
+        output_TD.copy_(embedding_bag(row_N, outputs_ND, pairs.first_T, mode="sum"))
+        around_ns = time.perf_counter_ns() - start - away_ns
+        self.wrapping_ns += around_ns
+        self.recent_ns.append(around_ns + self.kernel_ns - kernel_ns_before)
+
+    def _as_they_arrive(
+        self,
+        hidden_states_TD: torch.Tensor,
+        pairs: LocalPairs,
+        kernel: PairKernel,
+        arrivals: Arrivals,
+    ) -> tuple[torch.Tensor, int]:
+        """Computes present experts, waits, computes the others: (row of each pair, time, ns)."""
+        num_pairs = pairs.token_N.shape[0]
+        order_N, num_present = _present_first(pairs.expert_N1, arrivals.pending())
+        away_ns = 0
+        with arrivals.computing():
+            if num_present:
+                away_ns += self._compute(hidden_states_TD, pairs, order_N, 0, num_present, kernel)
+            if num_present < num_pairs:
+                start = time.perf_counter_ns()
+                arrivals.wait()
+                away_ns += time.perf_counter_ns() - start
+                away_ns += self._compute(
+                    hidden_states_TD, pairs, order_N, num_present, num_pairs, kernel
+                )
+        row_N = torch.arange(num_pairs) if order_N is None else order_N.argsort()
+        return row_N, away_ns
+
+    def _compute(
+        self,
+        hidden_states_TD: torch.Tensor,
+        pairs: LocalPairs,
+        order_N: torch.Tensor | None,
+        first: int,
+        last: int,
+        kernel: PairKernel,
+    ) -> int:
+        """Computes pairs ``first`` to ``last`` of the order into these rows; time there in ns."""
+        inputs_ND, outputs_ND = self._room_for(last, hidden_states_TD)
+        chosen_N = slice(first, last) if order_N is None else order_N[first:last]
+        rows_ND = inputs_ND[first:]
+        torch.index_select(hidden_states_TD, 0, pairs.token_N[chosen_N], out=rows_ND)
+        start = time.perf_counter_ns()
+        kernel(outputs_ND[first:], rows_ND, pairs.weight_N1[chosen_N], pairs.expert_N1[chosen_N])
+        taken_ns = time.perf_counter_ns() - start
+        self.kernel_ns += taken_ns
+        return taken_ns
 
     def reset(self) -> None:
         """Sets the times to zero."""
         self.kernel_ns = self.wrapping_ns = 0
+        self.recent_ns.clear()
 
     def _room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""
@@ -102,3 +180,16 @@ class LocalPairExperts:
             shape = (num_pairs, like.shape[1])
             buffers = self._buffers = (like.new_empty(shape), like.new_empty(shape))
         return buffers[0][:num_pairs], buffers[1][:num_pairs]
+
+
+def _present_first(expert_N1: torch.Tensor, pending: set[int]) -> tuple[torch.Tensor | None, int]:
+    """An order with the pairs of present experts in front, and their number.
+
+    None stands for the order as it is, when all are present.
+    """
+    num_pairs = expert_N1.shape[0]
+    if not pending:
+        return None, num_pairs
+    is_late_N = torch.isin(expert_N1[:, 0], torch.tensor([*pending], dtype=torch.int32))
+    order_N = is_late_N.to(torch.uint8).argsort(stable=True)
+    return order_N, num_pairs - int(is_late_N.sum())

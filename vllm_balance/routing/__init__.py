@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_balance.routing.eplb import EplbRouting
 from vllm_balance.routing.even_split import EvenSplitRouting
+from vllm_balance.routing.exflow import ExflowRouting
 from vllm_balance.routing.fetching import FetchingPolicy
 from vllm_balance.routing.first_copy import FirstCopyRouting
 from vllm_balance.routing.gem import GemRouting
@@ -20,6 +21,7 @@ ROUTING: dict[str, type[RoutingPolicy]] = {
     "first_copy": FirstCopyRouting,
     "metro": MetroRouting,
     "gem": GemRouting,
+    "exflow": ExflowRouting,
 }
 """Every balancer without dynamic slots by the name that ``--moe-balancer`` takes."""
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
+from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
 from vllm_balance.cost import knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
@@ -28,6 +28,7 @@ from vllm_balance.seams.settings_files import (
     read_map,
 )
 from vllm_balance.seams.versions import unsupported_version
+from vllm_balance.slot_deployment import num_dynamic_slots
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_balance.seams.worker_cpu.BalancedCPUWorker",
@@ -61,12 +62,17 @@ def configure(vllm_config: Any) -> None:
     _check_combination(config, vllm_config)
     _check_online(config)
     deployment = read_deployment(vllm_config)
-    redundant = num_redundant_experts(config, deployment)
+    if config.fetches:
+        redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
+    else:
+        redundant = num_redundant_experts(config, deployment)
     if found is not None:
         placement_of(found, vllm_config, redundant)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
+    if config.fetches:
+        settled["dynamic_slots"] = redundant // deployment.num_ranks
     settled |= absolute(config)
     costs = measured_costs(config, vllm_config)
     if costs is not None and config.knee_tokens is None:
@@ -113,6 +119,13 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         and parallel.data_parallel_size > 1,
         "round-robin expert placement": parallel.expert_placement_strategy != "linear",
     }
+    if config.fetches:
+        # The host store is filled once: weights that change later would not reach it.
+        refused |= {
+            "sleep mode": vllm_config.model_config.enable_sleep_mode,
+            "weight transfer": vllm_config.weight_transfer_config is not None,
+            "LoRA": vllm_config.lora_config is not None,
+        }
     found = [name for name, present in refused.items() if present]
     if found:
         raise BalancerError(
@@ -127,7 +140,8 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     )
     if config.online is not None:
         require_whole_batch(way)
-    if parallel.enable_eplb and (config.name == "gem" or not config.replicates):
+    stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
+    if parallel.enable_eplb and stays:
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
@@ -185,6 +199,11 @@ def read_deployment(vllm_config: Any) -> Deployment:
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
+        free_host_bytes=_usable_bytes(vllm_config, True, local_ranks),
+        on_cpu=on_cpu,
+        is_eager=bool(model.enforce_eager),
+        one_machine=parallel.nnodes == 1
+        and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
     )
 
 
@@ -208,8 +227,8 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb = copy.copy(parallel.eplb_config)
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
-    if config.name == "gem":
-        # Its placement stays; a step counter never gets here.
+    if config.fetches or config.name in LOADED_BY_MAP:
+        # The placement stays; a step counter never gets here.
         eplb.window_size, eplb.step_interval = 1, sys.maxsize
     if current_platform.is_cpu():
         # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
@@ -223,6 +242,9 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
 def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
     from vllm.logger import init_logger
 
+    if config.fetches:
+        _announce_slots(config, redundant // deployment.num_ranks, deployment)
+        return
     extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
     init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
@@ -233,4 +255,21 @@ def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) ->
         deployment.num_ranks,
         extra / 2**30,
         extra / deployment.num_ranks / 2**30,
+    )
+
+
+def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) -> None:
+    from vllm.logger import init_logger
+
+    per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
+    init_logger("vllm_balance").info(
+        "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
+        "per rank); the host store of all experts takes %.2f GiB, %.2f GiB are free.",
+        config.name,
+        deployment.num_experts,
+        deployment.num_ranks,
+        slots,
+        per_rank / 2**30,
+        deployment.store_bytes / 2**30,
+        deployment.free_host_bytes / 2**30,
     )

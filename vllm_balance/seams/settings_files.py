@@ -1,10 +1,12 @@
-"""The files that settings name, read and checked against the deployment: a map, a profile."""
+"""What settings say of files and placement, checked against the deployment: a map, a profile."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vllm_balance import maps, profiles
 from vllm_balance.config import BalancerConfig
@@ -37,10 +39,22 @@ def initial_placement(config: BalancerConfig, vllm_config: Any) -> InitialPlacem
     Raises:
         BalancerError: the placement cannot be read or does not fit the model and the ranks.
     """
+    if config.fetches:
+        return home_placement(vllm_config, config.num_redundant_experts or 0)
     found = read_map(config)
     if found is None:
         return None
     return placement_of(found, vllm_config, config.num_redundant_experts or 0)
+
+
+def home_placement(vllm_config: Any, num_slots: int) -> InitialPlacement:
+    """Every rank holds its home experts in linear order, then its empty dynamic slots."""
+    layers = moe_layers(vllm_config.model_config.hf_text_config)
+    ranks, num_experts = num_ranks(vllm_config), vllm_config.model_config.get_num_experts()
+    home_SE = np.arange(num_experts).reshape(ranks, -1)
+    empty_SD = np.full((ranks, num_slots // ranks), -1)
+    slots_P = np.concatenate([home_SE, empty_SD], axis=1).ravel()
+    return InitialPlacement.of("home experts", layers, np.tile(slots_P, (len(layers), 1)))
 
 
 def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,7 +14,8 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.initial_placement import tables
-from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.routing import FETCHING, ROUTING, LayerTables, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.deployment import settings_of
@@ -21,6 +24,9 @@ from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.router import BALANCER
 from vllm_balance.seams.settings_files import initial_placement
+from vllm_balance.seams.slots import ModelSlots
+
+Balancer = TypeVar("Balancer", bound=LayerBalancer)
 
 
 class BalancedWorker(RecordingWorker):
@@ -29,6 +35,8 @@ class BalancedWorker(RecordingWorker):
     balancer_config: BalancerConfig
     worker_balancer: WorkerBalancer
     loading: PlacedLoading | None
+    _replay_as: Callable[[ReplaySettings], None] | None = None
+    """Routes by these settings from now on; None if the model's own router decides."""
     model_runner: Any
     """vLLM's, of the worker class that this is mixed into."""
 
@@ -63,16 +71,20 @@ class BalancedWorker(RecordingWorker):
                 f"balanced; leave the flag away."
             )
         if self.balancer_config.replay is not None:
-            self._register_replay(vllm_config, runners)
-        policy = make_policy(self.balancer_config)
+            self._replay_as = partial(_register_replay, vllm_config, runners)
+            self._replay_as(self.balancer_config.replay)
         self.worker_balancer = WorkerBalancer(
-            balancer=policy.name,
+            balancer=self.balancer_config.name,
             rank=get_ep_group().rank_in_group,
             placement=self._verified_placement(vllm_config, runners),
         )
-        for runner in runners:
-            layer = bind_layer(runner, policy, self.balancer_config, self.loading)
-            self.worker_balancer.layers.append(layer)
+        if self.balancer_config.fetches:
+            self._bind_slots(runners)
+        else:
+            make = partial(LayerBalancer, policy=make_policy(self.balancer_config))
+            for runner in runners:
+                layer = bind_layer(runner, make, self.balancer_config, self.loading)
+                self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0])
         self.attach_recorder(
             vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
@@ -84,6 +96,20 @@ class BalancedWorker(RecordingWorker):
                 self.model_runner.eplb_state,
                 self.worker_balancer.layers,
             )
+
+    def _bind_slots(self, runners: list[Any]) -> None:
+        from vllm.distributed import get_ep_group
+
+        config = self.balancer_config
+        shared = ModelSlots(runners, config, get_ep_group())
+        knee_tokens = config.knee_tokens or default_knee_tokens()
+        policy = FETCHING[config.name](shared.rules(knee_tokens))
+        layers = []
+        for index, runner in enumerate(runners):
+            make = partial(shared.maker(index), policy=policy)
+            layers.append(bind_layer(runner, make, config, self.loading))
+        shared.connect(layers, knee_tokens)
+        self.worker_balancer.layers.extend(layers)
 
     def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
         """What the status says of the initial placement; every rank takes part or none.
@@ -112,17 +138,18 @@ class BalancedWorker(RecordingWorker):
             )
         return f"{placement.origin} {placement.checksum[:12]} verified"
 
-    def _register_replay(self, vllm_config: Any, runners: list[Any]) -> None:
-        from vllm_balance import replay
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, where no host store keeps the weights that were loaded first.
 
-        assert self.balancer_config.replay is not None
-        replay.register(
-            self.balancer_config.replay,
-            num_layers=len(runners),
-            num_experts=vllm_config.model_config.get_num_experts(),
-            top_k=runners[0].moe_config.experts_per_token,
-            rank=vllm_config.parallel_config.data_parallel_rank,
-        )
+        Raises:
+            BalancerError: the balancer fetches experts.
+        """
+        if self.balancer_config.fetches:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} fetches experts from a host store "
+                f"that is filled once, so weights cannot be reloaded. Restart the server."
+            )
+        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
@@ -132,6 +159,34 @@ class BalancedWorker(RecordingWorker):
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
         self.worker_balancer.reset()
+
+    def moe_balancer_replay(self, settings: dict[str, Any]) -> None:
+        """Replays another skew from now on; for ``collective_rpc`` of benchmarks.
+
+        Raises:
+            BalancerError: the server was started without `replay`, or the settings do not fit.
+        """
+        if self._replay_as is None:
+            raise BalancerError(
+                "The routing is the model's own, so no other skew can be replayed. Start the "
+                "server with `replay` in --moe-balancer-config."
+            )
+        try:
+            self._replay_as(ReplaySettings.model_validate(settings))
+        except ValueError as error:
+            raise BalancerError(f"`replay` cannot be changed: {error}.") from error
+
+
+def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySettings) -> None:
+    from vllm_balance import replay
+
+    replay.register(
+        settings,
+        num_layers=len(runners),
+        num_experts=vllm_config.model_config.get_num_experts(),
+        top_k=runners[0].moe_config.experts_per_token,
+        rank=vllm_config.parallel_config.data_parallel_rank,
+    )
 
 
 def make_policy(config: BalancerConfig) -> RoutingPolicy:
@@ -157,11 +212,16 @@ def default_knee_tokens() -> float:
 
 def bind_layer(
     runner: Any,
-    policy: RoutingPolicy,
+    make: Callable[..., Balancer],
     config: BalancerConfig,
     loading: PlacedLoading | None = None,
-) -> LayerBalancer:
-    """Gives one layer's router and dispatch their balancer; `loading` put its weights in place."""
+) -> Balancer:
+    """Gives one layer's router and dispatch their balancer.
+
+    Args:
+        make: the balancer from the keyword arguments that every one takes.
+        loading: what put the layer's weights in place.
+    """
     from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
         MoEPrepareAndFinalizeNaiveDPEPModular,
@@ -171,9 +231,8 @@ def bind_layer(
     kernel = runner.routed_experts.quant_method.moe_kernel
     dispatch = None if kernel is None else kernel.prepare_finalize
     gathers = isinstance(dispatch, MoEPrepareAndFinalizeNaiveDPEPModular)
-    balancer = LayerBalancer(
+    balancer = make(
         layer_name=runner.layer_name,
-        policy=policy,
         tables=_tables(runner, group.world_size, loading),
         way=way_of_exchange(
             data_parallel_size=runner.moe_config.dp_size,

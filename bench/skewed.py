@@ -1,0 +1,78 @@
+"""The table of a run with several skews: every arm under each, against static and the bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm_balance.measured_tables import MeasuredTable, median, origin
+from vllm_balance.measurement import Measurement
+
+BOUND = ("even", "static")
+"""Load and arm that bound all others: the same server and prompts under even routing."""
+HEADINGS = (
+    "skew",
+    "arm",
+    "tokens/s",
+    "of the bound",
+    "against static",
+    "TTFT ms",
+    "against static",
+    "waiting, share of rank time",
+    "of it for fetches",
+    "batch time, sd / mean",
+    "fetches per batch",
+    "deciding, share of MoE",
+)
+
+
+def table(rows: list[Measurement]) -> MeasuredTable:
+    """One line per load and arm, medians; needs the load and the arm of the bound."""
+    bound = median(_of(rows, *BOUND), _speed)
+    arms = dict.fromkeys(row.arm for row in rows)
+    body = []
+    for load in dict.fromkeys(row.load for row in rows):
+        base = _of(rows, load, "static")
+        for arm in arms:
+            if here := _of(rows, load, arm):
+                body.append([load, arm, *_numbers(here, base, bound)])
+    return MeasuredTable(
+        title=rows[0].title,
+        caption="Medians; the bound is `static` under even routing.",
+        headings=list(HEADINGS),
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
+    )
+
+
+def _numbers(here: list[Measurement], base: list[Measurement], bound: float) -> list[str]:
+    speed, ttft_ms = median(here, _speed), median(here, _ttft_ms)
+    return [
+        f"{speed:.0f}",
+        f"{speed / bound:.1%}",
+        f"{speed / median(base, _speed) - 1:+.1%}",
+        f"{ttft_ms:.0f}",
+        f"{ttft_ms / median(base, _ttft_ms) - 1:+.1%}",
+        f"{median(here, lambda row: row.waiting_share or 0.0):.1%}",
+        f"{median(here, lambda row: row.fetch_wait_share or 0.0):.2%}",
+        f"{median(here, lambda row: row.batch_time_spread or 0.0):.1%}",
+        f"{median(here, _fetches):.1f}",
+        f"{median(here, lambda row: row.decide_share):.2%}",
+    ]
+
+
+def _of(rows: Iterable[Measurement], load: str, arm: str) -> list[Measurement]:
+    return [row for row in rows if (row.load, row.arm) == (load, arm)]
+
+
+def _fetches(row: Measurement) -> float:
+    fetched = row.fetching or {}
+    return (fetched.get("fetches", 0) + fetched.get("early_fetches", 0)) / row.steps
+
+
+def _speed(row: Measurement) -> float:
+    return row.total_tokens_per_s
+
+
+def _ttft_ms(row: Measurement) -> float:
+    return row.ttft_ms.p50

@@ -1,0 +1,31 @@
+"""How long ranks wait for the slowest one and for fetches, from the status of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FETCHED = ("fetches", "early_fetches", "early_hits", "hits", "wasted_bytes", "evictions")
+
+
+def shares(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of a row: shares of time that ranks wait, the spread of batches, and fetches.
+
+    Args:
+        ranks: status with layers of every rank; the last batches of each layer count.
+    """
+    layers_SL = [rank["layers"] for rank in ranks]
+    times_SLB = np.array([[layer["recent_experts_us"] for layer in layers] for layers in layers_SL])
+    fetch_SL = np.array([[layer.get("fetch_wait_us", 0.0) for layer in row] for row in layers_SL])
+    found: dict[str, Any] = {}
+    if times_SLB.size:
+        slowest_B = times_SLB.max(0).sum(0)
+        fetch_us = fetch_SL.max(0).sum()
+        whole_us = slowest_B.sum() + fetch_us
+        found["waiting_share"] = float(1 - times_SLB.mean(0).sum() / whole_us)
+        found["fetch_wait_share"] = float(fetch_us / whole_us)
+        found["batch_time_spread"] = float(slowest_B.std() / slowest_B.mean())
+    if "fetches" in ranks[0]:
+        found["fetching"] = {name: sum(rank[name] for rank in ranks) for name in FETCHED}
+    return found

@@ -1,0 +1,188 @@
+"""Run files: the order of starts, and continuing where a run was ended."""
+
+import tomllib
+from collections import Counter
+
+import pytest
+from measured import row
+
+from bench import run
+from bench.load import Load
+from bench.provenance import ROOT
+from bench.starts import arm_of, plan
+from vllm_balance.config import parse
+from vllm_balance.measurement import read_measurements
+
+SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
+FILES = sorted(name for name, settings in SETTINGS.items() if "recordings" not in settings)
+"""The recorder has a benchmark of its own."""
+FILE = """
+title = "A test"
+seed = 3
+[model]
+num_layers = 1
+[serve]
+tensor_parallel = 2
+flags = []
+[warm]
+requests = 1
+prompt_tokens = 1
+max_tokens = 1
+[load]
+requests = 8
+prompt_tokens = 4
+max_tokens = 4
+repeats = 2
+[loads.one]
+concurrency = 1
+[loads.many]
+[replay]
+zipf = 0.8
+[cases.even.replay]
+zipf = 0
+[cases.skewed]
+[arms.static]
+[arms.metro]
+redundancy = 1.5
+[eplb]
+window_size = 9
+"""
+
+
+def test_arms_of_all_cases_go_forth_and_back():
+    starts = plan(tomllib.loads(FILE), rounds=1)
+    forth = [("static", "even"), ("metro", "even"), ("static", "skewed"), ("metro", "skewed")]
+    assert [(start.arm, start.case) for start in starts] == forth + forth[::-1]
+    assert [start.position for start in starts] == list(range(8))
+    assert len(plan(tomllib.loads(FILE), rounds=3)) == 24
+
+
+def test_a_load_changes_the_shared_one_and_a_case_replaces_tables():
+    start = plan(tomllib.loads(FILE), rounds=1)[0]
+    assert start.loads["one"].at_once == 1
+    assert start.loads["many"] == Load(requests=8, prompt_tokens=4, max_tokens=4, repeats=2)
+    arm = arm_of(plan(tomllib.loads(FILE), rounds=1)[1])
+    assert arm.settings["replay"] == {"zipf": 0, "seed": 3}
+    assert arm.settings["window_size"] == 9
+    assert arm_of(start).settings.keys() == {"replay"}
+
+
+class Killed(BaseException):
+    """Stands for a signal: nobody catches it."""
+
+
+@pytest.fixture
+def measuring(monkeypatch, tmp_path):
+    """`run_file` with servers that answer at once, which can be killed before the n-th row."""
+    starts: list[tuple[str, str]] = []
+    rows_left = [1000]
+
+    class Server:
+        def __init__(self, arm, model):
+            self.arm, self.url = arm, ""
+            starts.append(arm.name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    def measure_once(load, server, model, seed):
+        rows_left[0] -= 1
+        if rows_left[0] < 0:
+            raise Killed
+        made = row(server.arm.name)
+        known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
+        known |= {
+            "slow",
+            "slow_shown",
+            "config_hash",
+            "sources",
+            "versions",
+            "commit",
+            "machine",
+            "format",
+        }
+        return {name: getattr(made, name) for name in type(made).model_fields if name not in known}
+
+    monkeypatch.setattr(run.real_size_model, "ensure", lambda **shape: tmp_path)
+    monkeypatch.setattr(run.gate, "prove", lambda arm, gate, say: f"proof of {arm.name}")
+    monkeypatch.setattr(run, "Server", Server)
+    monkeypatch.setattr(run, "send", lambda *asked: None)
+    monkeypatch.setattr(run, "_measure_once", measure_once)
+    file = tmp_path / "test.toml"
+    file.write_text(FILE)
+    results = tmp_path / "results" / "test.jsonl"
+
+    def go(rows=1000):
+        starts.clear()
+        rows_left[0] = rows
+        run.run_file(file, 1, results)
+        return read_measurements(results)
+
+    go.starts, go.results, go.file = starts, results, file
+    return go
+
+
+def keys(rows):
+    return [(row.position, row.case, row.arm, row.load, row.repeat) for row in rows]
+
+
+def test_every_repeat_of_every_load_is_a_row(measuring):
+    rows = measuring()
+    assert len(rows) == 8 * 2 * 2
+    assert max(Counter(keys(rows)).values()) == 1
+    assert {(row.arm, row.gate) for row in rows} == {
+        ("static", "proof of static"),
+        ("metro", "proof of metro"),
+    }
+    assert {row.run for row in rows} == {"test"}
+
+
+def test_a_killed_run_continues_behind_its_last_row(measuring):
+    whole = keys(measuring())
+    measuring.results.unlink()
+    with pytest.raises(Killed):
+        measuring(rows=6)
+    with measuring.results.open("a") as file:
+        file.write('{"format": "vllm-balance meas')
+    assert keys(measuring()) == whole
+    # Four rows per start: the second was half done, the first is not started again.
+    assert measuring.starts == ["metro", "static", "metro", "metro", "static", "metro", "static"]
+
+
+def test_a_finished_run_starts_nothing(measuring):
+    assert measuring() == measuring()
+    assert measuring.starts == []
+
+
+@pytest.mark.parametrize("changed", ["settings", "code", "machine"])
+def test_other_settings_code_or_another_machine_are_measured_anew(measuring, monkeypatch, changed):
+    before = measuring()
+    if changed == "settings":
+        measuring.file.write_text(FILE.replace("zipf = 0.8", "zipf = 1.2"))
+    elif changed == "code":
+        monkeypatch.setattr(run, "sources", lambda: "other code")
+    else:
+        origin = {"versions": {}, "commit": "abc", "machine": "another"}
+        monkeypatch.setattr(run, "provenance", lambda: origin)
+    assert len(measuring()) == 2 * len(before)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_run_files_can_be_run(name):
+    settings = SETTINGS[name]
+    assert settings["title"]
+    for start in plan(settings, rounds=1):
+        arm = arm_of(start)
+        assert parse({"name": arm.balancer} | arm.settings)
+        assert arm.num_ranks == 2
+        at_once = int(arm.flags[arm.flags.index("--max-num-seqs") + 1]) * arm.data_parallel
+        length = int(arm.flags[arm.flags.index("--max-model-len") + 1])
+        warm = [Load(**settings["warm"])] if "warm" in settings else []
+        for load in [*start.loads.values(), *warm]:
+            assert load.at_once <= at_once
+            longest = (load.prompt_tokens + load.max_tokens) * (1 + load.length_spread)
+            assert longest < length
+            assert load.warming or warm

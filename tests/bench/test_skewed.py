@@ -1,0 +1,71 @@
+"""The shares and the table of skewed prefills, from made-up counters."""
+
+import pytest
+from measured import latency, row
+
+from bench import skewed, waiting
+from bench.starts import arm_of, plan
+
+
+def rank(times_LB, fetch_us=0.0, **counted) -> dict:
+    layers = [{"recent_experts_us": times_B, "fetch_wait_us": fetch_us} for times_B in times_LB]
+    return {"layers": layers, **counted}
+
+
+FETCHED = dict.fromkeys(waiting.FETCHED, 0)
+
+
+def test_ranks_wait_for_the_slowest_in_every_layer_and_batch():
+    # The slow rank changes from layer to layer: sums over layers would hide the waiting.
+    ranks = [rank([[10.0, 30.0], [30.0, 10.0]]), rank([[30.0, 10.0], [10.0, 30.0]])]
+    found = waiting.shares(ranks)
+    assert found["waiting_share"] == pytest.approx(1 - 20 / 30)
+    assert found["fetch_wait_share"] == 0 and found["batch_time_spread"] == 0
+    assert "fetching" not in found
+
+
+def test_time_for_fetches_is_waiting_and_fetches_of_all_ranks_count():
+    ranks = [rank([[20.0], [20.0]], **FETCHED | {"fetches": 3})]
+    ranks.append(rank([[20.0], [20.0]], fetch_us=5.0, **FETCHED | {"fetches": 1}))
+    found = waiting.shares(ranks)
+    assert found["waiting_share"] == pytest.approx(1 - 40 / 50)
+    assert found["fetch_wait_share"] == pytest.approx(10 / 50)
+    assert found["fetching"] == FETCHED | {"fetches": 4}
+
+
+def test_experts_that_cannot_be_timed_have_no_share():
+    assert waiting.shares([rank([[], []]), rank([[], []])]) == {}
+
+
+def test_every_arm_is_compared_with_static_and_the_bound():
+    def cell(load: str, arm: str, speed: float, **changes):
+        times = {"total_tokens_per_s": speed, "ttft_ms": latency(1e5 / speed)}
+        return row(arm, load=load, steps=4.0, waiting_share=0.25, **times, **changes)
+
+    rows = [cell("even", "static", 100), cell("hot", "static", 50)]
+    fetching = FETCHED | {"fetches": 6, "early_fetches": 2}
+    rows += [cell("hot", "harmoeny", speed, fetching=fetching) for speed in (80, 90, 97)]
+    body = skewed.table(rows).body
+    assert [line[:5] for line in body] == [
+        ["even", "static", "100", "100.0%", "+0.0%"],
+        ["hot", "static", "50", "50.0%", "+0.0%"],
+        ["hot", "harmoeny", "90", "90.0%", "+80.0%"],
+    ]
+    assert body[2][5:8] == ["1111", "-44.4%", "25.0%"] and body[2][10] == "2.0"
+
+
+def test_slots_take_no_settings_of_eplb_and_loads_their_own_replay():
+    settings = {
+        "seed": 3,
+        "replay": {"zipf": 0.0},
+        "load": {"requests": 1, "prompt_tokens": 8, "max_tokens": 1},
+        "loads": {"even": {}, "hot": {"replay": {"zipf": 2.0}}},
+        "arms": {"eplb": {}, "quick": {"balancer": "harmoeny", "dynamic_slots": 2}},
+        "eplb": {"window_size": 3},
+        "serve": {"flags": [], "tensor_parallel": 2},
+    }
+    starts = plan(settings, rounds=1)
+    assert starts[0].loads["hot"].replay == {"zipf": 2.0} and starts[0].loads["even"].replay is None
+    eplb, quick = arm_of(starts[0]), arm_of(starts[1])
+    assert eplb.settings == {"window_size": 3, "replay": {"zipf": 0.0, "seed": 3}}
+    assert quick.settings == {"dynamic_slots": 2, "replay": {"zipf": 0.0, "seed": 3}}

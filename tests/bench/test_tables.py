@@ -1,0 +1,54 @@
+"""Tables in the docs: written from rows between their marks, and nothing else is touched."""
+
+import pytest
+from measured import row, rows
+
+from bench import tables
+
+PAGE = "# Title\n\n<!-- table:decode -->\nold\n<!-- end -->\n\nText.\n"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A tree with rows of two runs and a README with one table."""
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    slo = [row("metro", slo_tpot_ms=100.0, goodput_per_s=1.0)]
+    for name, own in (("decode", rows()), ("batch", slo)):
+        text = "".join(one.model_dump_json() + "\n" for one in own)
+        (tmp_path / "bench" / "results" / f"{name}.jsonl").write_text(text)
+    (tmp_path / "README.md").write_text(PAGE)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_what_is_between_the_marks_is_replaced(root):
+    tables.tables(check=False)
+    lines = (root / "README.md").read_text().splitlines()
+    assert lines[:3] == ["# Title", "", "<!-- table:decode -->"]
+    assert lines[3] == "Decode <of> a test. Medians of 2 measurements per line."
+    assert lines[5].startswith("| arm | TPOT against static | TPOT against eplb | TPOT ms |")
+    assert lines[8].startswith("| eplb | +29.9% | +0.0% | 130.5 |")
+    assert lines[-4:-1] == [
+        "Measured on A machine; commit abc1234; `python -m bench.run configs/runs/decode.toml`.",
+        "<!-- end -->",
+        "",
+    ]
+    assert lines[-1] == "Text."
+
+
+def test_old_tables_are_found_and_fresh_ones_pass(root):
+    with pytest.raises(SystemExit, match=r"old in README\.md"):
+        tables.tables(check=True)
+    tables.tables(check=False)
+    tables.tables(check=True)
+
+
+def test_a_run_with_an_slo_has_a_second_table(root):
+    assert "tokens/s within the SLO" in tables.table("batch-slo")
+    assert "tokens/s within the SLO" not in tables.table("batch")
+
+
+def test_a_table_of_a_run_that_was_not_measured_is_an_error(root):
+    with pytest.raises(ValueError, match=r"prefill\.jsonl cannot be read"):
+        tables.table("prefill")

@@ -1,0 +1,238 @@
+"""One rank of a gloo group whose layer has dynamic slots; started by test_slot_ranks.py.
+
+    python slot_ranks.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+
+Weights are real rows, filled from a store that the ranks share, so that a slot with the wrong
+expert, or with half of one, gives wrong tokens. Every batch is compared with the dense layer.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vllm_balance.balancer import new_counters
+from vllm_balance.experts.dynamic_slots import LayerSlots
+from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
+from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.experts.look_ahead import LookAhead
+from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
+from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.routing import FETCHING, LayerTables
+from vllm_balance.slot_balancer import SlotBalancer
+from vllm_balance.types import DynamicSlots
+
+_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
+ranks = sys.modules["ranks"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+
+WAYS = ("replicated", "after_gather", "all_reduce")
+NUM_EXPERTS, TOP_K, HIDDEN, NUM_DYNAMIC = 12, 3, 6, 2
+INNER = 5
+BATCHES = 10
+
+
+class Layer:
+    """The rows of one rank: home experts, then slots full of NaN until something is fetched."""
+
+    def __init__(self, index: int, rank: int, world_size: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        options = {"generator": generator, "dtype": torch.float64}
+        self.w1_EDF = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
+        self.w2_EFD = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
+        num_home = NUM_EXPERTS // world_size
+        home = slice(rank * num_home, (rank + 1) * num_home)
+        self.tensors = []
+        for whole in (self.w1_EDF, self.w2_EFD):
+            empty = whole.new_full((NUM_DYNAMIC, *whole.shape[1:]), torch.nan)
+            self.tensors.append(torch.cat([whole[home], empty]))
+
+    def kernel(self, out, rows, weights, ids) -> None:
+        out.fill_(torch.nan)
+        w1, w2 = self.tensors
+        for row, local in enumerate(ids.flatten().tolist()):
+            out[row] = torch.tanh(rows[row] @ w1[local]) @ w2[local] * weights[row].double()
+
+    def dense(self, ids_GK, weights_GK, hidden_GD) -> torch.Tensor:
+        output_GD = torch.zeros_like(hidden_GD)
+        for expert in range(NUM_EXPERTS):
+            rows_GD = torch.tanh(hidden_GD @ self.w1_EDF[expert]) @ self.w2_EFD[expert]
+            share_G = ((ids_GK == expert) * weights_GK.double()).sum(1)
+            output_GD += rows_GD * share_G[:, None]
+        return output_GD
+
+
+class Model:
+    """Two layers on this rank with their store, copies and balancers."""
+
+    def __init__(self, policy, way, copies, rank, world_size, link) -> None:
+        self.way, self.rank, self.link = way, rank, link
+        self.layers = [Layer(index, rank, world_size) for index in range(2)]
+        machine = Machine(rank=rank, share=lambda mine: share(mine, world_size))
+        layout = ExpertLayout.of(self.layers[0].tensors)
+        self.store = HostStore.shared(
+            layout, num_layers=2, num_experts=NUM_EXPERTS, machine=machine
+        )
+        num_home = NUM_EXPERTS // world_size
+        for index, layer in enumerate(self.layers):
+            for slot in range(num_home):
+                self.store.write(index, rank * num_home + slot, slot, layer.tensors)
+        machine.share(None)
+        self.random = np.random.default_rng(rank)
+        run = self.copy_slowly if copies == "slow" else self.copy
+        self.prefetch = SyncPrefetch(run) if copies == "sync" else ThreadPrefetch(run)
+        self.balancers = [self.balancer(i, policy, world_size) for i in range(2)]
+        first = self.balancers[0]
+        first.following = self.balancers[1]
+        first.look_ahead = LookAhead(
+            gate=lambda rows: rows @ torch.ones(HIDDEN, NUM_EXPERTS).double(),
+            top_k=TOP_K,
+            num_experts=NUM_EXPERTS,
+            rank=rank,
+            num_ranks=world_size,
+            all_reduce=link.all_reduce,
+            min_pairs=30.0,
+        )
+
+    def copy(self, copy: Copy) -> None:
+        self.store.read(copy.layer, copy.expert, copy.slot, self.layers[copy.layer].tensors)
+
+    def copy_slowly(self, copy: Copy) -> None:
+        """The slot is broken for a while, as memory is in the middle of a copy."""
+        for tensor in self.layers[copy.layer].tensors:
+            tensor[copy.slot] = torch.nan
+        time.sleep(self.random.choice([0.0, 0.003, 0.01]))
+        self.copy(copy)
+
+    def balancer(self, index: int, policy: str, world_size: int) -> SlotBalancer:
+        num_physical = NUM_EXPERTS + world_size * NUM_DYNAMIC
+        per_rank = num_physical // world_size
+        expert_map_P = torch.full((num_physical,), -1, dtype=torch.int32)
+        own = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        expert_map_P[own] = torch.arange(per_rank, dtype=torch.int32)
+        dynamic = LayerSlots(
+            layer=index,
+            rank=self.rank,
+            state=DynamicSlots.empty(
+                num_logical=NUM_EXPERTS, num_ranks=world_size, num_dynamic=NUM_DYNAMIC
+            ),
+            prefetch=self.prefetch,
+            expert_bytes=self.store.layout.expert_bytes,
+        )
+        experts = LocalPairExperts(expert_map_P)
+        tables = LayerTables(
+            logical_to_physical_ER=torch.arange(NUM_EXPERTS)[:, None],
+            num_replicas_E=torch.ones(NUM_EXPERTS, dtype=torch.int64),
+            num_ranks=world_size,
+            num_physical=num_physical,
+            load_P=torch.zeros(num_physical, dtype=torch.int32),
+            record_enabled=torch.tensor(True),
+            counters=new_counters(world_size, torch.device("cpu")),
+        )
+        made = SlotBalancer(
+            layer_name=f"layer {index}",
+            policy=FETCHING[policy](Rules(threshold_tokens=2, knee_tokens=1.0)),
+            tables=tables,
+            way=self.way,
+            rank=self.rank,
+            all_reduce=self.link.all_reduce,
+            experts=experts,
+            dynamic=dynamic,
+        )
+        experts.arrivals, experts.before = dynamic, made.before_experts
+        return made
+
+    def run(self, index: int, batches, where: str) -> list[list[int]]:
+        """One batch through one layer as the seams do; compares with the dense layer."""
+        balancer, layer, link = self.balancers[index], self.layers[index], self.link
+        mine = batches.rows(self.rank)
+        if self.way == "replicated":
+            hidden, weights = batches.hidden_GD, batches.weights_GK
+            slots_GK = balancer.after_gather(balancer.in_router(batches.ids_GK.clone(), None))
+        else:
+            ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
+            parts = [batches.hidden_GD[mine], batches.weights_GK[mine], ids_TK]
+            hidden, weights, ids_GK = link.all_gatherv(parts, sizes=batches.sizes)
+            slots_GK = balancer.after_gather(ids_GK)
+        partial = torch.full_like(hidden, torch.nan)
+        balancer.experts(partial, hidden, weights, slots_GK, layer.kernel)
+        expected = layer.dense(batches.ids_GK, batches.weights_GK, batches.hidden_GD)
+        if self.way == "replicated":
+            output = link.all_reduce(partial)
+        else:
+            output = link.reduce_scatterv(partial, dim=0, sizes=batches.sizes)
+            expected = expected[mine]
+        assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12), where
+        return slots_GK.tolist()
+
+
+def share(mine, world_size: int) -> list:
+    found = [None] * world_size
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def sequence(world_size: int) -> list:
+    """Batches whose hot experts change, so that two slots are never enough for long."""
+    rng = np.random.default_rng(world_size)
+    found = []
+    for number in range(BATCHES):
+        kind = number % 5
+        sizes = [[20] * world_size, [3 * r + 1 for r in range(world_size)]][number % 2]
+        weights_E = np.full(NUM_EXPERTS, 0.02)
+        if kind < 3:
+            weights_E[rng.permutation(NUM_EXPERTS)[: 1 + 2 * (number % 2)]] = 10.0
+        if kind == 3:
+            sizes = [1] + [0] * (world_size - 1)
+        ids = [ranks.cases.draw_topk(size, TOP_K, weights_E, rng) for size in sizes]
+        if kind == 4:
+            ids[0][:] = -1
+            ids[-1] = np.full_like(ids[-1], number)
+        found.append(ranks.Batches(f"batch {number}", ids, None))
+    return found
+
+
+def main() -> None:
+    world_size, rank = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{sys.argv[3]}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    findings = {}
+    for policy in FETCHING:
+        for way in WAYS:
+            for copies in ("async", "slow", "sync"):
+                link = ranks.Communicator(rank, world_size)
+                model = Model(policy, way, copies, rank, world_size, link)
+                slots = []
+                for batches in sequence(world_size):
+                    for index in range(2):
+                        where = f"{policy}, {way}, {copies}, {batches.name}, layer {index}"
+                        slots.append(model.run(index, batches, where))
+                model.prefetch.close()
+                status = [balancer.status() for balancer in model.balancers]
+                findings[f"{policy} | {way} | {copies}"] = {
+                    "slots": slots,
+                    "content": [b.dynamic.state.content_SD.tolist() for b in model.balancers],
+                    "collectives": link.calls,
+                    "fetches": sum(layer["fetches"] for layer in status),
+                    "early_fetches": sum(layer["early_fetches"] for layer in status),
+                    "evictions": sum(layer["evictions"] for layer in status),
+                }
+    Path(sys.argv[4]).write_text(json.dumps(findings))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

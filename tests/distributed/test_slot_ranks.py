@@ -1,0 +1,56 @@
+"""2 and 4 gloo processes with dynamic slots that thrash: every token as from the dense layer.
+
+slot_ranks.py runs every policy, way of exchange and kind of copy over changing skews, and compares
+there; here the ranks are compared with each other.
+"""
+
+from pathlib import Path
+
+import pytest
+from gloo import run_ranks
+
+POLICIES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
+WAYS = ("replicated", "after_gather", "all_reduce")
+COPIES = ("async", "slow", "sync")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def findings(request, tmp_path_factory) -> list[dict]:
+    script = Path(__file__).with_name("slot_ranks.py")
+    return run_ranks(script, request.param, tmp_path_factory.mktemp("slots"))
+
+
+def test_every_policy_way_and_copy_was_run(findings):
+    cases = {f"{p} | {w} | {c}" for p in POLICIES for w in WAYS for c in COPIES}
+    assert all(found.keys() == cases for found in findings)
+
+
+@pytest.mark.parametrize("what", ["slots", "content", "collectives"])
+def test_all_ranks_decide_the_same(findings, what):
+    for case in findings[0]:
+        assert all(found[case][what] == findings[0][case][what] for found in findings), case
+
+
+def test_how_a_copy_runs_changes_no_decision(findings):
+    for policy in POLICIES:
+        for way in WAYS:
+            found = [findings[0][f"{policy} | {way} | {copies}"] for copies in COPIES]
+            assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "harmoeny_paper"])
+def test_the_way_of_exchange_changes_no_decision(findings, policy):
+    """The paper's schedule is left out: it tells sources apart, where a way knows them."""
+    for what in ("slots", "content"):
+        found = [findings[0][f"{policy} | {way} | async"][what] for way in WAYS]
+        assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_slots_thrashed(findings, policy):
+    """Otherwise the comparison with the dense layer says nothing about fetched weights."""
+    for way in WAYS:
+        ranks = [found[f"{policy} | {way} | async"] for found in findings]
+        assert sum(rank["fetches"] for rank in ranks) > 4
+        assert sum(rank["evictions"] for rank in ranks) > 2
+    assert sum(found["harmoeny | replicated | async"]["early_fetches"] for found in findings) > 0

@@ -1,0 +1,144 @@
+"""The host store: every tensor of an expert comes back bit by bit, from any process, and goes."""
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.experts.host_store import ALIGNMENT_BYTES, ExpertLayout, HostStore, Machine
+from vllm_balance.experts.shared_memory import SharedMemory
+
+ALONE = Machine(rank=0, share=lambda mine: [mine])
+
+
+def experts(seed: int, num_local: int = 3) -> list[torch.Tensor]:
+    """Tensors of a quantised layer: packed weights, float8 weights, scales, a bias, zero points."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bits(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, (num_local, *shape), generator=generator, dtype=torch.uint8)
+
+    return [
+        bits(5, 14).view(torch.bfloat16),
+        bits(7, 3).view(torch.float8_e4m3fn),
+        bits(12).view(torch.float32),
+        bits(1),
+        bits(3, 8).view(torch.int64),
+    ]
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def test_every_tensor_of_every_expert_comes_back():
+    layers = [experts(layer, num_local=6) for layer in range(2)]
+    store = HostStore.shared(ExpertLayout.of(layers[0]), num_layers=2, num_experts=6, machine=ALONE)
+    for layer, tensors in enumerate(layers):
+        for expert in range(6):
+            store.write(layer, expert, expert, tensors)
+    slots = experts(9, num_local=2)
+    other = [tensor[1].clone() for tensor in slots]
+    for layer in (1, 0):
+        for expert in (5, 0, 3):
+            store.read(layer, expert, 0, slots)
+            for slot, tensor in zip(slots, layers[layer], strict=True):
+                assert same_bits(slot[0], tensor[expert])
+            assert all(same_bits(slot[1], kept) for slot, kept in zip(slots, other, strict=True))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
+def test_parts_of_a_row_are_aligned_and_do_not_overlap(sizes):
+    layout = ExpertLayout(sizes_bytes=tuple(sizes))
+    ends = [start + size for start, size in zip(layout.offsets_bytes, sizes, strict=True)]
+    assert all(
+        offset % ALIGNMENT_BYTES == 0 for offset in (*layout.offsets_bytes, layout.row_bytes)
+    )
+    assert all(end <= start for end, start in zip(ends, layout.offsets_bytes[1:], strict=False))
+    assert ends[-1] <= layout.row_bytes < ends[-1] + ALIGNMENT_BYTES
+    assert layout.expert_bytes == sum(sizes)
+
+
+CHILD = """
+import sys, torch
+from vllm_balance.experts.shared_memory import Address, SharedMemory
+machine, pid, descriptor, size = sys.argv[1], *map(int, sys.argv[2:])
+shared = SharedMemory.open(
+    Address(machine=machine, pid=pid, descriptor=descriptor, size_bytes=size))
+assert shared.bytes_N[7] == 77
+shared.bytes_N[8] = 88
+shared.seal()
+print("opened", flush=True)
+input()
+assert shared.bytes_N[9] == 99
+print("kept", flush=True)
+"""
+
+
+def test_another_process_sees_the_memory_and_keeps_it_after_the_owner_closed_its_file():
+    shared = SharedMemory.allocate(1 << 20)
+    shared.bytes_N[7] = 77
+    address = shared.address
+    arguments = [str(v) for v in (address.pid, address.descriptor, address.size_bytes)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, address.machine, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "opened\n"
+    assert shared.bytes_N[8] == 88
+    shared.seal()
+    shared.bytes_N[9] = 99
+    assert child.communicate("\n", timeout=60)[0] == "kept\n"
+    assert child.returncode == 0
+
+
+def test_nothing_is_left_when_the_owner_is_killed():
+    """There is no name in /dev/shm at any time, so nothing to clean up."""
+    before = set(os.listdir("/dev/shm"))
+    code = (
+        "import time\nfrom vllm_balance.experts.shared_memory import SharedMemory\n"
+        "s = SharedMemory.allocate(1 << 26)\ns.bytes_N.fill_(1)\n"
+        "print('full', flush=True)\ntime.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "full\n"
+    assert set(os.listdir("/dev/shm")) <= before
+    owner.kill()
+    owner.wait()
+    assert not psutil.pid_exists(owner.pid)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_an_owner_that_is_gone_or_elsewhere_is_named():
+    address = SharedMemory.allocate(4096).address
+    for changed, words in (
+        ({"machine": "other"}, "different machines"),
+        ({"descriptor": 9999}, "cannot open the host store"),
+    ):
+        facts = {name: getattr(address, name) for name in type(address).__slots__}
+        with pytest.raises(BalancerError, match=words):
+            SharedMemory.open(type(address)(**(facts | changed)))
+
+
+def test_more_memory_than_there_is_says_how_much():
+    with pytest.raises(BalancerError, match="needs 9,223,372,036,854,775,807 bytes"):
+        SharedMemory.allocate(2**63 - 1)
+
+
+def test_ranks_with_different_experts_are_refused():
+    layout = ExpertLayout(sizes_bytes=(64,))
+    other = ExpertLayout(sizes_bytes=(128,))
+
+    def share(mine):
+        return [mine, (other, mine[1], None)]
+
+    with pytest.raises(BalancerError, match="different tensors on different ranks"):
+        HostStore.shared(layout, num_layers=1, num_experts=2, machine=Machine(rank=0, share=share))

@@ -1,0 +1,124 @@
+"""What binds dynamic slots to a loaded model: the store, the copies, the rules, the refusals."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
+from vllm_balance.seams import slots
+from vllm_balance.seams.slots import ModelSlots
+from vllm_balance.seams.worker import BalancedWorker
+
+NUM_EXPERTS, NUM_SLOTS = 4, 2
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A gloo group of this process alone: every expert is at home."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield SimpleNamespace(world_size=1, rank_in_group=0, cpu_group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def runner(seed: int, *, hidden: int = 8, gate=None):
+    generator = torch.Generator().manual_seed(seed)
+    rows = NUM_EXPERTS + NUM_SLOTS
+    tensors = [
+        torch.randn(rows, 6, hidden, generator=generator).bfloat16().view(rows, -1),
+        torch.randn(rows, 3, generator=generator),
+    ]
+    return SimpleNamespace(
+        layer_name=f"layer {seed}",
+        gate=gate,
+        tensors=tensors,
+        get_expert_weights=lambda: tensors,
+        routed_experts=SimpleNamespace(),
+        moe_config=SimpleNamespace(num_logical_experts=NUM_EXPERTS, experts_per_token=2),
+    )
+
+
+def model_slots(group, runners, **settings) -> ModelSlots:
+    config = BalancerConfig(name="harmoeny", dynamic_slots=NUM_SLOTS, **settings)
+    return ModelSlots(runners, config, group)
+
+
+@pytest.mark.parametrize("prefetch", [None, "async", "sync"])
+def test_a_copy_brings_the_expert_of_its_layer_with_all_its_tensors(group, prefetch):
+    runners = [runner(0), runner(1)]
+    shared = model_slots(group, runners, prefetch=prefetch)
+    kind = SyncPrefetch if prefetch == "sync" else ThreadPrefetch
+    assert isinstance(shared.prefetch, kind)
+    assert shared.store.layout.expert_bytes == 6 * 8 * 2 + 3 * 4
+    shared.prefetch.start([Copy(layer=1, expert=2, slot=NUM_EXPERTS + 1)])
+    shared.prefetch.wait(1)
+    for tensor in runners[1].tensors:
+        assert torch.equal(tensor[NUM_EXPERTS + 1], tensor[2])
+    for tensor in runners[0].tensors:
+        assert not torch.equal(tensor[NUM_EXPERTS + 1], tensor[2])
+    shared.prefetch.close()
+
+
+def test_layers_with_experts_of_different_sizes_are_refused(group):
+    with pytest.raises(BalancerError, match="experts of different sizes"):
+        model_slots(group, [runner(0), runner(1, hidden=16)])
+
+
+def test_a_given_threshold_is_not_measured_and_costs_a_cpu_its_time(group):
+    rules = model_slots(group, [runner(0)], threshold_tokens=7).rules(3.0)
+    assert (rules.threshold_tokens, rules.fetch_tokens, rules.knee_tokens) == (7, 7, 3.0)
+
+
+def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
+    monkeypatch.setattr(slots, "copy_bytes_per_s", lambda copy, size, num: copy(0) or size * 1e3)
+    monkeypatch.setattr(slots, "token_us", lambda experts: 50.0)
+    shared = model_slots(group, [runner(0)])
+    home = runner(0).tensors[0][:NUM_EXPERTS]
+    # A copy takes 1,000 us, as long as 20 tokens.
+    assert shared.rules(1.0).threshold_tokens == 20
+    assert torch.equal(shared._tensors_L[0][0][:NUM_EXPERTS], home), "measured in a dynamic slot"
+
+
+def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
+    def layer():
+        tables, all_reduce = SimpleNamespace(num_ranks=1), lambda tensor: tensor
+        return SimpleNamespace(experts=None, rank=0, tables=tables, all_reduce=all_reduce)
+
+    shared = model_slots(group, [runner(0), runner(1)], look_ahead="router")
+    with pytest.raises(BalancerError, match="layer 1 does not tell vLLM where its router is"):
+        shared.connect([layer(), layer()], 2.0)
+    gate = torch.nn.Linear(8, NUM_EXPERTS)
+    runners = [runner(0), runner(1, gate=lambda rows: (gate(rows), None))]
+    shared = model_slots(group, runners, look_ahead="router")
+    layers = [layer(), layer()]
+    shared.connect(layers, 2.0)
+    assert layers[0].following is layers[1] and not hasattr(layers[1], "following")
+    guess = layers[0].look_ahead.guess(torch.randn(50, 8))
+    assert int(guess.sum()) == 100
+    assert layers[0].look_ahead.guess(torch.randn(4, 8)) is None
+
+
+def worker(name: str) -> BalancedWorker:
+    made = BalancedWorker()
+    made.balancer_config = BalancerConfig(name=name)
+    return made
+
+
+def test_weights_that_change_later_would_not_reach_the_store():
+    with pytest.raises(BalancerError, match="filled once, so weights cannot be reloaded"):
+        worker("harmoeny").reload_weights()
+
+
+def test_another_skew_needs_a_server_that_replays():
+    found = worker("static")
+    with pytest.raises(BalancerError, match="routing is the model's own"):
+        found.moe_balancer_replay({"zipf": 1.0})
+    asked = []
+    found._replay_as = asked.append
+    found.moe_balancer_replay({"zipf": 1.0, "seed": 4})
+    assert (asked[0].zipf, asked[0].seed) == (1.0, 4)
+    with pytest.raises(BalancerError, match="`replay` cannot be changed"):
+        found.moe_balancer_replay({"zipf": -1.0})

@@ -1,0 +1,85 @@
+"""Experts are fetched and tokens moved while requests overlap: same tokens as one dense rank."""
+
+import json
+
+import pytest
+from serving import (
+    DATA_PARALLEL,
+    EAGER,
+    FLOAT32,
+    LONG_PROMPT,
+    PROMPTS,
+    TENSOR_PARALLEL,
+    serve,
+)
+
+pytestmark = pytest.mark.timeout(900)
+
+LAYERS, TOP_K, EXPERTS = 4, 4, 32
+THRASH = {"dynamic_slots": 2, "threshold_tokens": 2, "knee_tokens": 1.0}
+"""Two slots, and nearly every batch counts as compute-bound and pays for a fetch."""
+SERVERS = {
+    "tensor": (TENSOR_PARALLEL, THRASH | {"look_ahead": "router"}),
+    "data": (DATA_PARALLEL, THRASH | {"prefetch": "sync"}),
+    "data-all_reduce": (
+        (*DATA_PARALLEL, "--api-server-count", "1"),
+        THRASH | {"exchange": "all_reduce", "look_ahead": "router"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def layout(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(layout, model, tmp_path_factory):
+    parallel, settings = SERVERS[layout]
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = ("--moe-balancer", "harmoeny", "--moe-balancer-config", json.dumps(settings))
+    chunked = ("--max-num-batched-tokens", "64", "--enable-prefix-caching")
+    arguments = (*parallel, *flags, *chunked, *FLOAT32, *EAGER)
+    with serve(model, *arguments, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as running:
+        yield running
+
+
+def test_one_request_while_the_other_rank_is_idle(server, dense):
+    assert server.tokens(PROMPTS[0]) == dense.tokens[0]
+
+
+def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, dense):
+    server.reset()
+    for _ in range(2):
+        answers = server.all_tokens([*PROMPTS[:5], LONG_PROMPT, *PROMPTS[5:]])
+        assert answers.pop(5) == dense.long_tokens
+        assert answers == dense.tokens
+    assert server.metric("vllm:prefix_cache_hits_total") > 0
+    ranks = server.status()
+    assert sum(rank["fetches"] + rank["early_fetches"] for rank in ranks) > 20
+    assert sum(rank["evictions"] for rank in ranks) > 10, "the slots did not thrash"
+    assert sum(rank["hits"] for rank in ranks) > 0
+    for rank in ranks:
+        assert rank["balancer"] == "harmoeny" and rank["num_layers"] == LAYERS
+        assert rank["num_physical_experts"] == EXPERTS + 2 * THRASH["dynamic_slots"]
+        assert sum(rank["tokens_per_rank"]) == rank["pairs"]
+        assert (rank["early_fetches"] > 0) == (layout != "data")
+    shared = ["pairs", "activated_per_rank", "tokens_per_rank", "max_tokens_sum"]
+    shared += [name for name in ranks[0] if name.endswith("_schedules")]
+    for name in shared:
+        assert ranks[0][name] == ranks[1][name], f"the ranks decided differently: {name}"
+
+
+def test_the_start_says_what_the_store_takes(server):
+    assert server.count_in_log("host store of all experts takes") >= 1
+
+
+def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):
+    """Default settings: q from measured speeds, decode on one replica per expert."""
+    flags = (*TENSOR_PARALLEL, "--moe-balancer", "harmoeny", *FLOAT32, *EAGER)
+    log = tmp_path / "log"
+    with serve(model, *flags, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as server:
+        assert server.all_tokens(PROMPTS) == dense.tokens
+        assert server.count_in_log("threshold q =") >= 1
+        for rank in server.status():
+            assert rank["stepped_aside"]["memory-bound batch, one replica per expert"] > 0

@@ -1,0 +1,161 @@
+"""The simulator asks production's policies, and loses no token on the way."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.kernels.metro.reference import optimal_activated
+from vllm_balance.replay import Replay
+from vllm_balance.replay_rows import Hot, ReplaySettings
+from vllm_balance.routing import FETCHING, ROUTING
+from vllm_balance.simulate import hardware, models, recorded, skewed
+from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
+from vllm_balance.simulate.fetches import (
+    FetchingDecider,
+    fetch_us,
+    fetching_policy,
+    with_fetches,
+)
+from vllm_balance.traces import Trace
+from vllm_balance.types import Demand
+
+MODEL = models.load("qwen3-30b-a3b")
+SKEW = ReplaySettings(zipf=0.8, seed=3, rows=512)
+
+
+TRAFFIC = skewed(SKEW, MODEL, 2)
+
+
+@cache
+def decider(name) -> Decider:
+    redundant = 0 if name == "static" else num_redundant(128, 8, 1.5)
+    layers = placements(TRAFFIC.fresh().history(8, 64), 8, redundant)
+    return Decider.of(policy_of(name, 1e9), layers)
+
+
+def test_traffic_is_what_a_server_replays():
+    replay = Replay(SKEW, num_layers=2, num_experts=128, top_k=8)
+    ours = TRAFFIC.fresh()
+    for num_tokens in (3, 500, 70):
+        batch = ours.batch(num_tokens, 0)
+        assert torch.equal(batch[0], replay.rows(0, num_tokens))
+        assert torch.equal(batch[1], replay.rows(1, num_tokens))
+
+
+def test_history_counts_every_pair():
+    history_NLE = TRAFFIC.fresh().history(5, 64)
+    assert history_NLE.shape == (5, 2, 128)
+    assert (history_NLE.sum(2) == 64 * 8).all()
+
+
+def test_a_trace_serves_its_own_tokens():
+    random = np.random.default_rng(0)
+    ids_TLK = np.argsort(random.random((90, 3, 128)), axis=2)[..., :8].astype(np.uint8)
+    trace = Trace(
+        name="t", num_experts=128, top_k=8, layer_index_L=np.arange(3), topk_ids_TLK=ids_TLK,
+        request_id_T=np.repeat(np.arange(9), 10), phase_T=np.arange(90) % 2,
+    )  # fmt: skip
+    made = recorded(trace, MODEL, 5, seed=0, rows=64)
+    decoding = {ids.tobytes() for ids in ids_TLK[1::2, 1].astype(np.int32)}
+    assert {ids.tobytes() for ids in made.decode_LNK[4]} <= decoding
+    prompt = made.prefill_LNK[0, :10]
+    assert any((ids_TLK[start : start + 10, 0] == prompt).all() for start in range(0, 90, 10))
+
+
+def test_unusable_traces_are_refused():
+    counts = Trace(name="c", num_experts=128, top_k=8, layer_index_L=np.arange(1),
+                   counts_NLE=np.ones((2, 1, 128), np.int64))  # fmt: skip
+    with pytest.raises(BalancerError, match="counts of steps"):
+        recorded(counts, MODEL, 1, seed=0)
+    other = Trace(name="o", num_experts=4, top_k=1, layer_index_L=np.arange(1),
+                  topk_ids_TLK=np.zeros((2, 1, 1), np.uint8))  # fmt: skip
+    with pytest.raises(BalancerError, match="4 experts and top-1"):
+        recorded(other, MODEL, 1, seed=0)
+
+
+@pytest.mark.parametrize("name", ROUTING)
+@settings(max_examples=30)
+@given(num_tokens=st.integers(0, 300))
+def test_no_token_is_lost(name, num_tokens):
+    tokens_LP, fetched = decider(name).slots(TRAFFIC.fresh().batch(num_tokens, 0))
+    assert fetched is None
+    assert (tokens_LP.sum(1) == 8 * num_tokens).all() and tokens_LP.min() >= 0
+
+
+@pytest.mark.parametrize("name", FETCHING)
+@settings(max_examples=20)
+@given(num_tokens=st.integers(0, 2000), knee=st.sampled_from([0.0, 8.0]))
+def test_no_token_is_lost_with_fetches(name, num_tokens, knee):
+    machine, _ = hardware.load("b200")
+    policy = fetching_policy(name, MODEL, machine, knee)
+    made = FetchingDecider.of(policy, 2, 128, 8, 3)
+    for _ in range(2):
+        tokens_LP, fetched_LS = made.slots(TRAFFIC.fresh().batch(num_tokens, 0))
+        assert (tokens_LP.sum(1) == 8 * num_tokens).all() and tokens_LP.min() >= 0
+        assert fetched_LS.shape == (2, 8) and (fetched_LS <= 3).all()
+
+
+@pytest.mark.parametrize("name", ["static", "first_copy", "metro"])
+def test_routing_and_planning_agree(name):
+    made, ids_LTK = decider(name), TRAFFIC.fresh().batch(100, 0)
+    tokens_LP, _ = made.slots(ids_LTK)
+    for layer, tables in enumerate(made.tables_L):
+        placement = tables.placement
+        tokens_E = torch.bincount(ids_LTK[layer].flatten(), minlength=128).int()
+        split_ER = made.policy.plan(Demand(tokens_E=tokens_E), placement).split_ER
+        planned_P = np.zeros(placement.num_physical, np.int64)
+        table_ER = placement.logical_to_physical_ER.numpy()
+        np.add.at(planned_P, table_ER[table_ER >= 0], split_ER.numpy()[table_ER >= 0])
+        assert np.array_equal(planned_P, tokens_LP[layer])
+
+
+def test_metro_activates_as_few_as_is_possible():
+    made, ids_LTK = decider("metro"), TRAFFIC.fresh().batch(20, 0)
+    tokens_LP, _ = made.slots(ids_LTK)
+    for layer, tables in enumerate(made.tables_L):
+        tokens_E = np.bincount(ids_LTK[layer].numpy().ravel(), minlength=128)
+        least = optimal_activated(
+            tokens_E, tables.logical_to_physical_ER.numpy(), tables.num_replicas_E.numpy(), 8, 192
+        )
+        assert (tokens_LP[layer].reshape(8, -1) > 0).sum(1).max() == least
+
+
+def test_redundancy_is_rounded_up_to_full_ranks():
+    assert num_redundant(128, 8, 1.5) == 64
+    assert num_redundant(128, 6, 1.0) == 4
+    assert num_redundant(60, 8, 1.25) == 20
+
+
+def test_an_unknown_balancer_is_refused():
+    with pytest.raises(BalancerError, match="static, eplb"):
+        policy_of("fair", 4)
+
+
+def test_fetches_hide_behind_computation_until_they_are_longer():
+    time_LS, activated_LS = np.array([[100.0, 100.0, 100.0]]), np.array([[10, 10, 10]])
+    made = with_fetches(time_LS, activated_LS, np.array([[0, 1, 3]]), 40.0)
+    assert made.tolist() == [[100.0, 100.0, 3 * 40.0 + 10.0]]
+
+
+def test_a_fetch_takes_the_host_link():
+    machine, _ = hardware.load("v100-dgx1")
+    switch = models.load("switch-128")
+    assert fetch_us(switch, machine) == pytest.approx(10 + 18.87e6 / 16e3, rel=1e-3)
+    with pytest.raises(BalancerError, match="no host link"):
+        fetch_us(switch, hardware.load("cpu-avx512")[0])
+
+
+def test_heavy_skew_is_scheduled_away():
+    """alpha 0.9 to one of 128 experts on 8 ranks: one rank has 0.9 + 0.0125 of the pairs."""
+    switch, (machine, _) = models.load("switch-128"), hardware.load("v100-dgx1")
+    hot = skewed(ReplaySettings(hot=Hot(experts=1, fraction=0.9), seed=1), switch, 1)
+    even = FetchingDecider.of(fetching_policy("harmoeny_paper", switch, machine, 8.0), 1, 128, 8, 4)
+    tokens_LP, fetched_LS = even.slots(hot.batch(65536, 0))
+    pairs_S = tokens_LP.reshape(8, -1).sum(1)
+    assert pairs_S.max() < 1.05 * pairs_S.mean()
+    assert fetched_LS.sum() >= 7

@@ -1,0 +1,104 @@
+"""Times of a rank's experts: closed forms, a measured curve found again, monotony."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_balance.cost import fit
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
+from vllm_balance.simulate import hardware, models
+from vllm_balance.simulate.expert_times import TABLE, measured, profile_error, roofline
+
+MODEL = models.load("deepseek-v3")
+H100, _ = hardware.load("h100")
+TIMES = roofline(MODEL, H100)
+
+
+def of(times, tokens_P, ranks=1):
+    return [each.tolist() for each in times.of(np.array([tokens_P], np.int32), ranks)]
+
+
+def test_the_roofline_has_tempos_slopes():
+    """14.8 us for an expert and 0.0945 us for a token: where its efficiencies are from."""
+    one, two = of(TIMES, [1, 0])[0][0][0], of(TIMES, [1, 1])[0][0][0]
+    assert two - one == pytest.approx(14.8, rel=0.01)
+    few, many = of(TIMES, [4096])[0][0][0], of(TIMES, [8192])[0][0][0]
+    assert (many - few) / 4096 == pytest.approx(0.0945, rel=0.01)
+    assert TIMES.knee_tokens == pytest.approx(14.8 / 0.0945, rel=0.02)
+
+
+def test_ranks_are_summed_on_their_own():
+    time, activated, pairs = of(TIMES, [3, 0, 1, 5], ranks=2)
+    assert activated == [[1, 2]] and pairs == [[3, 6]]
+    assert time[0][0] == of(TIMES, [3])[0][0][0]
+    assert time[0][1] == of(TIMES, [1, 5])[0][0][0]
+
+
+def test_no_tokens_take_no_time():
+    assert of(TIMES, [0, 0]) == [[[0.0]], [[0]], [[0]]]
+
+
+def test_behind_the_table_the_slope_goes_on():
+    end, far = of(TIMES, [TABLE])[0][0][0], of(TIMES, [3 * TABLE])[0][0][0]
+    assert far == pytest.approx(3 * end, rel=0.02)
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=32), st.data())
+def test_fewer_experts_are_never_slower(tokens_P, data):
+    full = of(TIMES, tokens_P)[0][0][0]
+    position = data.draw(st.integers(0, len(tokens_P) - 1))
+    fewer = list(tokens_P)
+    fewer[position] = data.draw(st.integers(0, tokens_P[position]))
+    assert of(TIMES, fewer)[0][0][0] <= full + 1e-9
+
+
+@given(st.lists(st.integers(0, 600), min_size=2, max_size=32))
+def test_moving_an_experts_tokens_to_its_copy_never_activates_more(tokens_P):
+    """One replica instead of two, same tokens: METRO's premise in the memory-bound regime."""
+    together = [tokens_P[0] + tokens_P[1], 0, *tokens_P[2:]]
+    if max(together) <= 16:
+        assert of(TIMES, together)[0][0][0] <= of(TIMES, tokens_P)[0][0][0] + 1e-9
+
+
+def profile_of(time_of_one):
+    """A profile of a rank that serves one expert after the other."""
+    random = np.random.default_rng(0)
+    batches = [[n] * g for n in (1, 2, 4, 8, 16, 32, 64, 128) for g in (4, 16, 32)]
+    batches += [random.integers(1, 60, 24).tolist() for _ in range(6)]
+    points = [
+        Point(tokens_E=batch, time_us=sum(map(time_of_one, batch)), repeats=3) for batch in batches
+    ]
+    found = fit(
+        [np.array(point.tokens_E) for point in points], np.array([p.time_us for p in points])
+    )
+    shape = ModelShape(name="m", architecture="M", num_layers=1, num_experts=64, top_k=2,
+                       hidden=64, inner=32, dtype="bfloat16")  # fmt: skip
+    rank = RankProfile(rank=0, place="here", curve=Curve.of(found), points=points)
+    return Profile(units=Units(), created=datetime.now(UTC), device="d",
+                   versions={"vllm": "1", "torch": "1"}, shape=shape, ranks=[rank])  # fmt: skip
+
+
+def test_a_measured_curve_is_found_again():
+    def time_of_one(tokens):
+        return max(400.0, 100.0 + 100.0 * tokens)
+
+    profile = profile_of(time_of_one)
+    times = measured(profile)
+    assert profile_error(profile) < 0.01
+    for tokens in (1, 2, 4, 8, 30, 100, 700):
+        assert of(times, [tokens])[0][0][0] == pytest.approx(time_of_one(tokens), rel=0.05)
+    assert times.knee_tokens == pytest.approx(4, rel=0.05)
+    assert (np.diff(times.stream_SN[0]) >= -1e-9).all()
+
+
+def test_the_cpu_of_the_catalogue_is_described_well():
+    machine, profile = hardware.load("cpu-avx512")
+    assert profile is not None and profile_error(profile) < 0.03
+    assert measured(profile).knee_tokens == pytest.approx(4, abs=0.5)
+    rough = roofline(models.load("qwen3-30b-a3b"), machine)
+    assert rough.stream_SN[0, 1] == pytest.approx(measured(profile).stream_SN[0, 1], rel=0.1)
+    assert rough.stream_SN[0, 64] == pytest.approx(measured(profile).stream_SN[0, 64], rel=0.1)

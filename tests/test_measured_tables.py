@@ -1,0 +1,112 @@
+"""Tables from rows: medians, ratios within a case and a load, throughput within an SLO."""
+
+import pytest
+from measured import row, rows
+
+from vllm_balance.measured_tables import arms_table, grouped, slo_table, tables
+
+
+def column(table, heading):
+    place = table.headings.index(heading)
+    return [line[place] for line in table.body]
+
+
+def test_a_line_per_arm_with_medians_and_ratios():
+    table = arms_table(rows())
+    assert column(table, "arm") == ["static", "eplb", "metro"]
+    assert column(table, "TPOT ms") == ["100.5", "130.5", "100.5"]
+    assert column(table, "TPOT against static") == ["+0.0%", "+29.9%", "+0.0%"]
+    assert column(table, "TPOT against eplb") == ["-23.0%", "+0.0%", "-23.0%"]
+    assert column(table, "memory GiB") == ["3.0"] * 3
+    assert (table.title, table.caption) == (
+        "Decode <of> a test",
+        "Medians of 2 measurements per line.",
+    )
+    assert table.origin == "Measured on A machine; commit abc1234"
+    assert table.command == "python -m bench.run configs/runs/decode.toml"
+
+
+def test_with_few_tokens_the_first_one_is_compared():
+    few = [
+        row("static", output_tokens=2),
+        row("metro", output_tokens=2).model_copy(update={"ttft_ms": row(tpot_ms=50.0).ttft_ms}),
+    ]
+    assert column(arms_table(few), "TTFT against static") == ["+0.0%", "-50.0%"]
+
+
+def test_ratios_stay_within_a_case_and_a_load():
+    varied = [
+        row(arm, tpot_ms=tpot_ms * factor, case=case, load=load)
+        for case, factor in (("TP2", 1), ("DP2", 3))
+        for arm, tpot_ms in (("static", 100.0), ("metro", 80.0))
+        for load in ("batch 1", "batch 8")
+    ]
+    table = arms_table(varied)
+    assert table.headings[:3] == ["case", "load", "arm"]
+    assert [line[:3] for line in table.body[:4]] == [
+        ["TP2", "batch 1", "static"],
+        ["TP2", "batch 1", "metro"],
+        ["TP2", "batch 8", "static"],
+        ["TP2", "batch 8", "metro"],
+    ]
+    assert column(table, "TPOT against static") == ["+0.0%", "-20.0%"] * 4
+    assert "TPOT against eplb" not in table.headings
+
+
+def test_an_arm_without_its_base_in_that_case_has_no_ratio():
+    table = arms_table([row("static", case="a"), row("metro", case="b")])
+    assert column(table, "TPOT against static") == ["+0.0%", "-"]
+
+
+def test_groups_keep_the_order_of_measuring_and_lose_no_row():
+    found = grouped(rows())
+    assert list(found) == [("", "", arm) for arm in ("static", "eplb", "metro")]
+    assert sum(map(len, found.values())) == len(rows())
+
+
+def slo_rows():
+    """static is best at 8 at once with 2 requests/s within the SLO, metro at 16 with 3."""
+    goodputs = {"static": {8: 2.0, 16: 1.0}, "eplb": {8: 0.0, 16: 0.0}, "metro": {8: 2.0, 16: 3.0}}
+    return [
+        row(arm, load=f"{n}", concurrency=n, slo_tpot_ms=100.0, goodput_per_s=goodput)
+        for arm, by_load in goodputs.items()
+        for n, goodput in by_load.items()
+    ]
+
+
+def test_throughput_within_the_slo_is_the_best_over_concurrencies():
+    table = slo_table(slo_rows())
+    assert [line[:3] for line in table.body] == [
+        ["static", "128.0", "8"],
+        ["eplb", "0.0", "8"],
+        ["metro", "192.0", "16"],
+    ]
+    assert column(table, "against static") == ["+0.0%", "-100.0%", "+50.0%"]
+    assert column(table, "against eplb") == ["-", "-", "-"]
+    assert "within 100 ms" in table.caption
+
+
+def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
+    slowed = [
+        row(arm, load="prefill", tpot_ms=tpot_ms * slow, slow=slow, slow_shown=1 + (slow - 1) * 0.9)
+        for slow in (1.0, 1.16)
+        for arm, tpot_ms in (("static", 100.0), ("eplb", 110.0), ("gem", 90.0))
+    ]
+    (table,) = tables(slowed)
+    assert table.headings == [
+        *("load", "asked", "shown", "static ms", "eplb ms", "gem ms"),
+        *("gem against static", "gem against eplb"),
+    ]
+    assert table.body[0] == ["prefill", "+0%", "+0.0%", "7300", "8030", "6570", "-10.0%", "-18.2%"]
+    assert table.body[1][:3] == ["prefill", "+16%", "+14.4%"]
+    assert table.command.endswith("--traces DIR")
+    assert [load for _, load, arm in grouped(slowed) if arm == "gem"] == [
+        "prefill",
+        "prefill, one rank +16%",
+    ]
+
+
+@pytest.mark.parametrize(("own", "count"), [(rows, 1), (slo_rows, 2)])
+def test_a_run_with_an_slo_has_both_tables(own, count):
+    assert len(tables(own())) == count
+    assert tables(own())[-1] == arms_table(own())

@@ -1,0 +1,206 @@
+"""The plots of a run: each a panel with one or several figures to choose from.
+
+A figure is data and layout of plotly.js; the page adds fonts, margins and sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_balance.measured_tables import grouped, median
+from vllm_balance.measurement import Latency, Measurement
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
+DASHES = ("solid", "dot", "dash", "dashdot")
+LATENCIES = {"TPOT": "tpot_ms", "TTFT": "ttft_ms", "ITL": "itl_ms", "end to end": "e2e_ms"}
+
+Figure = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A place on the page for one figure at a time."""
+
+    title: str
+    note: str
+    figures: dict[str, Figure]
+
+
+def panels(rows: list[Measurement]) -> list[Panel]:
+    """All plots of one run."""
+    return [
+        Panel(
+            title="Throughput against TPOT",
+            note="Up and to the left is better. A point is the median of one arm at one load.",
+            figures={"all loads": pareto(rows)},
+        ),
+        Panel(
+            title="Activated experts per rank over time",
+            note="Per step, summed over layers: what each rank streams. A line per arm and rank, "
+            "from the first load of each arm.",
+            figures={name: over_time(own) for name, own in _views(rows)},
+        ),
+        Panel(
+            title="Experts and ranks",
+            note="Share of a layer's tokens that each expert brought to each rank, experts in the "
+            "order of their tokens on the first arm. Two filled cells in a column: replicas.",
+            figures=dict(_heat_maps(rows)),
+        ),
+        Panel(
+            title="Latency",
+            note="Share of requests (ITL: of tokens) that took at most so long.",
+            figures={
+                f"{heading}{f', {name}' if name else ''}": latency(own, field)
+                for name, own in _views(rows)
+                for heading, field in LATENCIES.items()
+            },
+        ),
+    ]
+
+
+def pareto(rows: list[Measurement]) -> Figure:
+    """Tokens per second over median TPOT, a line through the loads of each arm."""
+    lines: dict[tuple[str, str], list[list[Measurement]]] = {}
+    for (case, _, arm), own in grouped(rows).items():
+        lines.setdefault((case, arm), []).append(own)
+    data = []
+    for (case, arm), loads in lines.items():
+        loads.sort(key=lambda own: own[0].concurrency)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": " ".join(filter(None, (case, arm))),
+                "x": [_round(median(own, lambda row: row.tpot_ms.p50)) for own in loads],
+                "y": [_round(median(own, lambda row: row.tokens_per_s)) for own in loads],
+                "text": [own[0].load_name or f"{own[0].concurrency} at once" for own in loads],
+                "hovertemplate": "%{text}<br>%{x} ms<br>%{y} tokens/s<extra>%{fullData.name}"
+                "</extra>",
+                "marker": {"size": 9, "symbol": _case_number(rows, case)},
+                "line": {"color": _colour(rows, arm)},
+            }
+        )
+    layout = _axes("TPOT, ms (median)", "tokens per second")
+    layout["yaxis"]["rangemode"] = "tozero"
+    slo = {row.slo_tpot_ms for row in rows if row.slo_tpot_ms is not None}
+    layout["shapes"] = [
+        {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1}
+        | {"line": {"dash": "dash", "color": "#888"}}
+        for at in sorted(slo)
+    ]
+    return {"data": data, "layout": layout}
+
+
+def over_time(rows: list[Measurement]) -> Figure:
+    """Activated experts of each rank over the seconds of a load."""
+    data = []
+    for (_, _, arm), own in grouped(rows).items():
+        samples = own[0].samples
+        for rank in range(own[0].num_ranks):
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": f"{arm}, rank {rank}",
+                    "x": [sample.at_s for sample in samples],
+                    "y": [sample.activated_per_rank[rank] for sample in samples],
+                    "marker": {"size": 4},
+                    "line": {"color": _colour(rows, arm), "dash": DASHES[rank % len(DASHES)]},
+                }
+            )
+    return {"data": data, "layout": _axes("seconds", "activated experts per step")}
+
+
+def _heat_maps(rows: list[Measurement]) -> Iterator[tuple[str, Figure]]:
+    for name, own in _views(rows):
+        for layer in range(len(own[0].layers)):
+            yield f"layer {layer}{f', {name}' if name else ''}", heat_map(own, layer)
+
+
+def heat_map(rows: list[Measurement], layer: int) -> Figure:
+    """Percent of a layer's tokens by expert and rank, a row for each rank of each arm."""
+    names, shares = [], []
+    order_E = None
+    for (_, _, arm), own in grouped(rows).items():
+        share_SE = tokens_per_expert_SE(own, layer)
+        share_SE = 100 * share_SE / max(1, share_SE.sum())
+        if order_E is None:
+            order_E = share_SE.sum(0).argsort(kind="stable")[::-1]
+        names += [f"{arm} {rank}" for rank in range(len(share_SE))]
+        shares += [[_round(value) for value in share_E[order_E]] for share_E in share_SE]
+    assert order_E is not None
+    layout = _axes("expert", "")
+    layout["xaxis"] |= {"type": "category", "nticks": 12}
+    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    layout["height"] = 120 + 26 * len(names)
+    data = {
+        "type": "heatmap",
+        "x": [str(expert) for expert in order_E],
+        "y": names,
+        "z": shares,
+        "colorscale": [[0, "#ffffff"], [0.15, "#9ecae1"], [0.5, "#3182bd"], [1, "#08306b"]],
+        "colorbar": {"title": {"text": "%"}, "thickness": 10},
+        "hovertemplate": "expert %{x}, %{y}: %{z} %<extra></extra>",
+    }
+    return {"data": [data], "layout": layout}
+
+
+def tokens_per_expert_SE(rows: list[Measurement], layer: int) -> np.ndarray:
+    """Pairs of each expert on each rank in one layer, [S, E], summed over rows."""
+    tokens_SE = np.zeros((rows[0].num_ranks, rows[0].num_logical_experts), np.int64)
+    for row in rows:
+        heat = row.layers[layer]
+        slots_SP = np.array(heat.physical_to_logical).reshape(row.num_ranks, -1)
+        counts_SP = np.array(heat.slot_tokens).reshape(row.num_ranks, -1)
+        for rank, (experts_P, counts_P) in enumerate(zip(slots_SP, counts_SP, strict=True)):
+            held = experts_P >= 0
+            np.add.at(tokens_SE[rank], experts_P[held], counts_P[held])
+    return tokens_SE
+
+
+def latency(rows: list[Measurement], field: str) -> Figure:
+    """Cumulative distribution of one latency, the median over the repeats of each arm."""
+    data = []
+    for (_, _, arm), own in grouped(rows).items():
+        found: list[Latency] = [getattr(row, field) for row in own]
+        quantiles = np.median([one.quantiles for one in found], axis=0)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": arm,
+                "x": [_round(value) for value in quantiles],
+                "y": [_round(value) for value in np.linspace(0, 100, len(quantiles))],
+                "line": {"color": _colour(rows, arm)},
+            }
+        )
+    return {"data": data, "layout": _axes("ms", "percent")}
+
+
+def _views(rows: list[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
+    """Each case and load by name, with its rows of all arms."""
+    for case, load in dict.fromkeys((case, load) for case, load, _ in grouped(rows)):
+        own = [row for row in rows if (row.case, row.load_name) == (case, load)]
+        yield ", ".join(filter(None, (case, load))), own
+
+
+def _axes(x: str, y: str) -> dict[str, Any]:
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+
+
+def _colour(rows: list[Measurement], arm: str) -> str:
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    return COLOURS[arms.index(arm) % len(COLOURS)]
+
+
+def _case_number(rows: list[Measurement], case: str) -> int:
+    return list(dict.fromkeys(row.case for row in rows)).index(case)
+
+
+def _round(value: float) -> float:
+    return round(float(value), 2)

@@ -1,0 +1,47 @@
+"""What the next layer will ask for, guessed before this layer's experts run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""Router logits [T, E] of hidden states [T, D]."""
+
+MAX_ROWS = 512
+"""Tokens that one rank looks at: enough to see a hot expert, little beside the layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookAhead:
+    """The next layer's router on this layer's inputs: hidden states change slowly over layers.
+
+    Every rank looks at other rows, and one all-reduce of E integers makes the guess equal on all.
+    """
+
+    gate: Gate
+    top_k: int
+    num_experts: int
+    rank: int
+    num_ranks: int
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    min_pairs: float
+    """Batches with fewer (token, choice) pairs are memory-bound whatever they ask for."""
+
+    def guess(self, hidden_states_GD: torch.Tensor) -> torch.Tensor | None:
+        """Pairs of each expert in the next layer, int32 [1, E]; None for a memory-bound batch.
+
+        A collective, except where it returns None, which depends on the number of rows only.
+        """
+        num_tokens = hidden_states_GD.shape[0]
+        if num_tokens * self.top_k <= self.min_pairs:
+            return None
+        stride = max(self.num_ranks, -(-num_tokens // MAX_ROWS))
+        rows_ND = hidden_states_GD[self.rank % stride :: stride]
+        ids_NK = self.gate(rows_ND).topk(self.top_k, dim=1).indices
+        seen_E = torch.bincount(ids_NK.flatten(), minlength=self.num_experts).to(torch.int32)
+        total_E = self.all_reduce(seen_E).to(torch.int64)
+        scale = num_tokens * self.top_k / max(1, int(total_E.sum()))
+        return (total_E * scale).to(torch.int32)[None]

@@ -1,0 +1,111 @@
+"""Anonymous memory that processes of one machine share, and that no kill can leave behind."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_balance.errors import BalancerError
+
+_MADV_HUGEPAGE = 14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where other processes find the memory while its owner keeps it open."""
+
+    machine: str
+    """Boot and process namespace: processes with another one cannot open it."""
+    pid: int
+    descriptor: int
+    size_bytes: int
+
+
+class SharedMemory:
+    """A memory file without a name (Linux ``memfd``): gone with the last process that maps it.
+
+    Nothing has to be unlinked, and the size of /dev/shm does not limit it.
+    """
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._descriptor = descriptor
+        self._map = mmap.mmap(descriptor, size_bytes)
+        self.bytes_N = torch.frombuffer(self._map, dtype=torch.uint8)
+        """The memory, uint8 [size_bytes]; keeps the mapping alive."""
+
+    @classmethod
+    def allocate(cls, size_bytes: int) -> SharedMemory:
+        """New memory, zeroed; pages are taken when they are first written.
+
+        Raises:
+            BalancerError: the machine does not have this much.
+        """
+        descriptor = os.memfd_create("moe_balancer_experts", os.MFD_CLOEXEC)
+        try:
+            os.truncate(descriptor, size_bytes)
+            shared = cls(descriptor, size_bytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise BalancerError(
+                f"The host store of all experts needs {size_bytes:,} bytes of shared memory, and "
+                f"the machine refuses them: {error.strerror}. Free memory or leave "
+                f"--moe-balancer harmoeny away."
+            ) from error
+        _ask_for_large_pages(shared.bytes_N)
+        return shared
+
+    @classmethod
+    def open(cls, address: Address) -> SharedMemory:
+        """The memory of another process of this machine.
+
+        Raises:
+            BalancerError: it is on another machine, or the owner cannot be reached.
+        """
+        if address.machine != machine():
+            raise BalancerError(
+                "The ranks run on different machines or in different containers, so they cannot "
+                "share one host store of the experts. Start all ranks in one place, or use "
+                "another --moe-balancer."
+            )
+        path = f"/proc/{address.pid}/fd/{address.descriptor}"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise BalancerError(
+                f"This rank cannot open the host store of the experts at {path}: "
+                f"{error.strerror}. All ranks must run as one user in one container."
+            ) from error
+        return cls(descriptor, address.size_bytes)
+
+    @property
+    def address(self) -> Address:
+        return Address(
+            machine=machine(),
+            pid=os.getpid(),
+            descriptor=self._descriptor,
+            size_bytes=self.size_bytes,
+        )
+
+    def seal(self) -> None:
+        """Closes the file; the mapping stays. Call it when every process has opened its own."""
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def machine() -> str:
+    """The same text in all processes that can share memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _ask_for_large_pages(bytes_N: torch.Tensor) -> None:
+    """Fewer page faults where the kernel allows it (shmem_enabled = advise); else no effect."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.madvise(bytes_N.data_ptr(), bytes_N.numel(), _MADV_HUGEPAGE)

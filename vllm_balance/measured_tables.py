@@ -1,0 +1,205 @@
+"""Tables from measurements, the same for README.md, docs/ and `vllm-balance report`.
+
+A cell is the median over all repeats of all starts of a server; ratios compare medians within one
+run, one case and one load.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vllm_balance.measurement import Measurement
+
+BASES = ("static", "eplb")
+"""Arms that the others are compared with, where a run has them."""
+FEW_TOKENS = 8
+"""With so few tokens per request a load is about the first one."""
+
+Value = Callable[[Measurement], float]
+
+
+def waiting(row: Measurement) -> float:
+    """Share of the experts' time that an average rank waits: by clocks, or else by experts."""
+    measured = row.waiting_share
+    return row.waiting_share_by_experts if measured is None else measured
+
+
+COLUMNS: tuple[tuple[str, str, Value], ...] = (
+    ("TPOT ms", ".1f", lambda row: row.tpot_ms.p50),
+    ("p99", ".1f", lambda row: row.tpot_ms.p99),
+    ("ITL p99 ms", ".1f", lambda row: row.itl_ms.p99),
+    ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
+    ("tokens/s", ".1f", lambda row: row.tokens_per_s),
+    ("experts on the worst rank", ".1f", lambda row: row.activated_worst_rank),
+    ("tokens on the worst rank", ".0f", lambda row: row.tokens_worst_rank),
+    ("waiting", ".1%", waiting),
+    ("deciding us", ".0f", lambda row: row.decide_us_per_layer),
+    ("memory GiB", ".1f", lambda row: row.memory_bytes / 2**30),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTable:
+    """A table with what it says about itself."""
+
+    title: str
+    caption: str
+    headings: list[str]
+    body: list[list[str]]
+    origin: str
+    """Machine and commit."""
+    command: str
+    """Makes the rows."""
+
+
+def tables(rows: list[Measurement]) -> list[MeasuredTable]:
+    """The tables of one run: throughput within the SLO if it has one, and a line per arm."""
+    if any(row.slow > 1 for row in rows):
+        return [slow_table(rows)]
+    has_slo = any(row.slo_tpot_ms is not None for row in rows)
+    return [*([slo_table(rows)] if has_slo else []), arms_table(rows)]
+
+
+def slow_table(rows: list[Measurement]) -> MeasuredTable:
+    """End-to-end latency by load and slowdown of one rank, each arm against the bases."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    pairs = [(a, b) for b in BASES for a in arms if b in arms and a not in BASES]
+    body = []
+    for load, slow in dict.fromkeys((row.load, row.slow) for row in rows):
+        here = [row for row in rows if (row.load, row.slow) == (load, slow)]
+        e2e_ms = {
+            arm: median([row for row in here if row.arm == arm], lambda row: row.e2e_ms.p50)
+            for arm in arms
+        }
+        cells = [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
+        cells += [f"{time_ms:.0f}" for time_ms in e2e_ms.values()]
+        body.append(cells + [f"{e2e_ms[arm] / e2e_ms[base] - 1:+.1%}" for arm, base in pairs])
+    headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
+    return MeasuredTable(
+        title=rows[0].title,
+        caption="End-to-end latency of a request, medians.",
+        headings=headings + [f"{arm} against {base}" for arm, base in pairs],
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml --traces DIR",
+    )
+
+
+def arms_table(rows: list[Measurement]) -> MeasuredTable:
+    """One line for each case, load and arm."""
+    groups = grouped(rows)
+    varied = [
+        (heading, place)
+        for place, heading in enumerate(("case", "load"))
+        if any(key[place] for key in groups)
+    ]
+    bases = [base for base in BASES if any(arm == base for _, _, arm in groups)]
+    body = []
+    for key, own in groups.items():
+        cells = [key[place] for _, place in varied] + [key[2]]
+        cells += [_ratio(groups, key, base) for base in bases]
+        body.append(cells + [format(median(own, value), spec) for _, spec, value in COLUMNS])
+    headings = [*(heading for heading, _ in varied), "arm"]
+    headings += [f"{_compared(rows)} against {base}" for base in bases]
+    return MeasuredTable(
+        title=rows[0].title,
+        caption=f"Medians of {_count(groups.values())} per line.",
+        headings=headings + [heading for heading, _, _ in COLUMNS],
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
+    )
+
+
+def slo_table(rows: list[Measurement]) -> MeasuredTable:
+    """One line per case and arm: the most tokens per second of requests within the SLO."""
+    groups = {key: own for key, own in grouped(rows).items() if own[0].slo_tpot_ms is not None}
+    best: dict[tuple[str, str], list[Measurement]] = {}
+    for (case, _, arm), own in groups.items():
+        known = best.get((case, arm))
+        if known is None or median(own, goodput_tokens_per_s) > median(known, goodput_tokens_per_s):
+            best[case, arm] = own
+    bases = [base for base in BASES if any(arm == base for _, arm in best)]
+    has_cases = any(case for case, _ in best)
+    body = []
+    for (case, arm), own in best.items():
+        reached = median(own, goodput_tokens_per_s)
+        cells = [case, arm] if has_cases else [arm]
+        cells += [f"{reached:.1f}", str(own[0].concurrency)]
+        cells += [f"{median(own, lambda row: row.tpot_ms.p50):.1f}"]
+        for base in bases:
+            theirs = median(best[case, base], goodput_tokens_per_s) if (case, base) in best else 0.0
+            cells.append(f"{reached / theirs - 1:+.1%}" if theirs else "-")
+        body.append(cells)
+    headings = ["case", "arm"] if has_cases else ["arm"]
+    slo = " or ".join(sorted({f"{own[0].slo_tpot_ms:g} ms" for own in groups.values()}))
+    return MeasuredTable(
+        title=rows[0].title,
+        caption=f"The concurrency with the most tokens per second of requests "
+        f"whose TPOT was within {slo}; medians of {_count(groups.values())} per concurrency.",
+        headings=headings
+        + ["tokens/s within the SLO", "requests at once", "TPOT ms there"]
+        + [f"against {base}" for base in bases],
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
+    )
+
+
+def goodput_tokens_per_s(row: Measurement) -> float:
+    """Generated tokens per second of the requests within the SLO."""
+    return (row.goodput_per_s or 0.0) * row.output_tokens
+
+
+def grouped(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
+    """Rows by (case, load, arm): arms together, in the order in which they were first measured."""
+    rows = list(rows)
+    keys = dict.fromkeys(
+        (row.case, load, arm)
+        for row in rows
+        for load in dict.fromkeys(r.load_name for r in rows)
+        for arm in dict.fromkeys(r.arm for r in rows)
+    )
+    found = {key: [r for r in rows if (r.case, r.load_name, r.arm) == key] for key in keys}
+    return {key: own for key, own in found.items() if own}
+
+
+def median(rows: Iterable[Measurement], value: Value) -> float:
+    """Over rows."""
+    return statistics.median(value(row) for row in rows)
+
+
+def origin(rows: list[Measurement]) -> str:
+    """Where the numbers come from."""
+    last = rows[-1]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    return f"Measured on {last.machine}; commit {commits}"
+
+
+def _ratio(
+    groups: dict[tuple[str, str, str], list[Measurement]], key: tuple[str, str, str], base: str
+) -> str:
+    """Time against that of a base in the same case and load."""
+    case, load, _ = key
+    theirs = groups.get((case, load, base))
+    if theirs is None:
+        return "-"
+    return f"{median(groups[key], _time_ms) / median(theirs, _time_ms) - 1:+.1%}"
+
+
+def _time_ms(row: Measurement) -> float:
+    """What a load is about: time per token, or the first token where there are few."""
+    return row.ttft_ms.p50 if row.output_tokens <= FEW_TOKENS else row.tpot_ms.p50
+
+
+def _compared(rows: list[Measurement]) -> str:
+    names = {"TTFT" if row.output_tokens <= FEW_TOKENS else "TPOT" for row in rows}
+    return " or ".join(sorted(names, reverse=True))
+
+
+def _count(groups: Iterable[list[Measurement]]) -> str:
+    counts = sorted({len(own) for own in groups})
+    least = f"{counts[0]} " if len(counts) == 1 else f"{counts[0]} to {counts[-1]} "
+    return least + ("measurement" if counts[-1] == 1 else "measurements")

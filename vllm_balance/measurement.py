@@ -1,0 +1,203 @@
+"""One row of a benchmark: what was served, how, by what, how fast, and what the balancer did.
+
+Rows are JSON lines; `bench/run.py` writes them, the tables of the docs and `vllm-balance report`
+read them. Everything was measured; predictions have a format of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from vllm_balance.documents import Document, explain
+from vllm_balance.errors import BalancerError
+
+FORMAT: Literal["vllm-balance measurement 1"] = "vllm-balance measurement 1"
+
+
+class Latency(Document):
+    """Distribution of one latency, ms: over requests; of the inter-token latency, over tokens."""
+
+    p50: float
+    p90: float
+    p99: float
+    quantiles: list[float] = Field(min_length=2)
+    """At evenly spaced probabilities from 0 to 1."""
+
+
+class Sample(Document):
+    """What happened between two looks at the counters while the load ran."""
+
+    at_s: float
+    """Since the start of the load; the end of the interval."""
+    steps: float = Field(gt=0)
+    """Forward passes in the interval."""
+    activated_per_rank: list[float]
+    """Activated experts per step, summed over layers."""
+    tokens_per_rank: list[float]
+    """(token, choice) pairs per step, summed over layers."""
+
+
+class LayerHeat(Document):
+    """The slots of one layer at the end of the load."""
+
+    physical_to_logical: list[int]
+    """The expert in each slot; slots of a rank are consecutive."""
+    slot_tokens: list[int]
+    """Pairs that went to each slot, summed over the batches that were looked at."""
+
+
+class Measurement(Document):
+    """One load on one warm server. Statistics per step are sums over layers."""
+
+    format: Literal["vllm-balance measurement 1"] = FORMAT
+    run: str
+    title: str
+    arm: str
+    case: str = ""
+    """Variant of the server, where a run file has several."""
+    load: str = ""
+    """Variant of the load, where a run file has several."""
+    slow: float = 1.0
+    """Factor by which one rank was asked to be slower."""
+    slow_shown: float = 1.0
+    """The factor that the profile's kernels showed."""
+    position: int
+    """Place in the order in which servers were started."""
+    repeat: int
+    seed: int
+    config_hash: str
+    versions: dict[str, str]
+    commit: str
+    sources: str
+    """Hash of the code that ran in the server."""
+    machine: str
+    gate: str
+    """The proof that this arm answers as one dense rank does, see docs/benchmarks.md."""
+
+    requests: int
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    duration_s: float
+    requests_per_s: float
+    tokens_per_s: float
+    """Generated tokens of all requests together."""
+    total_tokens_per_s: float
+    """Prompts included."""
+    ttft_ms: Latency
+    tpot_ms: Latency
+    itl_ms: Latency
+    e2e_ms: Latency
+    slo_tpot_ms: float | None = None
+    goodput_per_s: float | None = None
+    """Requests per second whose TPOT was within the SLO."""
+
+    policy: str
+    placement: str
+    """Where the experts were loaded to, and what decided it."""
+    online: dict[str, Any] | None = None
+    """What moved experts while serving, if anything did."""
+    num_ranks: int
+    num_layers: int
+    num_logical_experts: int
+    num_physical_experts: int
+    steps: float
+    decisions: int
+    """Times the policy ran: once per layer and step, on every rank."""
+    memory_bound_batches: int
+    compute_bound_batches: int
+    activated_worst_rank: float
+    """Per step, the sum over layers of the most activated experts on any rank."""
+    tokens_worst_rank: float
+    """Likewise of (token, choice) pairs."""
+    activated_per_rank: list[float]
+    tokens_per_rank: list[float]
+    waiting_share_by_experts: float
+    """Of the time to the slowest rank's end, the share that an average rank waits, if a layer's
+    time follows its activated experts."""
+    waiting_share_by_tokens: float
+    """The same if it follows tokens."""
+    waiting_share: float | None = None
+    """The share of the time in a layer's experts that an average rank waits for the slowest or for
+    a fetch, by the ranks' clocks; None where experts cannot be timed."""
+    fetch_wait_share: float | None = None
+    """The part of it for fetches."""
+    batch_time_spread: float | None = None
+    """Standard deviation over mean of the time that the slowest rank's experts take for a batch."""
+    fetching: dict[str, int] | None = None
+    """What all ranks fetched, where a balancer fetches; see docs/harmoeny.md."""
+    experts_us_per_rank: list[float]
+    """In the experts' kernel during the load; 0 where it cannot be timed."""
+    experts_us_per_layer: float
+    """The same per layer and step, on the rank that spent most."""
+    decide_us_per_layer: float
+    decide_share: float
+    """Deciding, of all time in MoE layers."""
+    wrapping_share: float
+    """Choosing, gathering and adding back a rank's pairs (CPU), of all time in MoE layers."""
+    memory_bytes: int
+    """Resident memory of all processes of the server, shared pages counted in each."""
+    samples: list[Sample]
+    layers: list[LayerHeat]
+
+    @property
+    def load_name(self) -> str:
+        """The load and, where a rank was slowed, by how much."""
+        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
+        return ", ".join(filter(None, (self.load, slowed)))
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What rows that may be compared have in common: settings, code, machine."""
+        return self.config_hash, self.sources, self.machine
+
+
+def parse(line: str) -> Measurement:
+    """The row that a line holds.
+
+    Raises:
+        ValidationError: it is not such a row.
+    """
+    return Measurement.model_validate_json(line)
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """All rows of a file, oldest first; a last line that was cut short is no row yet.
+
+    Raises:
+        BalancerError: the file is missing, or a line is not such a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise BalancerError(f"The results {path} cannot be read: {error.strerror}.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(parse(line))
+        except ValidationError as error:
+            raise BalancerError(
+                f"Line {number} of {path} is no measurement of this version. {explain(error)} "
+                f"Measure anew with `python -m bench.run`."
+            ) from error
+    return rows
+
+
+def is_results(path: Path) -> bool:
+    """Whether the first line of a file says that it holds measurements."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    return bool(first.strip()) and json.loads(first).get("format") == FORMAT
+
+
+def newest(rows: Iterable[Measurement]) -> list[Measurement]:
+    """The rows of what was measured last: the same settings, code and machine."""
+    rows = list(rows)
+    return [row for row in rows if row.identity == rows[-1].identity]

@@ -1,0 +1,182 @@
+"""Dynamic slots of a loaded model: the host store, the copies and the schedule of its layers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.experts.dynamic_slots import LayerSlots
+from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
+from vllm_balance.experts.look_ahead import LookAhead
+from vllm_balance.experts.prefetch import (
+    Copy,
+    Prefetch,
+    StreamPrefetch,
+    SyncPrefetch,
+    ThreadPrefetch,
+)
+from vllm_balance.fetch_cost import FetchCost
+from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.seams.fetch_speed import copy_bytes_per_s, token_us
+from vllm_balance.slot_balancer import SlotBalancer
+from vllm_balance.types import DynamicSlots
+
+
+class ModelSlots:
+    """What the layers of one rank share: all experts in host memory, and what brings them in.
+
+    Raises:
+        BalancerError: layers differ in their experts, or memory cannot be shared.
+    """
+
+    def __init__(self, runners: list[Any], config: BalancerConfig, group: Any) -> None:
+        self._runners, self._config, self._group = runners, config, group
+        self._tensors_L = [list(runner.get_expert_weights()) for runner in runners]
+        self._on_cpu = self._tensors_L[0][0].is_cpu
+        self.store = self._fill_store()
+        self.prefetch = self._make_prefetch()
+
+    def maker(self, layer: int) -> Callable[..., SlotBalancer]:
+        """What makes the balancer of a layer from the arguments that every balancer takes."""
+        num_experts = self._runners[layer].moe_config.num_logical_experts
+        assert self._config.dynamic_slots is not None
+        dynamic = LayerSlots(
+            layer=layer,
+            rank=self._group.rank_in_group,
+            state=DynamicSlots.empty(
+                num_logical=num_experts,
+                num_ranks=self._group.world_size,
+                num_dynamic=self._config.dynamic_slots,
+            ),
+            prefetch=self.prefetch,
+            expert_bytes=self.store.layout.expert_bytes,
+        )
+        return partial(SlotBalancer, dynamic=dynamic)
+
+    def rules(self, knee_tokens: float) -> Rules:
+        """What the schedules decide by, the same on every rank; a collective, and logged.
+
+        Raises:
+            BalancerError: nothing could be measured.
+        """
+        threshold = self._config.threshold_tokens
+        if threshold is None:
+            threshold = self._measured_threshold()
+        # A copy takes the core that computes, unless a device copies on its own.
+        is_hidden = not self._on_cpu and self._config.prefetch != "sync"
+        return Rules(
+            threshold_tokens=threshold,
+            fetch_tokens=0 if is_hidden else threshold,
+            knee_tokens=knee_tokens,
+        )
+
+    def _measured_threshold(self) -> int:
+        """q from the speeds of this device, means over the ranks."""
+        from vllm.logger import init_logger
+
+        first, layout = self._runners[0].moe_config, self.store.layout
+        slot = first.num_logical_experts // self._group.world_size
+
+        def copy(expert: int) -> None:
+            self._copy(Copy(layer=0, expert=expert, slot=slot))
+            if not self._on_cpu:
+                torch.cuda.synchronize()
+
+        own = (
+            copy_bytes_per_s(copy, layout.expert_bytes, first.num_logical_experts),
+            token_us(self._runners[0].routed_experts),
+        )
+        of_ranks = _share(self._group, own)
+        speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
+        cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
+        init_logger("vllm_balance").info("MoE balancer %s: %s.", self._config.name, cost)
+        return cost.threshold_tokens
+
+    def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:
+        """Tells the experts of each layer what to wait for, and each layer which one is next."""
+        for layer in layers:
+            if layer.experts is not None:
+                layer.experts.arrivals = layer.dynamic
+                layer.experts.before = layer.before_experts
+        if self._config.look_ahead != "router":
+            return
+        for index, layer in enumerate(layers[:-1]):
+            layer.following = layers[index + 1]
+            layer.look_ahead = self._look_ahead(index + 1, layer, knee_tokens)
+
+    def _fill_store(self) -> HostStore:
+        layouts = {ExpertLayout.of(tensors) for tensors in self._tensors_L}
+        if len(layouts) > 1:
+            raise BalancerError(
+                f"The MoE layers of this model have experts of different sizes "
+                f"({sorted(layout.expert_bytes for layout in layouts)} bytes), and the host store "
+                f"needs one size. Use another --moe-balancer for this model."
+            )
+        num_experts = self._runners[0].moe_config.num_logical_experts
+        machine = Machine(rank=self._group.rank_in_group, share=partial(_share, self._group))
+        store = HostStore.shared(
+            layouts.pop(),
+            num_layers=len(self._runners),
+            num_experts=num_experts,
+            machine=machine,
+        )
+        num_home = num_experts // self._group.world_size
+        first = machine.rank * num_home
+        for layer, tensors in enumerate(self._tensors_L):
+            for slot in range(num_home):
+                store.write(layer, first + slot, slot, tensors)
+        machine.share(None)  # From here on every expert is there.
+        return store
+
+    def _make_prefetch(self) -> Prefetch:
+        run = self._copy
+        if self._config.prefetch == "sync":
+            return SyncPrefetch(run)
+        if self._on_cpu:
+            return ThreadPrefetch(run)
+        self.store.pin()
+        return StreamPrefetch(run)
+
+    def _copy(self, copy: Copy) -> None:
+        self.store.read(
+            copy.layer,
+            copy.expert,
+            copy.slot,
+            self._tensors_L[copy.layer],
+            non_blocking=not self._on_cpu,
+        )
+
+    def _look_ahead(self, index: int, layer: SlotBalancer, knee_tokens: float) -> LookAhead:
+        runner = self._runners[index]
+        if runner.gate is None:
+            raise BalancerError(
+                f"`look_ahead` = 'router' asks the next layer's router early, and "
+                f"{runner.layer_name} does not tell vLLM where its router is. Use 'off' for this "
+                f"model."
+            )
+        return LookAhead(
+            gate=partial(_logits, runner.gate),
+            top_k=runner.moe_config.experts_per_token,
+            num_experts=runner.moe_config.num_logical_experts,
+            rank=layer.rank,
+            num_ranks=layer.tables.num_ranks,
+            all_reduce=layer.all_reduce,
+            min_pairs=knee_tokens * runner.moe_config.num_logical_experts,
+        )
+
+
+def _logits(gate: Any, hidden_states_TD: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = gate(hidden_states_TD)[0]
+    return logits
+
+
+def _share(group: Any, mine: Any) -> list[Any]:
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    return found

@@ -1,0 +1,100 @@
+"""What a balancer decides, by asking the same policy objects that production asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_balance.cost import CostModel
+from vllm_balance.errors import BalancerError
+from vllm_balance.kernels.record import counters_size
+from vllm_balance.placement import PLACEMENT, Cluster
+from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
+from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.types import Placement
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_SAME = CostModel(a_us=0, b_us=1, c_us=0, beta_us=1)
+"""vLLM's placements do not look at speeds, only at the number of ranks."""
+
+
+def policy_of(balancer: str, knee_tokens: float) -> RoutingPolicy:
+    """The routing policy of a balancer, as a worker makes it.
+
+    Raises:
+        BalancerError: there is no balancer of this name.
+    """
+    if balancer not in ROUTING:
+        raise BalancerError(f"There is no balancer {balancer!r}; there are {', '.join(ROUTING)}.")
+    if balancer == "metro":
+        return MetroRouting(knee_tokens=knee_tokens)
+    return ROUTING[balancer]()
+
+
+def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
+    """Redundant experts for a ratio of physical to logical ones, rounded up as production does."""
+    asked = round((redundancy - 1) * num_experts)
+    return asked + -(num_experts + asked) % num_ranks
+
+
+def placements(history_NLE: Array, num_ranks: int, redundant: int) -> list[Placement]:
+    """Where each layer's experts live: vLLM's EPLB, or its linear layout without replicas."""
+    cluster = Cluster(costs=(_SAME,) * num_ranks, num_redundant=redundant)
+    policy = PLACEMENT["eplb" if redundant else "linear"]()
+    return [
+        Placement.from_physical_to_logical(
+            torch.from_numpy(slots_P), num_logical=history_NLE.shape[2], num_ranks=num_ranks
+        )
+        for slots_P in policy.place(history_NLE, cluster)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decider:
+    """One balancer in all simulated layers."""
+
+    policy: RoutingPolicy
+    tables_L: tuple[LayerTables, ...]
+
+    @classmethod
+    def of(cls, policy: RoutingPolicy, layers: list[Placement]) -> Decider:
+        """The balancer on these placements, with the buffers that production would use."""
+        return cls(policy=policy, tables_L=tuple(map(_tables, layers)))
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tables_L[0].num_ranks
+
+    def slots(self, ids_LTK: torch.Tensor) -> tuple[Array, None]:
+        """Pairs of each slot in each layer after routing a batch, int32 [L, P]; no fetches.
+
+        Raises:
+            RuntimeError: a token was lost or doubled; the policy is broken.
+        """
+        tokens_LP = np.empty((len(self.tables_L), self.tables_L[0].num_physical), np.int32)
+        for layer, tables in enumerate(self.tables_L):
+            assert tables.load_P is not None
+            tables.load_P.zero_()
+            self.policy.route(ids_LTK[layer], tables, None)
+            tokens_LP[layer] = tables.load_P.numpy()
+        pairs = ids_LTK.shape[1] * ids_LTK.shape[2]
+        if (tokens_LP.sum(1) != pairs).any():
+            raise RuntimeError(
+                f"{self.policy.name} routed {tokens_LP.sum(1).tolist()} pairs of {pairs}."
+            )
+        return tokens_LP, None
+
+
+def _tables(placement: Placement) -> LayerTables:
+    return LayerTables(
+        logical_to_physical_ER=placement.logical_to_physical_ER,
+        num_replicas_E=placement.num_replicas_E,
+        num_ranks=placement.num_ranks,
+        num_physical=placement.num_physical,
+        load_P=torch.zeros(placement.num_physical, dtype=torch.int32),
+        record_enabled=None,
+        counters=torch.zeros(counters_size(placement.num_ranks), dtype=torch.int64),
+    )

@@ -1,0 +1,140 @@
+"""Time of one layer's experts on a rank: from a roofline, or from a measured profile.
+
+Both come down to two sums over the rank's activated experts, of which the larger one counts::
+
+    t_s = max(a + sum of stream(n_p), c + sum of compute(n_p))
+
+A GPU runs all experts in one grouped kernel, where those that wait for weights and those that
+compute overlap. A CPU core runs one expert after the other; its measured time per expert is all in
+`stream`, and `compute` is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_balance.profiles import Profile, RankProfile
+from vllm_balance.simulate.hardware import Hardware
+from vllm_balance.simulate.models import Model
+
+Array = np.ndarray[Any, np.dtype[Any]]
+TABLE = 8192
+"""Tokens of one expert up to which times are tabled; beyond, the last slope goes on."""
+KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+"""Tokens between which a measured expert's time is taken to be straight."""
+_OUTLIER = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTimes:
+    """Times in microseconds, a row per kind of rank; entry n of a table is of n tokens."""
+
+    fixed_S2: Array
+    """a and c."""
+    stream_SN: Array
+    compute_SN: Array
+
+    def of(self, tokens_LP: Array, num_ranks: int) -> tuple[Array, Array, Array]:
+        """Time, activated experts and pairs of each rank in each layer, three [L, S].
+
+        tokens_LP: pairs of each slot, int32 [L, P]; a rank's slots are consecutive.
+        """
+        from vllm_balance.simulate.rank_times import rank_times
+
+        tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
+        return rank_times(tokens_LP, num_ranks, *tables)
+
+    @property
+    def knee_tokens(self) -> float:
+        """Tokens per active expert from which a rank computes: what a profile tells production.
+
+        Time of an expert with one token, over the time of a further token in a large batch.
+        """
+        table_N = self.compute_SN[0] if self.compute_SN.any() else self.stream_SN[0]
+        few, many = KNOTS[-2], KNOTS[-1]
+        token_us = (table_N[many] - table_N[few]) / (many - few)
+        return float(self.stream_SN[0, 1] / token_us)
+
+
+def roofline(model: Model, hardware: Hardware) -> ExpertTimes:
+    """Every expert streams its weights, in tiles of tokens; arithmetic hides behind that."""
+    n = np.arange(TABLE + 1, dtype=np.float64)
+    share = hardware.efficiency
+    per_us = hardware.memory_bandwidth.per_us * share.expert_streaming.value
+    tiles = np.ceil(n / hardware.tiles.stream_tokens.value)
+    again = hardware.tiles.stream_share.value * np.maximum(tiles - 1, 0)
+    moved = n * 2 * (2 * model.hidden.value + model.expert_matrices.value * model.inner.value)
+    stream = np.where(n > 0, (1 + again) * model.expert_bytes + moved, 0) / per_us
+    height = hardware.tiles.compute_tokens.value
+    flop = 2 * model.expert_weights * np.ceil(n / height) * height
+    peak = hardware.peak(model.expert_number).per_us * share.expert_compute.value
+    compute, fixed = flop / peak, hardware.fixed.experts.value
+    if hardware.experts == "in_turn":
+        stream = np.maximum(stream, share.expert_exposed.value * stream + compute)
+        compute = np.zeros_like(stream)
+    return ExpertTimes(
+        fixed_S2=np.array([[fixed, fixed]]), stream_SN=stream[None], compute_SN=compute[None]
+    )
+
+
+def measured(profile: Profile) -> ExpertTimes:
+    """One expert after the other, each with the time that the profile's points tell."""
+    rows = [_expert_times(rank) for rank in profile.ranks]
+    return ExpertTimes(
+        fixed_S2=np.array([[fixed, 0.0] for fixed, _ in rows]),
+        stream_SN=np.stack([table_N for _, table_N in rows]),
+        compute_SN=np.zeros((len(rows), TABLE + 1)),
+    )
+
+
+def profile_error(profile: Profile) -> float:
+    """Median over points and ranks of the relative error of `measured`."""
+    times = measured(profile)
+    errors = []
+    for row, rank in enumerate(profile.ranks):
+        own = ExpertTimes(
+            fixed_S2=times.fixed_S2[row : row + 1],
+            stream_SN=times.stream_SN[row : row + 1],
+            compute_SN=times.compute_SN[row : row + 1],
+        )
+        for point in rank.points:
+            found, _, _ = own.of(np.array([point.tokens_E], np.int32), 1)
+            errors.append(abs(float(found[0, 0]) / point.time_us - 1))
+    return float(np.median(errors))
+
+
+def _expert_times(rank: RankProfile) -> tuple[float, Array]:
+    """(fixed time, table of one expert's time): rising, straight between KNOTS, robust fit."""
+    from scipy.optimize import nnls
+
+    most = max(max(point.tokens_E) for point in rank.points)
+    knots_K = np.array(
+        [1, *(k for k, below in zip(KNOTS[1:], KNOTS, strict=False) if below < most)]
+    )
+    design = np.array(
+        [np.append(_rises(np.array(p.tokens_E), knots_K).sum(0), 1.0) for p in rank.points]
+    )
+    time_us = np.array([point.time_us for point in rank.points])
+    relative = design / time_us[:, None]
+    weight = np.ones(len(time_us))
+    for _ in range(30):
+        found, _ = nnls(relative * weight[:, None], weight)
+        residual = relative @ found - 1
+        weight = 1 / np.sqrt(1 + (residual / _OUTLIER) ** 2)
+    table = _rises(np.arange(TABLE + 1), knots_K) @ found[:-1]
+    table[0] = 0.0
+    return float(found[-1]), table
+
+
+def _rises(tokens_N: Array, knots_K: Array) -> Array:
+    """How far an expert with n tokens has come: 1 for the first knot, then a share of each piece.
+
+    [N, K]; the last piece, which holds the largest measured number of tokens, goes on for ever.
+    """
+    share = (tokens_N[:, None] - knots_K[:-1]) / np.diff(knots_K)
+    share = np.maximum(share, 0)
+    share[:, :-1] = np.minimum(share[:, :-1], 1)
+    return np.concatenate([np.ones((len(tokens_N), 1)), share], axis=1)

@@ -1,0 +1,139 @@
+"""The hardware file: what one rank and the links between ranks can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from vllm_balance import profiles
+from vllm_balance.documents import Document
+from vllm_balance.errors import BalancerError
+from vllm_balance.profiles import Profile
+from vllm_balance.simulate import catalogue
+from vllm_balance.simulate.quantities import (
+    Bytes,
+    BytesPerSecond,
+    Count,
+    FlopPerSecond,
+    Microseconds,
+    Ratio,
+    Share,
+    Sourced,
+)
+
+Number = Literal["float32", "float16", "float8", "float4"]
+"""Formats that arithmetic runs in; float16 stands for bfloat16 too."""
+
+
+class Link(Document):
+    """A connection: a message of n bytes takes latency + n / bandwidth."""
+
+    latency: Microseconds
+    """Of a whole collective operation over it, launch included, with no bytes."""
+    bandwidth: BytesPerSecond
+    """One direction, per rank, as reached by large messages."""
+
+
+class Efficiency(Document):
+    """Shares of the peaks that kernels reach."""
+
+    expert_streaming: Ratio
+    expert_compute: Ratio
+    expert_exposed: Share
+    """As dense_exposed, for experts that run in turn."""
+    dense_streaming: Ratio
+    dense_compute: Ratio
+    attention_compute: Ratio
+    """Of scores and weighted sums, against the 16-bit peak."""
+    dense_exposed: Share
+    """Share of the time to stream weights that arithmetic cannot hide: 0 on a GPU; a CPU core
+    unpacks weights before it multiplies."""
+
+
+class Tiles(Document):
+    """How grouped kernels round tokens up."""
+
+    compute_tokens: Count
+    """An expert's tokens are computed in multiples of this."""
+    stream_tokens: Count
+    """Each further tile of so many tokens reads the expert's weights again ..."""
+    stream_share: Ratio
+    """... at this share of the first time (TEMPO, arXiv 2608.13057: b2 / b)."""
+
+
+class Fixed(Document):
+    """Times that depend on no size."""
+
+    experts: Microseconds
+    """Kernels of one layer's experts, without tokens."""
+    layer: Microseconds
+    """Norms, router, rotary embedding and launches of one layer."""
+    step: Microseconds
+    """Scheduling and launching a step."""
+    token: Microseconds
+    """Sampling, answering and streaming each token that comes out, beside the step."""
+    request: Microseconds
+    """From a request's arrival to its first step, and its first token's way back."""
+
+
+class Hardware(Sourced):
+    """One kind of machine. Peaks are per rank."""
+
+    kind: Literal["vllm-balance hardware"]
+    format: Literal[1]
+    experts: Literal["together", "in_turn"]
+    """A grouped kernel, in which one expert's arithmetic hides another's streaming, or a loop."""
+    memory: Bytes
+    memory_bandwidth: BytesPerSecond
+    compute: dict[Number, FlopPerSecond] = Field(min_length=1)
+    """Dense peaks, by number format."""
+    efficiency: Efficiency
+    tiles: Tiles
+    fixed: Fixed
+    decide: dict[str, Microseconds]
+    """Time to decide and map one layer's batch, by balancer; others take as long as eplb."""
+    ranks_per_node: Count
+    scale_up: Link
+    """Between the ranks of a node."""
+    scale_out: Link | None = None
+    """Between nodes."""
+    host: Link | None = None
+    """From host memory to a rank's."""
+    profile: str | None = None
+    """Measured expert times (`vllm-balance profile`), a file beside this one."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.ranks_per_node.value < 1:
+            raise ValueError("ranks_per_node must be at least 1")
+        if min(self.tiles.compute_tokens.value, self.tiles.stream_tokens.value) < 1:
+            raise ValueError("tiles must have at least one token")
+        if "eplb" not in self.decide:
+            raise ValueError("decide needs at least eplb")
+        return self
+
+    def decide_us(self, balancer: str) -> float:
+        """Time to decide one layer."""
+        return self.decide.get(balancer, self.decide["eplb"]).value
+
+    def peak(self, number: Number) -> FlopPerSecond:
+        """Dense peak. Raises BalancerError if the hardware does not compute in this format."""
+        if number not in self.compute:
+            raise BalancerError(
+                f"{self.name} has no {number} arithmetic (it has {', '.join(self.compute)}), which "
+                f"the model file asks for. Choose another model file or other hardware."
+            )
+        return self.compute[number]
+
+
+def load(name: str) -> tuple[Hardware, Profile | None]:
+    """A hardware file by name or path, and the profile it names.
+
+    Raises:
+        BalancerError: one of the two is missing or malformed.
+    """
+    found, path = catalogue.find("hardware", name, Hardware)
+    beside = Path(path).resolve().parent
+    return found, profiles.load(beside / found.profile) if found.profile else None

@@ -1,0 +1,27 @@
+"""What fits into a rank's memory: weights, redundant experts, and the cache of so many requests."""
+
+from __future__ import annotations
+
+from vllm_balance.simulate.hardware import Hardware
+from vllm_balance.simulate.layout import Layout
+from vllm_balance.simulate.models import Model
+
+USABLE = 0.9
+"""vLLM's default --gpu-memory-utilization."""
+
+
+def weight_bytes(model: Model, layout: Layout, num_redundant: int) -> float:
+    """Weights on one rank: its experts, and its part of everything else."""
+    experts = (model.num_experts.value + num_redundant) / layout.num_ranks
+    own = experts * model.num_moe_layers * model.expert_bytes
+    return own + model.dense_bytes / layout.tensor
+
+
+def most_requests(
+    model: Model, hardware: Hardware, layout: Layout, num_redundant: int, tokens: int
+) -> int:
+    """Requests of `tokens` tokens whose cache fits, over all ranks; 0 if weights do not fit."""
+    free = USABLE * hardware.memory.value - weight_bytes(model, layout, num_redundant)
+    split = 1 if model.latent else min(layout.tensor, max(model.num_kv_heads.value, 1))
+    each = tokens * model.cache_bytes_per_token / split
+    return layout.data * max(0, int(free / each))

@@ -1,0 +1,158 @@
+"""The model file: numbers of a config.json, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from vllm_balance.documents import Document
+from vllm_balance.simulate import catalogue
+from vllm_balance.simulate.hardware import Number
+from vllm_balance.simulate.quantities import BytesPerWeight, Count, Sourced
+
+
+class Latent(Document):
+    """Multi-head latent attention (DeepSeek): low ranks of queries and of the cache."""
+
+    query_rank: Count
+    cache_rank: Count
+    rotary_dim: Count
+    content_dim: Count
+    """Per head, of queries and keys without the rotary part."""
+    value_dim: Count
+
+
+class Window(Document):
+    """Some layers look back only so many tokens."""
+
+    tokens: Count
+    layers: Count
+
+
+class Model(Sourced):
+    """One model. Weights are counted, biases and norms left out."""
+
+    kind: Literal["vllm-balance model"]
+    format: Literal[1]
+    num_layers: Count
+    num_dense_layers: Count
+    """Layers whose feed-forward part is one dense network."""
+    num_experts: Count
+    top_k: Count
+    hidden: Count
+    inner: Count
+    """Of one expert."""
+    expert_matrices: Count
+    """3 with a gate, 2 without."""
+    shared_inner: Count
+    """Inner size of the shared experts together; 0: none."""
+    dense_inner: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    vocabulary: Count
+    latent: Latent | None = None
+    window: Window | None = None
+    expert_weight: BytesPerWeight
+    dense_weight: BytesPerWeight
+    cache_element: BytesPerWeight
+    expert_number: Number
+    dense_number: Number
+
+    @model_validator(mode="after")
+    def _plausible(self) -> Self:
+        if not 1 <= self.top_k.value <= self.num_experts.value:
+            raise ValueError("top_k must be between 1 and num_experts")
+        if self.num_dense_layers.value >= self.num_layers.value:
+            raise ValueError("at least one layer must have experts")
+        if self.hidden.value < 1 or self.inner.value < 1 or self.expert_matrices.value < 1:
+            raise ValueError("hidden, inner and expert_matrices must be at least 1")
+        return self
+
+    def with_layers(self, num_layers: int, *, vocabulary: int) -> Model:
+        """The model cut to its first layers of experts, as benchmarks on a CPU serve it."""
+
+        def count(value: int) -> Count:
+            return self.num_layers.model_copy(update={"value": value})
+
+        return self.model_copy(
+            update={
+                "num_layers": count(num_layers),
+                "num_dense_layers": count(0),
+                "vocabulary": count(vocabulary),
+            }
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers.value - self.num_dense_layers.value
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert."""
+        return self.expert_matrices.value * self.hidden.value * self.inner.value
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of one expert in memory."""
+        return self.expert_weights * self.expert_weight.value
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of one layer's projections."""
+        hidden, heads = self.hidden.value, self.num_heads.value
+        if self.latent is None:
+            width = self.head_dim.value
+            return hidden * width * (2 * heads + 2 * self.num_kv_heads.value)
+        part = self.latent
+        query = part.query_rank.value * (
+            hidden + heads * (part.content_dim.value + part.rotary_dim.value)
+        )
+        cache = hidden * (part.cache_rank.value + part.rotary_dim.value)
+        unpacked = part.cache_rank.value * heads * (part.content_dim.value + part.value_dim.value)
+        return query + cache + unpacked + heads * part.value_dim.value * hidden
+
+    @property
+    def cache_width(self) -> int:
+        """Cached elements of one token in one layer."""
+        if self.latent is None:
+            return 2 * self.num_kv_heads.value * self.head_dim.value
+        return self.latent.cache_rank.value + self.latent.rotary_dim.value
+
+    @property
+    def attention_width(self) -> int:
+        """Multiplications of one head and one pair of tokens: query by key, weight by value."""
+        if self.latent is None:
+            return 2 * self.head_dim.value
+        return 2 * self.latent.cache_rank.value + self.latent.rotary_dim.value
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Of all layers."""
+        return self.num_layers.value * self.cache_width * self.cache_element.value
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of the whole model, one copy of every expert."""
+        experts = self.num_moe_layers * self.num_experts.value * self.expert_bytes
+        return experts + self.dense_bytes
+
+    @property
+    def dense_bytes(self) -> float:
+        """Of everything but the routed experts."""
+        hidden = self.hidden.value
+        weights = self.num_layers.value * self.attention_weights
+        weights += self.num_moe_layers * hidden * (self.num_experts.value + self.shared_width)
+        weights += self.num_dense_layers.value * 3 * hidden * self.dense_inner.value
+        return (weights + 2 * self.vocabulary.value * hidden) * self.dense_weight.value
+
+    @property
+    def shared_width(self) -> int:
+        """Weights of the shared experts, per hidden element."""
+        return self.expert_matrices.value * self.shared_inner.value
+
+
+def load(name: str) -> Model:
+    """A model file by name or path. Raises BalancerError if it is missing or malformed."""
+    return catalogue.find("model", name, Model)[0]

@@ -1,0 +1,175 @@
+"""The hub: one arm, a model on a machine under a balancer, simulated step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_balance.profiles import Profile
+from vllm_balance.routing import FETCHING
+from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
+from vllm_balance.simulate.dense_times import DenseTimes
+from vllm_balance.simulate.expert_times import ExpertTimes, measured, roofline
+from vllm_balance.simulate.fetches import (
+    FetchingDecider,
+    fetch_us,
+    fetching_policy,
+    with_fetches,
+)
+from vllm_balance.simulate.hardware import Hardware
+from vllm_balance.simulate.layout import Layout
+from vllm_balance.simulate.links import Network
+from vllm_balance.simulate.models import Model
+from vllm_balance.simulate.outcome import Outcome
+from vllm_balance.simulate.serving import Load, schedule
+from vllm_balance.simulate.traffic import Traffic
+
+Array = np.ndarray[Any, np.dtype[Any]]
+HISTORY_STEPS, HISTORY_TOKENS = 64, 256
+"""Decode batches that redundant experts are placed by, and their size."""
+_STATE_BYTES = 2
+_IDS_BYTES = 8
+"""An expert id and its weight, per pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Everything that a simulated run depends on."""
+
+    model: Model
+    hardware: Hardware
+    layout: Layout
+    load: Load
+    balancer: str
+    redundancy: float = 1.0
+    profile: Profile | None = None
+    """Measured expert times in place of the roofline."""
+    seed: int = 0
+
+    @property
+    def num_redundant(self) -> int:
+        """Redundant experts or dynamic slots in each layer, over all ranks."""
+        if self.balancer == "static":
+            return 0
+        return num_redundant(self.model.num_experts.value, self.layout.num_ranks, self.redundancy)
+
+
+def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
+    """Runs an arm on `traffic`, with experts placed by the load of `placed_by`.
+
+    The two traffics hold the simulated layers, which stand for all MoE layers of the model in equal
+    parts. Both are advanced.
+
+    Raises:
+        BalancerError: the parts do not fit together.
+    """
+    window = arm.model.window.tokens.value if arm.model.window else None
+    steps = schedule(arm.load, window=window, seed=arm.seed)
+    network = Network.of(arm.hardware, arm.layout.ranks_per_node)
+    dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
+    stage = _MoeStage(arm, decider_of(arm, placed_by), network)
+    rows = [
+        stage.step(traffic, int(decode), int(prefill))
+        for decode, prefill in zip(steps.decode_N, steps.prefill_N, strict=True)
+    ]
+    columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
+    names = ("exchange", "decide", "dispatch", "experts", "combine")
+    own = arm.num_redundant / arm.layout.num_ranks * arm.model.num_moe_layers
+    return Outcome(
+        steps=steps,
+        stage_us={
+            "attention": dense.attention_us(steps),
+            "rest": dense.rest_us(steps),
+            **dict(zip(names, columns[:5], strict=True)),
+        },
+        busy_us_N=columns[5],
+        activated_N=columns[6],
+        pairs_N=columns[7],
+        request_us=arm.hardware.fixed.request.value,
+        redundant_bytes=own * arm.model.expert_bytes,
+    )
+
+
+def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
+    """The balancer of an arm, on placements for the load of `placed_by`."""
+    ranks, slots = arm.layout.num_ranks, arm.num_redundant
+    knee = expert_times(arm).knee_tokens
+    if arm.balancer in FETCHING:
+        fetching = fetching_policy(arm.balancer, arm.model, arm.hardware, knee)
+        num_experts = arm.model.num_experts.value
+        return FetchingDecider.of(
+            fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
+        )
+    history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
+    policy = policy_of(arm.balancer, knee)
+    return Decider.of(policy, placements(history_NLE, ranks, slots))
+
+
+def expert_times(arm: Arm) -> ExpertTimes:
+    """Measured times where the profile is of these experts, else the roofline."""
+    if arm.profile is not None and _is_of(arm.profile, arm.model):
+        return measured(arm.profile)
+    return roofline(arm.model, arm.hardware)
+
+
+def _is_of(profile: Profile, model: Model) -> bool:
+    return (profile.shape.hidden, profile.shape.inner) == (model.hidden.value, model.inner.value)
+
+
+class _MoeStage:
+    """The part of a layer that the balancer is in."""
+
+    def __init__(self, arm: Arm, decider: Decider | FetchingDecider, network: Network) -> None:
+        self.arm, self.decider, self.network = arm, decider, network
+        self.times = expert_times(arm)
+        self.fetch_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
+
+    def step(self, traffic: Traffic, num_decode: int, num_prefill: int) -> tuple[float, ...]:
+        """(exchange, decide, dispatch, experts, combine, mean over ranks of experts, lambda,
+        N_max), times in microseconds, all summed over the simulated layers."""
+        tokens_LP, fetched_LS = self.decider.slots(traffic.batch(num_decode, num_prefill))
+        time_LS, activated_LS, pairs_LS = self.times.of(tokens_LP, self.decider.num_ranks)
+        busy = float(time_LS.mean(1).sum())
+        if fetched_LS is not None:
+            time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us)
+        layers = len(tokens_LP)
+        exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
+        return (
+            layers * exchange,
+            layers * self.arm.hardware.decide_us(self.arm.balancer),
+            dispatch,
+            float(time_LS.max(1).sum()),
+            combine,
+            busy,
+            float(activated_LS.max(1).sum()),
+            float(pairs_LS.max(1).sum()),
+        )
+
+    def _network(self, num_tokens: int, pairs_LS: Array) -> tuple[float, float, float]:
+        """Exchange of one layer; dispatch and combine of all."""
+        layout, network, layers = self.arm.layout, self.network, len(pairs_LS)
+        ranks = layout.num_ranks
+        state = self.arm.model.hidden.value * _STATE_BYTES
+        if layout.data == 1:
+            return 0.0, 0.0, layers * network.all_reduce_us(num_tokens * state, ranks)
+        if layout.dispatch == "all_gather":
+            sent = num_tokens * (state + self.arm.model.top_k.value * _IDS_BYTES)
+            gather = network.all_gather_us(sent, ranks)
+            scatter = network.reduce_scatter_us(num_tokens * state, ranks)
+            return 0.0, layers * gather, layers * scatter
+        counts = 4 * ranks * self.arm.model.num_experts.value
+        asks = self.decider.policy.counts_decide
+        exchange = network.all_reduce_us(counts, ranks) if asks else 0.0
+        busiest_L = pairs_LS.max(1)
+        narrow = self.arm.model.expert_weight.value if self._is_narrow else _STATE_BYTES
+        sent_L = busiest_L * self.arm.model.hidden.value * narrow
+        dispatch = sum(network.all_to_all_us(float(sent), ranks) for sent in sent_L)
+        combine = sum(network.all_to_all_us(float(pairs * state), ranks) for pairs in busiest_L)
+        return exchange, dispatch, combine
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether tokens travel to the experts in the experts' 8-bit format."""
+        return self.arm.model.expert_number == "float8"

@@ -1,0 +1,159 @@
+"""Many cells in parallel over cores or a cluster, with Ray; ended at any time, resumed later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import hardware, models
+from vllm_balance.simulate.layout import Layout
+from vllm_balance.simulate.run import Arm, simulate
+from vllm_balance.simulate.serving import Load
+from vllm_balance.simulate.traffic import Traffic, skewed
+
+CHUNK = 32
+"""Cells per task: sent, computed and written together."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One point of a sweep, in plain values: it goes to other processes and into the row."""
+
+    model: str
+    hardware: str
+    balancer: str
+    redundancy: float
+    zipf: float
+    concurrency: int
+    tensor: int = 1
+    data: int = 1
+    ranks_per_node: int | None = None
+    prompt_tokens: int = 1024
+    output_tokens: int = 2048
+    layers: int = 2
+    steps: int = 8
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The same for the same values, in every process."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compute(cell: Cell) -> Row:
+    """The row of a cell: its values and what was simulated. Raises BalancerError as `simulate`."""
+    model, (machine, profile) = models.load(cell.model), hardware.load(cell.hardware)
+    arm = Arm(
+        model=model,
+        hardware=machine,
+        profile=profile,
+        layout=Layout(tensor=cell.tensor, data=cell.data, ranks_per_node=cell.ranks_per_node),
+        balancer=cell.balancer,
+        redundancy=cell.redundancy,
+        seed=cell.seed,
+        load=Load(
+            concurrency=cell.concurrency,
+            prompt_tokens=cell.prompt_tokens,
+            output_tokens=cell.output_tokens,
+            token_budget=max(2048 * cell.data, 2 * cell.concurrency),
+            max_steps=cell.steps,
+        ),
+    )
+    served, placed_by = _traffic(cell), _traffic(cell)
+    made = simulate(arm, served, placed_by)
+    return {
+        "key": cell.key,
+        **asdict(cell),
+        "tpot_us": made.tpot_us,
+        "tokens_per_s": made.tokens_per_s,
+        "activated_worst_rank": float(made.activated_N.mean()),
+        "tokens_worst_rank": float(made.pairs_N.mean()),
+        "waiting_share": made.waiting_share,
+        "redundant_bytes": made.redundant_bytes,
+    }
+
+
+def _traffic(cell: Cell) -> Traffic:
+    return _rows(cell.model, cell.zipf, cell.layers, cell.seed).fresh()
+
+
+@cache
+def _rows(model: str, zipf: float, layers: int, seed: int) -> Traffic:
+    return skewed(ReplaySettings(zipf=zipf, seed=seed), models.load(model), layers)
+
+
+def sweep(
+    cells: Iterable[Cell],
+    results: Path,
+    origin: Row,
+    *,
+    address: str | None = None,
+    on_rows: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Computes the cells that `results` does not hold yet and appends their rows; how many.
+
+    Args:
+        origin: put into every row, e.g. versions and commit.
+        address: of a Ray cluster; None: the cores of this machine.
+        on_rows: told how many rows were added, as they are.
+
+    Raises:
+        BalancerError: Ray is not installed, or a cell is impossible.
+    """
+    done = {row["key"] for row in read(results)}
+    left = [cell for cell in cells if cell.key not in done]
+    chunks = [left[start : start + CHUNK] for start in range(0, len(left), CHUNK)]
+    for rows in _computed(chunks, address):
+        with results.open("a") as file:
+            file.write("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
+        on_rows(len(rows))
+    return len(left)
+
+
+def read(results: Path) -> list[Row]:
+    """The rows of a file, none if it is missing; a last line that was cut short is cut off."""
+    if not results.exists():
+        return []
+    content = results.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        results.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _computed(chunks: list[list[Cell]], address: str | None) -> Iterator[list[Row]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise BalancerError(
+            "A sweep runs in parallel with Ray, which is not installed: "
+            "pip install 'vllm-balance[sweep]'."
+        ) from error
+    if not chunks:
+        return
+    ray.init(
+        address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        ignore_reinit_error=True,
+    )  # fmt: skip
+    try:
+        task = ray.remote(max_retries=2)(_compute_chunk)
+        waiting = [task.remote(chunk) for chunk in chunks]
+        while waiting:
+            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(ready)
+    finally:
+        ray.shutdown()
+
+
+def _compute_chunk(cells: list[Cell]) -> list[Row]:
+    return [compute(cell) for cell in cells]

@@ -1,0 +1,135 @@
+"""The experts that tokens ask for: a seeded skew, or the tokens of a recorded trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay import Replay
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate.models import Model
+from vllm_balance.traces import Trace
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """Rows of distinct experts for every simulated layer, handed out in order, over and over."""
+
+    name: str
+    num_experts: int
+    decode_LNK: Array
+    """int32: rows of decoding tokens."""
+    prefill_LNK: Array
+    """int32: rows of prompt tokens, those of a request one behind the other."""
+    _position: list[int] = field(default_factory=lambda: [0, 0])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decode_LNK)
+
+    @property
+    def top_k(self) -> int:
+        return self.decode_LNK.shape[2]
+
+    def fresh(self) -> Traffic:
+        """The same traffic from its beginning; the rows are shared."""
+        return replace(self, _position=[0, 0])
+
+    def batch(self, num_decode: int, num_prefill: int) -> torch.Tensor:
+        """The next tokens' experts in all layers, int32 [L, tokens, K], decoding ones first."""
+        parts = []
+        for which, (rows_LNK, count) in enumerate(
+            ((self.decode_LNK, num_decode), (self.prefill_LNK, num_prefill))
+        ):
+            length, start = rows_LNK.shape[1], self._position[which]
+            parts.append(np.take(rows_LNK, np.arange(start, start + count) % length, axis=1))
+            self._position[which] = (start + count) % length
+        return torch.from_numpy(np.concatenate(parts, axis=1))
+
+    def history(self, num_steps: int, batch: int) -> Array:
+        """Counts of the next decode batches, to place experts by: int32 [steps, L, E]."""
+        size = self.num_layers * self.num_experts
+        base_L11 = np.arange(self.num_layers)[:, None, None] * self.num_experts
+        counts_NLE = np.empty((num_steps, self.num_layers, self.num_experts), np.int32)
+        for step in range(num_steps):
+            cells = (self.batch(batch, 0).numpy() + base_L11).ravel()
+            counts_NLE[step] = np.bincount(cells, minlength=size).reshape(counts_NLE.shape[1:])
+        return counts_NLE
+
+
+def skewed(settings: ReplaySettings, model: Model, num_layers: int) -> Traffic:
+    """What `replay` makes a server serve: the same rows, in the same order.
+
+    Raises ValueError if the skew does not fit the model.
+    """
+    replay = Replay(
+        settings,
+        num_layers=num_layers,
+        num_experts=model.num_experts.value,
+        top_k=model.top_k.value,
+    )
+    rows_LNK = np.stack([replay.rows(layer, settings.rows).numpy() for layer in range(num_layers)])
+    kind = "zipf" if settings.zipf is not None else "hot"
+    return Traffic(
+        name=f"{kind} {settings.zipf if settings.hot is None else settings.hot.fraction:g}",
+        num_experts=model.num_experts.value,
+        decode_LNK=rows_LNK,
+        prefill_LNK=rows_LNK,
+    )
+
+
+def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int = 16384) -> Traffic:
+    """Tokens of a trace: decoding ones at random, prompts whole, requests in random order.
+
+    Layer l uses layer l of the trace, modulo the layers that it has.
+
+    Raises:
+        BalancerError: the trace holds counts only, or is of a model of another shape.
+    """
+    shape = (model.num_experts.value, model.top_k.value)
+    if trace.topk_ids_TLK is None:
+        raise BalancerError(
+            f"Trace {trace.name} holds counts of steps; the simulator needs the experts of single "
+            f"tokens (topk_ids). Record with ids, or use a skew."
+        )
+    if (trace.num_experts, trace.top_k) != shape:
+        raise BalancerError(
+            f"Trace {trace.name} has {trace.num_experts} experts and top-{trace.top_k}, "
+            f"{model.name} has {shape[0]} and top-{shape[1]}. Both must be of one model."
+        )
+    random = np.random.default_rng(seed)
+    layers_L = np.arange(num_layers) % trace.num_layers
+    total = len(trace.topk_ids_TLK)
+    decoding = np.arange(total)
+    if trace.phase_T is not None and (trace.phase_T == 1).any():
+        decoding = np.flatnonzero(trace.phase_T == 1)
+    drawn = random.choice(decoding, rows)
+    return Traffic(
+        name=trace.name,
+        num_experts=trace.num_experts,
+        decode_LNK=_rows(trace, drawn, layers_L),
+        prefill_LNK=_rows(trace, _in_requests(trace, random)[:rows], layers_L),
+    )
+
+
+def _in_requests(trace: Trace, random: np.random.Generator) -> Array:
+    assert trace.topk_ids_TLK is not None
+    request_T = trace.request_id_T
+    if request_T is None:
+        return np.arange(len(trace.topk_ids_TLK))
+    numbers = np.unique(request_T)
+    place = np.empty(numbers.max() + 1, np.int64)
+    place[random.permutation(numbers)] = np.arange(len(numbers))
+    return np.argsort(place[request_T], kind="stable")
+
+
+def _rows(trace: Trace, tokens_N: Array, layers_L: Array) -> Array:
+    assert trace.topk_ids_TLK is not None
+    rows_NLK = trace.topk_ids_TLK[tokens_N][:, layers_L]
+    return np.ascontiguousarray(rows_NLK.transpose(1, 0, 2).astype(np.int32))

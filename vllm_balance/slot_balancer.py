@@ -1,0 +1,142 @@
+"""What happens to one batch in one layer with dynamic slots: schedule, fetch, route."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_balance.balancer import LayerBalancer
+from vllm_balance.experts.dynamic_slots import LayerSlots
+from vllm_balance.experts.look_ahead import LookAhead
+from vllm_balance.kernels.assign import assign
+from vllm_balance.kernels.rebalance import count
+from vllm_balance.kernels.record import Regime, record
+from vllm_balance.metrics import add_plan
+from vllm_balance.routing import FetchingPolicy, LayerTables
+from vllm_balance.types import Demand, Outcome, Schedule
+
+
+@dataclass(slots=True, kw_only=True)
+class SlotBalancer(LayerBalancer):
+    """The balancer of one MoE layer with dynamic slots on one rank.
+
+    Counts are read on the host, so nothing here can be part of a CUDA graph.
+    """
+
+    policy: FetchingPolicy  # type: ignore[assignment]
+    dynamic: LayerSlots
+    look_ahead: LookAhead | None = None
+    """Guesses what ``following`` will ask for; None: no guess."""
+    following: SlotBalancer | None = None
+    """The next MoE layer."""
+    look_ahead_ns: int = 0
+
+    def _route(
+        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Schedules the batch, starts this rank's fetches, maps and counts its pairs."""
+        offset_E = None
+        if self.way == "all_reduce":
+            counts_FE = self._exchanged_counts(topk_ids_TK).cpu()
+            offset_E = counts_FE[: self.rank].sum(0, dtype=torch.int32)
+        else:
+            num_experts = self.dynamic.state.num_logical
+            counts_FE = _count(topk_ids_TK, num_experts, num_valid_tokens)
+        schedule = self._schedule(counts_FE)
+        before_ns = self.dynamic.waiting_ns
+        self.dynamic.follow(schedule)
+        self.decide_ns -= self.dynamic.waiting_ns - before_ns
+        physical_TK = _assign(topk_ids_TK, schedule, offset_E, num_valid_tokens)
+        if self.way == "all_reduce":
+            add_plan(self.tables.counters, schedule.plan, schedule.placement)
+        else:
+            _record(physical_TK, schedule, self.tables, num_valid_tokens)
+        if self.experts is None:
+            self.dynamic.wait()
+        return physical_TK
+
+    def _schedule(self, counts_FE: torch.Tensor) -> Schedule:
+        """What to do with a batch that has these pairs by source rank, int32 [F, E]."""
+        demand = Demand(tokens_E=counts_FE.sum(0, dtype=torch.int32), tokens_SE=counts_FE)
+        return self.policy.schedule(demand, self.dynamic.state)
+
+    def before_experts(self, hidden_states_GD: torch.Tensor) -> None:
+        """Lets the next layer fetch what it will probably need, while this one computes.
+
+        A collective if the batch is large enough. The hidden states are those of all ranks.
+        """
+        if self.look_ahead is None or self.following is None:
+            return
+        start = time.perf_counter_ns()
+        counts_FE = self.look_ahead.guess(hidden_states_GD)
+        if counts_FE is not None:
+            self.following.dynamic.follow(self.following._schedule(counts_FE), is_guess=True)
+        self.look_ahead_ns += time.perf_counter_ns() - start
+
+    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
+        counts_FE = _count(ids_TK, self.dynamic.state.num_logical, None)
+        schedule = self._schedule(counts_FE)
+        _record(_assign(ids_TK, schedule, None, None), schedule, tables, None)
+
+    def reset(self) -> None:
+        LayerBalancer.reset(self)
+        self.look_ahead_ns = 0
+        self.dynamic.reset()
+
+    def content_P(self) -> torch.Tensor:
+        state = self.dynamic.state
+        home_SE = torch.arange(state.num_logical, dtype=torch.int32).view(state.num_ranks, -1)
+        return torch.cat([home_SE, state.content_SD], dim=1).flatten()
+
+    def status(self) -> dict[str, Any]:
+        return {
+            **LayerBalancer.status(self),
+            **self.dynamic.status(),
+            "look_ahead_us": self.look_ahead_ns / 1e3,
+        }
+
+    def stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
+        return {
+            "home ranks even enough": summed["balanced_schedules"],
+            "no move worth a fetch": summed["unpaid_schedules"],
+            "memory-bound batch, one replica per expert": summed["memory_bound_schedules"],
+            "no tokens": summed["empty_schedules"],
+        }
+
+
+def _count(
+    topk_ids_TK: torch.Tensor, num_experts: int, num_valid_tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """Pairs of each expert, int32 [1, E] on the host, which waits for a device."""
+    valid = None if num_valid_tokens is None else num_valid_tokens.cpu()
+    return count(topk_ids_TK.cpu(), num_experts, valid)[None]
+
+
+def _assign(
+    topk_ids_TK: torch.Tensor,
+    schedule: Schedule,
+    offset_E: torch.Tensor | None,
+    num_valid_tokens: torch.Tensor | None,
+) -> torch.Tensor:
+    device = topk_ids_TK.device
+    return assign(
+        topk_ids_TK,
+        schedule.plan.split_ER.to(device),
+        schedule.placement.logical_to_physical_ER.to(device),
+        offset_E=None if offset_E is None else offset_E.to(device),
+        num_valid_tokens=num_valid_tokens,
+    )
+
+
+def _record(
+    physical_TK: torch.Tensor,
+    schedule: Schedule,
+    tables: LayerTables,
+    num_valid_tokens: torch.Tensor | None,
+) -> None:
+    is_few = schedule.outcome is Outcome.MEMORY_BOUND
+    regime = Regime.MEMORY_BOUND if is_few else Regime.COMPUTE_BOUND
+    record(physical_TK, regime=regime, **tables.recording(num_valid_tokens))
