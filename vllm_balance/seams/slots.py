@@ -68,13 +68,8 @@ class ModelSlots:
         threshold = self._config.threshold_tokens
         if threshold is None:
             threshold = self._measured_threshold()
-        # A copy takes the core that computes, unless a device copies on its own.
-        is_hidden = not self._on_cpu and self._config.prefetch != "sync"
-        return Rules(
-            threshold_tokens=threshold,
-            fetch_tokens=0 if is_hidden else threshold,
-            knee_tokens=knee_tokens,
-        )
+        # Nothing hides a copy: on CPU it takes the core that computes, a GPU's experts wait for it.
+        return Rules(threshold_tokens=threshold, fetch_tokens=threshold, knee_tokens=knee_tokens)
 
     def _measured_threshold(self) -> int:
         """q from the speeds of this device, means over the ranks."""

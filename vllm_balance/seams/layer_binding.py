@@ -1,0 +1,100 @@
+"""Gives a loaded MoE layer its balancer: on its router, its dispatch and, on CPU, its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from vllm_balance.balancer import LayerBalancer, new_counters
+from vllm_balance.config import BalancerConfig
+from vllm_balance.exchange import way_of_exchange
+from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.initial_placement import tables
+from vllm_balance.routing import LayerTables
+from vllm_balance.seams.cpu import EXPERTS
+from vllm_balance.seams.loading import PlacedLoading, layer_index
+from vllm_balance.seams.router import BALANCER
+
+Balancer = TypeVar("Balancer", bound=LayerBalancer)
+
+
+def bind_layer(
+    runner: Any,
+    make: Callable[..., Balancer],
+    config: BalancerConfig,
+    loading: PlacedLoading | None = None,
+) -> Balancer:
+    """Gives one layer's router and dispatch their balancer.
+
+    Args:
+        make: the balancer from the keyword arguments that every one takes.
+        loading: what put the layer's weights in place.
+    """
+    from vllm.distributed import get_ep_group
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
+        MoEPrepareAndFinalizeNaiveDPEPModular,
+    )
+
+    group = get_ep_group()
+    kernel = runner.routed_experts.quant_method.moe_kernel
+    dispatch = None if kernel is None else kernel.prepare_finalize
+    gathers = isinstance(dispatch, MoEPrepareAndFinalizeNaiveDPEPModular)
+    balancer = make(
+        layer_name=runner.layer_name,
+        tables=_tables(runner, group.world_size, loading),
+        way=way_of_exchange(
+            data_parallel_size=runner.moe_config.dp_size,
+            gathers_tokens=gathers,
+            asked_for=config.exchange,
+        ),
+        rank=group.rank_in_group,
+        all_reduce=group.all_reduce,
+        experts=_local_experts(runner),
+    )
+    setattr(runner.router, BALANCER, balancer)
+    if gathers:
+        setattr(dispatch, BALANCER, balancer)
+    return balancer
+
+
+def _local_experts(runner: Any) -> LocalPairExperts | None:
+    """On CPU: what hands vLLM's experts the pairs of this rank; otherwise None."""
+    expert_map = runner.routed_experts.expert_map
+    kernel = runner.routed_experts.quant_method.moe_kernel
+    if expert_map is None or not expert_map.is_cpu or kernel is None:
+        return None
+    experts = LocalPairExperts(expert_map)
+    setattr(kernel.fused_experts, EXPERTS, experts)
+    return experts
+
+
+def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> LayerTables:
+    state = runner.router.eplb_state
+    num_physical = runner.moe_config.num_experts
+    if state is not None:
+        device = state.logical_to_physical_map.device
+        return LayerTables(
+            logical_to_physical_ER=state.logical_to_physical_map,
+            num_replicas_E=state.logical_replica_count,
+            num_ranks=num_ranks,
+            num_physical=num_physical,
+            load_P=state.expert_load_view,
+            record_enabled=state.should_record_tensor,
+            counters=new_counters(num_ranks, device),
+        )
+    device = next(runner.routed_experts.parameters()).device
+    table_ER = torch.arange(num_physical, dtype=torch.int64)[:, None]
+    if loading is not None:
+        index = layer_index(runner.layer_name)
+        table_ER = torch.from_numpy(tables(loading.placement.slots_P(index), num_physical)[0])
+    return LayerTables(
+        logical_to_physical_ER=table_ER.to(device),
+        num_replicas_E=torch.ones(num_physical, dtype=torch.int64, device=device),
+        num_ranks=num_ranks,
+        num_physical=num_physical,
+        load_P=None,
+        record_enabled=None,
+        counters=new_counters(num_ranks, device),
+    )
