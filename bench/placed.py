@@ -25,6 +25,8 @@ from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
 
 SLOW_RANK = 1
+TOLERANCE = 0.05
+"""Most that the slowdown shown by the kernels may differ from what was asked for."""
 REPEATS = 5
 """Samples of each point with the rank slowed and without, in turn."""
 
@@ -44,12 +46,23 @@ class Placed:
     """Asked factor -> what the profile's kernels showed."""
 
     def prepare(self, factors: Sequence[float]) -> None:
-        """Makes the profile, the halves of the trace, and verifies the slowdowns."""
+        """Makes the profile and the halves of the trace, and verifies the slowdowns.
+
+        Raises:
+            RuntimeError: the profile's kernels show another slowdown than was asked for.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.profile.exists():
             profile(self.model, ranks=self.num_ranks, output=self.profile)
         self._cut_trace()
         self.shown_slowdown = self._verify(factors)
+        off = {f: s for f, s in self.shown_slowdown.items() if abs(s - f) > TOLERANCE}
+        if off:
+            raise RuntimeError(
+                f"Asked and shown slowdown differ: {off}. Something else runs on these cores, and "
+                f"no number from this machine would mean anything now; run it again when it is "
+                f"quiet. The profile in {self.folder} is measured anew if you delete it."
+            )
 
     @property
     def profile(self) -> Path:

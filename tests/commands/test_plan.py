@@ -49,6 +49,15 @@ def test_a_trace_is_split_between_placing_and_serving(tmp_path):
     assert "leave it off" in plan(*SMALL, "--trace", str(tmp_path / "t.npz"))
 
 
+def test_fetching_is_a_candidate_where_there_is_a_host_link():
+    prefill = ["--prompt", "2048", "--output", "2", "--zipf", "1.5", "--concurrency", "64"]
+    said = plan("--model", "gpt-oss-20b", "--hardware", "h20", *prefill)
+    assert said.count("harmoeny") >= 2
+    found = re.search(r"harmoeny │ *1.125│[^│]*│[^│]*│[^│]*│[^│]*│ *\+([\d.]+)%", said)
+    assert found is not None, said
+    assert float(found[1]) > 5
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(BalancerError, match="671 GB, which do not fit on 8 ranks"):
         plan("--model", "deepseek-v3", "--hardware", "h100", "--zipf", "0")

@@ -21,10 +21,14 @@ CANDIDATES = (
     ("static", 1.0),
     *((name, ratio) for name in ("eplb", "first_copy", "metro") for ratio in REDUNDANCIES),
 )
+FETCHING_CANDIDATES = (("harmoeny", 1.125), ("harmoeny", 1.25))
+"""Where experts can be fetched from host memory; the ratio counts dynamic slots."""
 STEPS = 16
 """Simulated steps per candidate and concurrency."""
 TRIES = 7
 """Concurrencies tried to find the largest that keeps an SLO."""
+ALIKE = 0.01
+"""Relative throughput up to which memory decides."""
 MOST = 4096
 """Requests in flight up to which a throughput is looked for."""
 
@@ -61,6 +65,11 @@ class Candidate:
         """Throughput; 0 if it cannot serve."""
         return 0.0 if self.outcome is None else self.outcome.tokens_per_s
 
+    @property
+    def redundant_bytes(self) -> float:
+        """Memory of redundant experts on each rank; 0 if it cannot serve."""
+        return 0.0 if self.outcome is None else self.outcome.redundant_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
@@ -87,13 +96,28 @@ def advise(question: Question, error: float) -> Advice:
     """
     if question.concurrency is None and question.slo_tpot_us is None:
         raise BalancerError("Give the requests in flight, or an SLO for TPOT, or both.")
-    found = tuple(_candidate(question, *each) for each in CANDIDATES)
+    found = tuple(_candidate(question, *each) for each in candidates(question))
     base = found[0]
     if base.outcome is None:
         raise BalancerError(_cannot_serve(question))
-    best = max(found, key=lambda candidate: candidate.tokens_per_s)
+    best = _cheapest_of_the_best(found)
     gain = best.tokens_per_s / base.tokens_per_s - 1
     return Advice(candidates=found, best=best, gain=gain, error=error)
+
+
+def _cheapest_of_the_best(found: tuple[Candidate, ...]) -> Candidate:
+    """Least memory among those that are as fast as the fastest, but for ALIKE."""
+    most = max(candidate.tokens_per_s for candidate in found)
+    close = [each for each in found if each.tokens_per_s >= (1 - ALIKE) * most]
+    return min(close, key=lambda each: (each.redundant_bytes, -each.tokens_per_s))
+
+
+def candidates(question: Question) -> tuple[tuple[str, float], ...]:
+    """Balancers and redundancies that this deployment could use."""
+    even = question.model.num_experts.value % question.layout.num_ranks == 0
+    if question.hardware.host is None or not even:
+        return CANDIDATES
+    return CANDIDATES + FETCHING_CANDIDATES
 
 
 def _cannot_serve(question: Question) -> str:

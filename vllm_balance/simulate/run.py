@@ -138,7 +138,7 @@ class _MoeStage:
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
         return (
             layers * exchange,
-            layers * self.arm.hardware.decide_us(self.arm.balancer),
+            layers * self._decide_us(num_prefill),
             dispatch,
             float(time_LS.max(1).sum()),
             combine,
@@ -146,6 +146,14 @@ class _MoeStage:
             float(activated_LS.max(1).sum()),
             float(pairs_LS.max(1).sum()),
         )
+
+    def _decide_us(self, num_prefill: int) -> float:
+        """Steps of decoding alone run in a CUDA graph, where metro's kernel routes instead of a
+        schedule made on the host."""
+        balancer = self.arm.balancer
+        if balancer in FETCHING and not num_prefill:
+            balancer = "metro"
+        return self.arm.hardware.decide_us(balancer)
 
     def _network(self, num_tokens: int, pairs_LS: Array) -> tuple[float, float, float]:
         """Exchange of one layer; dispatch and combine of all."""

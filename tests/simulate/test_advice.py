@@ -1,0 +1,75 @@
+"""The choice between candidates, and what keeps an SLO."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import Layout, hardware, models, skewed
+from vllm_balance.simulate.advice import (
+    CANDIDATES,
+    Advice,
+    Candidate,
+    Question,
+    _cheapest_of_the_best,
+    advise,
+    candidates,
+)
+
+MODEL = models.load("gpt-oss-20b")
+TRAFFIC = skewed(ReplaySettings(zipf=0.5, seed=1, rows=2048), MODEL, 1)
+
+
+@dataclass(frozen=True)
+class Made:
+    """As much of an outcome as the choice looks at."""
+
+    tokens_per_s: float
+    redundant_bytes: float
+
+
+def candidate(name, tokens_per_s, gigabytes):
+    return Candidate(balancer=name, redundancy=1.0, concurrency=1,
+                     outcome=Made(tokens_per_s, gigabytes * 1e9))  # fmt: skip
+
+
+def question(machine="h20", **changes):
+    asked = {
+        "model": MODEL, "hardware": hardware.load(machine)[0], "layout": Layout(data=8),
+        "prompt_tokens": 64, "output_tokens": 64,
+        "traffic": lambda: (TRAFFIC.fresh(), TRAFFIC.fresh()),
+    }  # fmt: skip
+    return Question(**{**asked, **changes})
+
+
+def test_memory_decides_between_equals():
+    found = (candidate("static", 90, 0), candidate("a", 100, 4), candidate("b", 99.5, 2))
+    assert _cheapest_of_the_best(found).balancer == "b"
+    assert _cheapest_of_the_best((candidate("static", 99.5, 0), *found)).balancer == "static"
+
+
+@pytest.mark.parametrize(("gain", "error", "worth"), [(0.05, 0.04, True), (0.05, 0.06, False)])
+def test_a_gain_within_the_error_is_none(gain, error, worth):
+    made = Advice(candidates=(), best=candidate("metro", 1, 1), gain=gain, error=error)
+    assert made.worth_it is worth
+
+
+def test_fetching_needs_a_host_link_and_even_homes():
+    assert len(candidates(question())) == len(CANDIDATES) + 2
+    assert candidates(question(layout=Layout(data=3))) == CANDIDATES
+    assert candidates(question("cpu-avx512", layout=Layout(tensor=2))) == CANDIDATES
+
+
+def test_more_requests_fit_into_a_looser_slo():
+    tight, loose = (
+        advise(question(slo_tpot_us=slo), error=0.0).candidates[0] for slo in (6e3, 9e3)
+    )
+    assert 0 < tight.concurrency < loose.concurrency
+    assert tight.outcome.tpot_us <= 6e3 and loose.outcome.tpot_us <= 9e3
+    assert tight.tokens_per_s < loose.tokens_per_s
+
+
+def test_a_question_needs_a_concurrency_or_an_slo():
+    with pytest.raises(BalancerError, match="requests in flight, or an SLO"):
+        advise(question(), error=0.0)
