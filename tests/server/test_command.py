@@ -14,7 +14,8 @@ COMMANDS = {
         ["serve", "MODEL", "--enable-expert-parallel", "-tp", "2", "--moe-balancer", "metr"],
         2,
         "vllm: error: Unknown balancer 'metr'. Did you mean 'metro'? "
-        "Allowed: static, eplb, first_copy, metro, gem.",
+        "Allowed: static, eplb, first_copy, metro, gem, exflow, harmoeny, harmoeny_paper, shadow, "
+        "even_split.",
     ),
     "no expert parallelism": (
         ["serve", "MODEL", "--moe-balancer", "metro", "--tensor-parallel-size", "2"],
