@@ -25,7 +25,7 @@ from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.profile import cores_of, sample
-from vllm_balance.cost import fit
+from vllm_balance.cost import fit, ranked_pairs
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import PLACEMENT, Cluster, score_L
 from vllm_balance.seams.device import kernel_isa
@@ -142,12 +142,12 @@ def agreement(rows: list[Row]) -> tuple[int, int, int]:
     for row in rows:
         first, second = row["repeated_us"]["first"], row["repeated_us"]["second"]
         noise = statistics.median(abs(first[name] / second[name] - 1) for name in first)
-        measured, modelled = (list(row[key].values()) for key in ("measured_us", "modelled_us"))
-        for a, b in zip(*np.triu_indices(len(measured), 1), strict=True):
-            total += 1
-            if abs(measured[a] / measured[b] - 1) > noise:
-                rankable += 1
-                right += (measured[a] > measured[b]) == (modelled[a] > modelled[b])
+        modelled_N, measured_N = (
+            np.array(list(row[key].values())) for key in ("modelled_us", "measured_us")
+        )
+        agreed, ordered = ranked_pairs(modelled_N, measured_N, noise)
+        right, rankable = right + agreed, rankable + ordered
+        total += len(measured_N) * (len(measured_N) - 1) // 2
     return right, rankable, total
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_balance.cost import CostModel, fit, ranking_agreement
+from vllm_balance.cost import CostModel, fit, ranked_pairs, ranking_agreement
 from vllm_balance.errors import BalancerError
 
 TRUE = CostModel(a_us=100, b_us=600, c_us=300, beta_us=20)
@@ -91,3 +91,9 @@ def test_any_positive_times_give_a_usable_curve(measured):
     model = fit(GRID, np.array(measured), tiles=(None,)).model
     values = np.array([model.a_us, model.b_us, model.c_us, model.beta_us, model.tile_us])
     assert np.isfinite(values).all() and (values >= 0).all()
+
+
+def test_pairs_within_the_noise_have_no_order_and_a_tie_of_the_model_is_no_ranking():
+    measured, modelled = np.array([100.0, 101.0, 120.0]), np.array([5.0, 4.0, 5.0])
+    assert ranked_pairs(modelled, measured, noise=0.05) == (1, 2)
+    assert ranked_pairs(modelled, measured) == (1, 3)

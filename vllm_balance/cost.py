@@ -123,16 +123,25 @@ def fit(tokens_NE: Sequence[Array], time_us_N: Array, tiles: Sequence[int | None
     )
 
 
+def ranked_pairs(modelled_N: Array, measured_N: Array, noise: float = 0.0) -> tuple[int, int]:
+    """(pairs of points that the model orders as the measurement does, pairs that have an order).
+
+    A pair has an order if its measured times differ by more than `noise`, a relative difference.
+    """
+    first, second = np.triu_indices(len(measured_N), 1)
+    difference = measured_N[first] - measured_N[second]
+    ordered = np.abs(difference) > noise * np.abs(measured_N[second])
+    right = np.sign(difference) == np.sign(modelled_N[first] - modelled_N[second])
+    return int((right & ordered).sum()), int(ordered.sum())
+
+
 def ranking_agreement(modelled_N: Array, measured_N: Array) -> float:
     """Share of pairs of points that the model orders as the measurement does, 0 to 1.
 
     Pairs with equal measured times do not count; 1.0 if no pair does.
     """
-    first, second = np.triu_indices(len(measured_N), 1)
-    measured = np.sign(measured_N[first] - measured_N[second])
-    modelled = np.sign(modelled_N[first] - modelled_N[second])
-    counted = measured != 0
-    return float((measured == modelled)[counted].mean()) if counted.any() else 1.0
+    right, ordered = ranked_pairs(modelled_N, measured_N)
+    return right / ordered if ordered else 1.0
 
 
 def _check(tokens_NE: Sequence[Array], time_us_N: Array) -> None:
