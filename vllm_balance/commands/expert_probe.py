@@ -122,15 +122,21 @@ def _serve(connection: Connection, shape: ModelShape, isa: str, core: int, num_l
 
 
 def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-untyped-def]
-    """Prepacked (w13 [E, 2F, D], w2 [E, D, F]); all experts alike in value, apart in memory."""
+    """Prepacked (w13 [E, 2F, D], w2 [E, D, F]); all experts alike in value, apart in memory.
+
+    In huge pages, as our CPU worker has them.
+    """
     import torch
     from vllm import _custom_ops as ops
+
+    from vllm_balance.experts.huge_pages import gather_into_huge_pages
 
     dtype = getattr(torch, shape.dtype)
     packed = []
     for rows, columns in ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)):
         one = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
         packed.append(ops.cpu_prepack_moe_weight(one.repeat(num_local, 1, 1), isa))
+    gather_into_huge_pages(packed)
     return packed
 
 

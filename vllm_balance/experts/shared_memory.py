@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 
 from vllm_balance.errors import BalancerError
-
-_MADV_HUGEPAGE = 14
+from vllm_balance.experts.huge_pages import ask_for_huge_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +55,7 @@ class SharedMemory:
                 f"the machine refuses them: {error.strerror}. Free memory or leave "
                 f"--moe-balancer harmoeny away."
             ) from error
-        _ask_for_large_pages(shared.bytes_N)
+        ask_for_huge_pages(shared.bytes_N)
         return shared
 
     @classmethod
@@ -102,10 +100,3 @@ def machine() -> str:
     """The same text in all processes that can share memory."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _ask_for_large_pages(bytes_N: torch.Tensor) -> None:
-    """Fewer page faults where the kernel allows it (shmem_enabled = advise); else no effect."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.madvise(bytes_N.data_ptr(), bytes_N.numel(), _MADV_HUGEPAGE)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.worker import BalancedWorker
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class BalancedCPUWorker(BalancedWorker, CPUWorker):
@@ -32,7 +37,9 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         super().load_model(load_dummy_weights=load_dummy_weights)
         if self.parallel_config.enable_eplb:
             self._attach_eplb()
-        self.bind(self.vllm_config, self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        self.bind(self.vllm_config, model)
+        _use_huge_pages(model)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)
@@ -52,3 +59,24 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         runner._moe_model = get_mixture_of_experts_model(runner.get_model())
         runner.eplb_state = EplbState(self.parallel_config, self.device)
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)
+
+
+def _use_huge_pages(model: torch.nn.Module) -> None:
+    """Puts the weights of all experts into huge pages, which every balancer streams faster."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    start = time.perf_counter()
+    weights = [
+        weight
+        for module in model.modules()
+        if isinstance(module, MoERunner)
+        for weight in module.routed_experts.parameters()
+    ]
+    asked = sum(weight.nbytes for weight in weights)
+    gathered = gather_into_huge_pages(weights)
+    logger.info(
+        "Put %.2f of %.2f GiB of expert weights into huge pages in %.1f s",
+        gathered / 2**30,
+        asked / 2**30,
+        time.perf_counter() - start,
+    )

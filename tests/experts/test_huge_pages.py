@@ -1,0 +1,49 @@
+"""Moving weights into huge pages changes where they lie, never what they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_balance.experts.huge_pages import HUGE_PAGE_BYTES, gather_into_huge_pages
+
+
+def _huge_bytes(tensor: torch.Tensor) -> int:
+    """Bytes in huge pages of the mappings that hold the tensor, as the system counts them."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    huge, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(head[1], 16) < last and int(head[2], 16) > first
+        elif inside and line.startswith("AnonHugePages:"):
+            huge += int(line.split()[1]) * 1024
+    return huge
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4097])
+def test_contents_stay_and_the_number_says_what_the_system_did(offset: int) -> None:
+    memory = torch.randint(0, 255, (8 * HUGE_PAGE_BYTES + offset,), dtype=torch.uint8)
+    weights = memory[offset:]
+    before = weights.clone()
+
+    gathered = gather_into_huge_pages([weights])
+
+    torch.testing.assert_close(weights, before, rtol=0, atol=0)
+    assert gathered in (0, weights.nbytes)
+    assert (_huge_bytes(weights) > 0) == (gathered > 0)
+
+
+def test_less_than_a_huge_page_is_left_alone() -> None:
+    assert gather_into_huge_pages([torch.zeros(1000), torch.zeros(0)]) == 0
+
+
+def test_memory_of_a_file_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * (2 * HUGE_PAGE_BYTES // 256))
+    weights = torch.from_file(
+        str(tmp_path / "weights"), size=2 * HUGE_PAGE_BYTES, dtype=torch.uint8
+    )
+    gather_into_huge_pages([weights])
+    assert weights[-1] == 255 and weights[HUGE_PAGE_BYTES + 3] == 3
