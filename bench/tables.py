@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import typer
 
-from bench import markdown, recorder, skewed
+from bench import markdown, recorder, recovery, skewed
 from bench.provenance import ROOT
 from vllm_balance import measured_tables
 from vllm_balance.measured_tables import MeasuredTable
@@ -42,21 +44,30 @@ def tables(
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    kinds = {"exchange": exchange_table, "recorder": recorder_table, "slow_rank": slow_table}
+    kinds = {
+        "exchange": exchange_table,
+        "recorder": partial(own_table, recorder.table, "bench.recorder", "Medians over bursts."),
+        "recovery": partial(
+            own_table,
+            recovery.table,
+            "bench.recovery --traces DIR",
+            "End-to-end latency of a request, medians of two servers per arm.",
+        ),
+        "slow_rank": slow_table,
+    }
     if run.startswith("harmoeny-"):
         return _written(skewed.table(_newest(run)))
     return kinds[run](run) if run in kinds else measured_table(run)
 
 
-def recorder_table(run: str) -> str:
-    """What a recording costs, by the newest run."""
+def own_table(render: Callable[[list[Row]], str], command: str, caption: str, run: str) -> str:
+    """A benchmark that is no table of servers by arm, by its newest run."""
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if (row["commit"], row["config_hash"])
             == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
     title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
-    origin = _origin(rows[-1], "bench.recorder")
-    return "\n".join((f"{title}. Medians over bursts.", "", recorder.table(rows), "", origin))
+    return "\n".join((f"{title}. {caption}", "", render(rows), "", _origin(rows[-1], command)))
 
 
 def exchange_table(run: str) -> str:

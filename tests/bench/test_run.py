@@ -14,8 +14,10 @@ from vllm_balance.config import parse
 from vllm_balance.measurement import read_measurements
 
 SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
-FILES = sorted(name for name, settings in SETTINGS.items() if "recordings" not in settings)
-"""The recorder has a benchmark of its own."""
+FILES = sorted(
+    name for name, settings in SETTINGS.items() if not {"recordings", "phases"} & settings.keys()
+)
+"""The others have benchmarks of their own."""
 FILE = """
 title = "A test"
 seed = 3

@@ -1,0 +1,187 @@
+"""What a change in mid-run costs, and how soon it is over: `python -m bench.recovery --traces DIR`.
+
+A server is sent bursts of requests, one after another, while other traffic comes and then one rank
+becomes slow (configs/runs/recovery.toml). Every arm lives through the same on a fresh server; arms
+go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bench import counters, gate, markdown, real_size_model
+from bench.load import Load, send, timed
+from bench.placed import SLOW_RANK, Placed, prepared
+from bench.provenance import ROOT, config_hash, provenance
+from bench.server import Server
+from bench.slow_rank import slowed
+from bench.starts import Start, arm_of, plan
+from vllm_balance.model_shape import from_config
+
+RUN = ROOT / "configs" / "runs" / "recovery.toml"
+RESULTS = ROOT / "bench" / "results" / "recovery.jsonl"
+SETTLED = 3
+"""Last bursts of a phase, whose median is where it ends."""
+NEAR = 0.05
+"""A burst within this of where its phase ends counts as recovered, if all behind it do."""
+Row = dict[str, Any]
+console = Console()
+
+
+def recovery(
+    folder: Annotated[Path, typer.Option("--traces", help="Folder of the recorded traces.")],
+) -> None:
+    """Append one row per burst to bench/results/recovery.jsonl and print the table."""
+    settings = tomllib.loads(RUN.read_text())
+    model = real_size_model.ensure(**settings["model"])
+    factors = [1.0, *(phase.get("slow", 1.0) for phase in settings["phases"].values())]
+    placed = prepared(
+        settings | {"slow": sorted(set(factors))}, model, folder, config_hash(settings)
+    )
+    assert placed is not None
+    console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
+    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    origin |= {"expert_bytes": _expert_bytes(model), **provenance()}
+    rows = []
+    for start in plan(settings, rounds=1):
+        for row in _live_through(start, model, placed, folder):
+            rows.append({**row, **origin})
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            console.print(row)
+    console.print(table(rows))
+
+
+def _expert_bytes(model: Path) -> int:
+    """Weights of one expert in bfloat16."""
+    shape = from_config(model)
+    return 3 * shape.hidden * shape.inner * 2
+
+
+def _live_through(start: Start, model: Path, placed: Placed, folder: Path) -> Iterator[Row]:
+    """One row per burst of one server, through all phases."""
+    settings, arm = start.settings, arm_of(start, placed)
+    proof = gate.prove(arm, {}, console.print)
+    load = Load(**settings["load"])
+    with Server(arm, model) as server, ExitStack() as slowness:
+        for _ in range(2):
+            send(load, server.url, model, settings["seed"])
+        for name, phase in settings["phases"].items():
+            if "trace" in phase:
+                trace = str(folder / phase["trace"])
+                server.replay({"trace": trace, "seed": settings["seed"]})
+            if "slow" in phase:
+                slowness.enter_context(slowed(server.worker(SLOW_RANK), phase["slow"]))
+            began, swaps = time.perf_counter(), _online(server).get("swaps", 0)
+            for burst in range(phase["bursts"]):
+                yield {
+                    **{"arm": start.arm, "position": start.position, "gate": proof},
+                    **{"phase": name, "burst": burst},
+                    **_burst(load, server, model, settings["seed"] + burst, began, swaps),
+                }
+
+
+def _online(server: Server) -> Row:
+    """What online placement says of itself; nothing where there is none."""
+    return server.status()[0].get("online") or {}
+
+
+def _burst(
+    load: Load, server: Server, model: Path, seed: int, began: float, swaps_before: int
+) -> Row:
+    server.reset()
+    at_s = time.perf_counter() - began
+    answered = send(load, server.url, model, seed)
+    ranks = server.status()
+    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
+    client, online = timed(load, answered), ranks[0].get("online") or {}
+    return {
+        "at_s": at_s,
+        **{key: client[key]["p50"] for key in ("e2e_ms", "ttft_ms", "tpot_ms")},
+        "tokens_per_s": client["tokens_per_s"],
+        "tokens_worst_rank": counters.counted(ranks)["tokens_worst_rank"],
+        "swaps": online["swaps"] - swaps_before if online else None,
+        **{key: online.get(key) for key in ("steps", "moving_us", "deciding_us")},
+        **{key: online.get(key) for key in ("drift", "slowdown_per_rank")},
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Per phase and arm: latency at the change and at the end, and what recovering took."""
+    body = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        ends = {arm: _end_ms(of) for arm, of in _by_arm(rows, phase)}
+        for arm, own in _by_arm(rows, phase):
+            starts = _starts(own)
+            first_ms = statistics.median(start[0]["e2e_ms"] for start in starts)
+            body.append(
+                [
+                    phase,
+                    arm,
+                    f"{first_ms:.0f}",
+                    f"{ends[arm]:.0f}",
+                    *(f"{ends[arm] / ends[base] - 1:+.1%}" for base in ("static", "gem")),
+                    _seconds(statistics.median(map(_recovery_s, starts))),
+                    *_moved(starts),
+                ]
+            )
+    headings = ("phase", "arm", "first burst ms", "last bursts ms", "against static",
+                "against gem", "settled after s", "swaps", "moved MiB")  # fmt: skip
+    return markdown.table(headings, body, left=2)
+
+
+def _by_arm(rows: list[Row], phase: str) -> list[tuple[str, list[Row]]]:
+    here = [row for row in rows if row["phase"] == phase]
+    arms = dict.fromkeys(row["arm"] for row in here)
+    return [(arm, [row for row in here if row["arm"] == arm]) for arm in arms]
+
+
+def _starts(rows: list[Row]) -> list[list[Row]]:
+    """The bursts of each server, in order."""
+    positions = dict.fromkeys(row["position"] for row in rows)
+    return [[row for row in rows if row["position"] == position] for position in positions]
+
+
+def _end_ms(rows: list[Row]) -> float:
+    """End-to-end latency at the end of a phase, median over bursts and servers."""
+    return statistics.median(row["e2e_ms"] for own in _starts(rows) for row in own[-SETTLED:])
+
+
+def _recovery_s(bursts: list[Row]) -> float:
+    """Seconds from the change to the first burst from which on all are near the end's latency.
+
+    Infinite if the last one is not.
+    """
+    end_ms = statistics.median(row["e2e_ms"] for row in bursts[-SETTLED:])
+    far = [i for i, row in enumerate(bursts) if row["e2e_ms"] > (1 + NEAR) * end_ms]
+    if not far:
+        return 0.0
+    behind = bursts[far[-1] + 1 :]
+    return float(behind[0]["at_s"]) if behind else math.inf
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else "never"
+
+
+def _moved(starts: list[list[Row]]) -> list[str]:
+    """Swaps of a phase, and the weights that they moved."""
+    if starts[0][-1]["swaps"] is None:
+        return ["-", "-"]
+    swaps = statistics.median(own[-1]["swaps"] for own in starts)
+    return [f"{swaps:.0f}", f"{2 * swaps * starts[0][0]['expert_bytes'] / 2**20:,.0f}"]
+
+
+if __name__ == "__main__":
+    typer.run(recovery)
