@@ -29,8 +29,8 @@ help:  ## list the targets
 
 env: $(VENV)/.installed  ## create the environment and install everything (only what changed)
 
-test: env $(VENV)/.browser  ## run the whole test suite
-	$(BIN)/python -m pytest tests $(ARGS)
+test: env $(VENV)/.browser  ## run the whole test suite, two files at a time
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 demo: env  ## serve the demo model on two ranks and compare static, eplb and metro
 	$(BIN)/python -m bench.demo $(ARGS)
