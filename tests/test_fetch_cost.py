@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.fetch_cost import FetchCost, gated_weights
 from vllm_balance.model_shape import ModelShape
@@ -48,11 +47,10 @@ def test_a_v100_with_float32_experts():
     assert cost.threshold_tokens == 2334
 
 
-def test_a_profile_s_curve_gives_the_time_of_a_token():
+def test_the_threshold_is_printed_with_its_inputs():
     weights = gated_weights(QWEN)
     assert weights == 3 * 2048 * 768
-    curve = CostModel(a_us=0, b_us=630, c_us=0, beta_us=16)
-    cost = FetchCost.from_curve(curve, expert_bytes=2 * weights, copy_bytes_per_s=2 * weights * 1e3)
+    cost = FetchCost(expert_bytes=2 * weights, copy_bytes_per_s=2 * weights * 1e3, token_us=16.0)
     assert cost.fetch_us == 1000 and cost.threshold_tokens == 63
     assert "q = 63 tokens" in str(cost) and "9.0 MiB" in str(cost) and "1000 us" in str(cost)
 

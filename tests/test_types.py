@@ -37,10 +37,7 @@ def test_both_directions_agree(example):
         assert placement.num_replicas_E[expert] == len(held)
         most = max(most, len(held))
     assert placement.logical_to_physical_ER.shape == (num_logical, most)
-    owners = placement.physical_to_rank_P.tolist()
-    per_rank = len(content) // num_ranks
-    assert owners == [rank for rank in range(num_ranks) for _ in range(per_rank)]
-    assert placement.slots_per_rank == per_rank
+    assert placement.slots_per_rank == len(content) // num_ranks
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([torch.int32, torch.int64]))
@@ -54,7 +51,6 @@ def test_all_tensors_are_int32(seed, dtype):
     for name in ("physical_to_logical_P", "logical_to_physical_ER", "num_replicas_E"):
         assert getattr(placement, name).dtype is torch.int32
         assert torch.equal(getattr(placement, name), getattr(made, name))
-    assert placement.physical_to_rank_P.dtype is torch.int32
 
 
 @pytest.mark.parametrize(

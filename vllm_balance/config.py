@@ -84,7 +84,8 @@ class BalancerConfig(BaseModel):
     look_ahead: Literal["router", "off"] | None = None
     """Whether a layer lets the next one fetch early, by the next router on its own inputs."""
     profile: str | None = Field(default=None, min_length=1)
-    """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one."""
+    """Measured cost curves (`vllm-balance profile`): the knee, unless `knee_tokens` names one, and
+    the time of a token that q is derived from."""
     online: OnlineSettings | None = None
     """Only gem: moves a few experts while serving, when that pays."""
     replay: ReplaySettings | None = None

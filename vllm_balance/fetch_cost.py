@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 
@@ -80,17 +79,6 @@ class FetchCost:
             expert_bytes=math.ceil(num_weights * bytes_per_weight),
             copy_bytes_per_s=copy_bytes_per_s,
             token_us=2e6 * num_weights / flop_per_s if flop_per_s > 0 else math.nan,
-        )
-
-    @classmethod
-    def from_curve(
-        cls, curve: CostModel, *, expert_bytes: int, copy_bytes_per_s: float
-    ) -> FetchCost:
-        """From a profile's fitted curve: its beta is the time of a token."""
-        return cls(
-            expert_bytes=expert_bytes,
-            copy_bytes_per_s=copy_bytes_per_s,
-            token_us=curve.beta_us,
         )
 
     def __str__(self) -> str:

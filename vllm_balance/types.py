@@ -46,14 +46,6 @@ class Placement:
     def slots_per_rank(self) -> int:
         return self.num_physical // self.num_ranks
 
-    @property
-    def physical_to_rank_P(self) -> torch.Tensor:
-        """Rank that owns each slot, [P] int32."""
-        slots = torch.arange(
-            self.num_physical, dtype=torch.int32, device=self.physical_to_logical_P.device
-        )
-        return slots // self.slots_per_rank
-
     @classmethod
     def from_physical_to_logical(
         cls, physical_to_logical: torch.Tensor, *, num_logical: int, num_ranks: int

@@ -10,10 +10,22 @@ import pytest
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.placement import TRACED, Cluster
-from vllm_balance.placement.exflow import ExflowPlacement, affinities, affinity_kept
+from vllm_balance.placement.exflow import ExflowPlacement, affinities
 from vllm_balance.traces import Trace
 
 ONE = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
+
+
+def affinity_kept(affinity_LEE, placement_LP, num_ranks):
+    """Share of the affinity whose two experts are on one rank, 0 to 1."""
+    num_experts = placement_LP.shape[1]
+    rank_LE = np.empty_like(placement_LP)
+    rank_P = np.arange(num_experts) // (num_experts // num_ranks)
+    for slots_P, rank_E in zip(placement_LP, rank_LE, strict=True):
+        rank_E[slots_P] = rank_P
+    same_LEE = rank_LE[:-1, :, None] == rank_LE[1:, None, :]
+    total = affinity_LEE.sum()
+    return float((affinity_LEE * same_LEE).sum() / total) if total else 1.0
 
 
 def cluster(num_ranks: int, num_redundant: int = 0) -> Cluster:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_balance.config import BalancerConfig
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
 from vllm_balance.seams import slots
@@ -79,6 +80,8 @@ def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
     home = runner(0).tensors[0][:NUM_EXPERTS]
     # A copy takes 1,000 us, as long as 20 tokens.
     assert shared.rules(1.0).threshold_tokens == 20
+    profiled = CostModel(a_us=0.0, b_us=630.0, c_us=0.0, beta_us=100.0)
+    assert shared.rules(1.0, [profiled]).threshold_tokens == 10
     assert torch.equal(shared._tensors_L[0][0][:NUM_EXPERTS], home), "measured in a dynamic slot"
 
 

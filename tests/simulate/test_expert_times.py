@@ -11,7 +11,7 @@ from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.simulate import hardware, models
-from vllm_balance.simulate.expert_times import TABLE, measured, profile_error, roofline
+from vllm_balance.simulate.expert_times import TABLE, ExpertTimes, measured, roofline
 
 MODEL = models.load("deepseek-v3")
 H100, _ = hardware.load("h100")
@@ -80,6 +80,22 @@ def profile_of(time_of_one):
     rank = RankProfile(rank=0, place="here", curve=Curve.of(found), points=points)
     return Profile(units=Units(), created=datetime.now(UTC), device="d",
                    versions={"vllm": "1", "torch": "1"}, shape=shape, ranks=[rank])  # fmt: skip
+
+
+def profile_error(profile):
+    """Median over points and ranks of the relative error of `measured`."""
+    times = measured(profile)
+    errors = []
+    for row, rank in enumerate(profile.ranks):
+        own = ExpertTimes(
+            fixed_S2=times.fixed_S2[row : row + 1],
+            stream_SN=times.stream_SN[row : row + 1],
+            compute_SN=times.compute_SN[row : row + 1],
+        )
+        for point in rank.points:
+            found, _, _ = own.of(np.array([point.tokens_E], np.int32), 1)
+            errors.append(abs(float(found[0, 0]) / point.time_us - 1))
+    return float(np.median(errors))
 
 
 def test_a_measured_curve_is_found_again():

@@ -92,18 +92,6 @@ def affinities(trace: Trace) -> Array:
     return np.stack([(here.T @ after).toarray() for here, after in pairwise(used_LTE)])
 
 
-def affinity_kept(affinity_LEE: Array, placement_LP: Array, num_ranks: int) -> float:
-    """Share of the affinity whose two experts are on one rank, 0 to 1."""
-    num_experts = placement_LP.shape[1]
-    rank_LE = np.empty_like(placement_LP)
-    rank_P = np.arange(num_experts) // (num_experts // num_ranks)
-    for slots_P, rank_E in zip(placement_LP, rank_LE, strict=True):
-        rank_E[slots_P] = rank_P
-    same_LEE = rank_LE[:-1, :, None] == rank_LE[1:, None, :]
-    total = affinity_LEE.sum()
-    return float((affinity_LEE * same_LEE).sum() / total) if total else 1.0
-
-
 def _gain(
     affinity_LEE: Array, rank_LE: Array, layer: int, num_ranks: int, only_before: bool
 ) -> Array:

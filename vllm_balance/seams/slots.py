@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from vllm_balance.config import BalancerConfig
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
@@ -59,19 +60,23 @@ class ModelSlots:
         )
         return partial(SlotBalancer, dynamic=dynamic)
 
-    def rules(self, knee_tokens: float) -> Rules:
+    def rules(self, knee_tokens: float, costs: Sequence[CostModel] | None = None) -> Rules:
         """What the schedules decide by, the same on every rank; a collective, and logged.
+
+        Args:
+            costs: curve of each rank from a profile, whose time of a token is taken instead of
+                measuring it.
 
         Raises:
             BalancerError: nothing could be measured.
         """
         threshold = self._config.threshold_tokens
         if threshold is None:
-            threshold = self._measured_threshold()
+            threshold = self._derived_threshold(costs)
         # Nothing hides a copy: on CPU it takes the core that computes, a GPU's experts wait for it.
         return Rules(threshold_tokens=threshold, fetch_tokens=threshold, knee_tokens=knee_tokens)
 
-    def _measured_threshold(self) -> int:
+    def _derived_threshold(self, costs: Sequence[CostModel] | None) -> int:
         """q from the speeds of this device, means over the ranks."""
         from vllm.logger import init_logger
 
@@ -85,7 +90,9 @@ class ModelSlots:
 
         own = (
             copy_bytes_per_s(copy, layout.expert_bytes, first.num_logical_experts),
-            token_us(self._runners[0].routed_experts),
+            costs[self._group.rank_in_group].beta_us
+            if costs is not None
+            else token_us(self._runners[0].routed_experts),
         )
         of_ranks = _share(self._group, own)
         speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))

@@ -19,7 +19,7 @@ from vllm_balance.seams.layer_binding import bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
-from vllm_balance.seams.settings_files import initial_placement
+from vllm_balance.seams.settings_files import initial_placement, measured_costs
 from vllm_balance.seams.slots import ModelSlots
 
 
@@ -73,7 +73,7 @@ class BalancedWorker(RecordingWorker):
             placement=self._verified_placement(vllm_config, runners),
         )
         if self.balancer_config.fetches:
-            self._bind_slots(runners)
+            self._bind_slots(vllm_config, runners)
         else:
             make = partial(LayerBalancer, policy=make_policy(self.balancer_config))
             for runner in runners:
@@ -91,13 +91,14 @@ class BalancedWorker(RecordingWorker):
                 self.worker_balancer.layers,
             )
 
-    def _bind_slots(self, runners: list[Any]) -> None:
+    def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
 
         config = self.balancer_config
         shared = ModelSlots(runners, config, get_ep_group())
         knee_tokens = config.knee_tokens or default_knee_tokens()
-        policy = FETCHING[config.name](shared.rules(knee_tokens))
+        rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
+        policy = FETCHING[config.name](rules)
         layers = []
         for index, runner in enumerate(runners):
             make = partial(shared.maker(index), policy=policy)

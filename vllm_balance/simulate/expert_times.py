@@ -90,22 +90,6 @@ def measured(profile: Profile) -> ExpertTimes:
     )
 
 
-def profile_error(profile: Profile) -> float:
-    """Median over points and ranks of the relative error of `measured`."""
-    times = measured(profile)
-    errors = []
-    for row, rank in enumerate(profile.ranks):
-        own = ExpertTimes(
-            fixed_S2=times.fixed_S2[row : row + 1],
-            stream_SN=times.stream_SN[row : row + 1],
-            compute_SN=times.compute_SN[row : row + 1],
-        )
-        for point in rank.points:
-            found, _, _ = own.of(np.array([point.tokens_E], np.int32), 1)
-            errors.append(abs(float(found[0, 0]) / point.time_us - 1))
-    return float(np.median(errors))
-
-
 def _expert_times(rank: RankProfile) -> tuple[float, Array]:
     """(fixed time, table of one expert's time): rising, straight between KNOTS, robust fit."""
     from scipy.optimize import nnls

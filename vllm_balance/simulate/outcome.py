@@ -58,16 +58,6 @@ class Outcome:
         weight = self.steps.decode_N
         return float((self.step_us_N * weight).sum() / weight.sum()) if weight.any() else np.nan
 
-    def tpot_us_at(self, quantile: float) -> float:
-        """Quantile over requests of their TPOT; nan if none decoded two tokens."""
-        end_N = np.concatenate([[0.0], np.cumsum(self.step_us_N)])
-        first, last = self.steps.first_R, self.steps.last_R
-        counted = last > first
-        if not counted.any():
-            return float("nan")
-        spans = end_N[last[counted] + 1] - end_N[first[counted] + 1]
-        return float(np.quantile(spans / (last - first)[counted], quantile))
-
     def ttft_us_at(self, quantile: float) -> float:
         """Quantile of TTFT over requests that arrived; nan if none got a token."""
         end_N = np.concatenate([[0.0], np.cumsum(self.step_us_N)])
