@@ -1,4 +1,4 @@
-"""Makes ``cases``, ``gloo``, ``measured``, ``serving``, ``bench`` importable from any folder.
+"""Makes the helpers of tests and ``bench`` importable from any folder.
 
 Neither ``tests`` nor the repository's root may be on sys.path: with one of them there, ``kernels``
 would become a top-level package, and transformers probes for a package of that name.
@@ -36,6 +36,7 @@ if "bench" not in sys.modules:
     sys.modules["bench"] = types.ModuleType("bench")
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]
 _load("cases", TESTS / "cases.py")
+_load("deployments", TESTS / "deployments.py")
 _load("measured", TESTS / "measured.py")
 _load("serving", TESTS / "server" / "serving.py")
 _load("gloo", TESTS / "distributed" / "gloo.py")

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from deployments import deployment, refusal
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -14,37 +15,14 @@ from vllm_balance.config import (
     BalancerConfig,
 )
 from vllm_balance.deployment import Deployment, num_redundant_experts
-from vllm_balance.errors import BalancerError
 
 REPLICATING = [
     name for name in BALANCERS if name not in ("static", *LOADED_BY_MAP) and name not in FETCHES
 ]
 
 
-def deployment(**changes) -> Deployment:
-    facts = {
-        "model": "some/model",
-        "num_experts": 128,
-        "num_moe_layers": 3,
-        "expert_bytes": 1000,
-        "num_ranks": 2,
-        "enable_expert_parallel": True,
-        "free_bytes": 2**40,
-        "ranks_sharing_memory": 2,
-        "free_host_bytes": 2**40,
-        "on_cpu": True,
-        "is_eager": False,
-        "one_machine": True,
-    }
-    return Deployment(**(facts | changes))
-
-
 def refused(config: BalancerConfig, found: Deployment) -> str:
-    with pytest.raises(BalancerError) as raised:
-        num_redundant_experts(config, found)
-    text = str(raised.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
+    return refusal(num_redundant_experts, config, found)
 
 
 @pytest.mark.parametrize("name", BALANCERS)

@@ -1,6 +1,7 @@
 """The checks for dynamic slots: each mistake has its paragraph, and the bytes are counted."""
 
 import pytest
+from deployments import deployment, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,30 +11,8 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.slot_deployment import num_dynamic_slots
 
 
-def deployment(**changes) -> Deployment:
-    facts = {
-        "model": "some/model",
-        "num_experts": 128,
-        "num_moe_layers": 3,
-        "expert_bytes": 1000,
-        "num_ranks": 2,
-        "enable_expert_parallel": True,
-        "free_bytes": 2**40,
-        "ranks_sharing_memory": 2,
-        "free_host_bytes": 2**40,
-        "on_cpu": True,
-        "is_eager": False,
-        "one_machine": True,
-    }
-    return Deployment(**(facts | changes))
-
-
 def refused(found: Deployment, **settings) -> str:
-    with pytest.raises(BalancerError) as raised:
-        num_dynamic_slots(BalancerConfig(**({"name": "harmoeny"} | settings)), found)
-    text = str(raised.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
+    return refusal(num_dynamic_slots, BalancerConfig(**({"name": "harmoeny"} | settings)), found)
 
 
 @pytest.mark.parametrize("name", FETCHES)

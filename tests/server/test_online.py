@@ -1,10 +1,12 @@
-"""Online gem: experts move while requests run, and the answers stay those of one dense rank."""
+"""Gem: weights are loaded by a map, then experts move while requests run, and the answers stay those
+of one dense rank."""
 
 import pytest
 from serving import DATA_PARALLEL, EAGER, FLOAT32, PROMPTS, TENSOR_PARALLEL, balanced, serve
 
-from bench.stand_ins import made_up_profile
-from vllm_balance import documents
+from bench.stand_ins import made_up_profile, shuffled_map
+from vllm_balance import documents, maps
+from vllm_balance.model_shape import from_config
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -15,10 +17,16 @@ EAGER_TO_MOVE = {"interval": 10, "window": 8, "horizon": 10**9, "hysteresis": 0.
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_move_while_requests_run(layout, model, dense, tmp_path):
     documents.write(tmp_path / "profile.json", made_up_profile(model))
-    flags = balanced("gem", profile=str(tmp_path / "profile.json"), online=EAGER_TO_MOVE)
+    placed = shuffled_map(from_config(model), num_redundant=0)
+    maps.save(tmp_path / "map.json", placed)
+    files = {name: str(tmp_path / f"{name}.json") for name in ("map", "profile")}
+    flags = balanced("gem", **files, online=EAGER_TO_MOVE)
     arguments = (*LAYOUTS[layout], *flags, *FLOAT32, *EAGER)
     environ = {"VLLM_PLUGINS": "moe_balancer"}
     with serve(model, *arguments, log=tmp_path / "log", num_ranks=2, **environ) as server:
+        assert [rank["placement"] for rank in server.status()] == [
+            f"gem map {placed.checksum[:12]} verified"
+        ] * 2
         assert server.all_tokens(PROMPTS) == dense.tokens
         assert server.all_tokens(PROMPTS) == dense.tokens
         ranks = server.status()

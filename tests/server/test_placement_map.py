@@ -1,4 +1,5 @@
-"""Weights loaded by a placement map: every layer its own permutation, answers as from one rank."""
+"""Weights loaded by a placement map with redundant experts: every layer its own permutation, answers
+as from one rank. (Without redundant experts: test_online.py.)"""
 
 import pytest
 from serving import EAGER, FLOAT32, PROMPTS, REARRANGED, TENSOR_PARALLEL, balanced, serve
@@ -9,18 +10,16 @@ from vllm_balance.model_shape import from_config
 
 pytestmark = pytest.mark.timeout(900)
 
+NUM_REDUNDANT = 16
 NEVER = {"window_size": 1000, "step_interval": 100_000, "redundancy": None}
-"""vLLM's EPLB does not move experts while these tests run, so that they stay where the map put
+"""vLLM's EPLB does not move experts while this test runs, so that they stay where the map put
 them; the redundancy is the map's."""
-SERVERS = {"gem": (0, {}), "metro": (16, NEVER)}
 
 
-@pytest.mark.parametrize("name", SERVERS)
-def test_weights_are_loaded_by_the_map(name, model, dense, tmp_path):
-    num_redundant, settings = SERVERS[name]
-    found = shuffled_map(from_config(model), num_redundant)
+def test_weights_are_loaded_by_the_map(model, dense, tmp_path):
+    found = shuffled_map(from_config(model), NUM_REDUNDANT)
     maps.save(tmp_path / "map.json", found)
-    flags = balanced(name, map=str(tmp_path / "map.json"), **settings)
+    flags = balanced("metro", map=str(tmp_path / "map.json"), **NEVER)
     arguments = (*TENSOR_PARALLEL, *flags, *FLOAT32, *EAGER)
     environ = {"VLLM_PLUGINS": "moe_balancer"}
     with serve(model, *arguments, log=tmp_path / "log", num_ranks=2, **environ) as server:
@@ -29,6 +28,6 @@ def test_weights_are_loaded_by_the_map(name, model, dense, tmp_path):
         assert server.count_in_log(REARRANGED) == 0
     for rank in ranks:
         assert rank["placement"] == f"gem map {found.checksum[:12]} verified"
-        assert rank["num_physical_experts"] == 32 + num_redundant
+        assert rank["num_physical_experts"] == 32 + NUM_REDUNDANT
         assert rank["pairs"] > 0
     assert ranks[0]["tokens_per_rank"] == ranks[1]["tokens_per_rank"]

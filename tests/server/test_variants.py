@@ -1,8 +1,11 @@
-"""Four ranks, bfloat16 and torch.compile; long prompts in pieces and cached prefixes."""
+"""Four ranks, bfloat16, torch.compile; long prompts in pieces, cached prefixes; a recording."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
+import requests
 from serving import (
     EAGER,
     FLOAT32,
@@ -15,9 +18,14 @@ from serving import (
     serve,
 )
 
+from bench.server import descendants
+from vllm_balance import traces
+from vllm_balance.step_writer import FLUSH_S
+
 pytestmark = pytest.mark.timeout(900)
 
 METRO = balanced("metro")
+LAYERS, TOP_K = 4, 4
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,38 @@ def test_four_ranks_with_prompts_in_pieces_and_cached_prefixes(start, dense):
         assert_same_while_moving(server, dense, num_ranks=4)
 
 
-def test_torch_compile(start, dense):
-    with start(*TENSOR_PARALLEL, *METRO, *FLOAT32) as server:
+def test_torch_compile_and_a_recording_up_to_a_kill(start, dense, tmp_path):
+    """The recording starts with the server, without its warm-up, and outlives it."""
+    file = tmp_path / "trace.npz"
+    with start(*TENSOR_PARALLEL, *METRO, *FLOAT32, "--moe-record", str(file)) as server:
         assert server.count_in_log("Enforce eager set") == 0
+        first, second = server.status()
+        assert second["recording"] is None
+        assert first["recording"]["state"] == "recording" and first["recording"]["steps"] == 0
+        server.reset()
         assert_same_while_moving(server, dense)
+        pairs = server.status()[0]["pairs"]
+        wait_until_written(server, pairs)
+        assert traces.load(file).counts_NLE.sum() == pairs
+
+        again = requests.post(
+            f"{server.url}/moe_balancer/record/start", json={"file": str(file)}, timeout=60
+        )
+        assert again.status_code == 409 and "is running" in again.text
+        for process in [*descendants(server.process.pid), psutil.Process(server.process.pid)]:
+            process.kill()
+    trace = traces.load(file)
+    assert trace.counts_NLE.sum() == pairs
+    assert (trace.counts_NLE.sum(2) == trace.counts_NLE[:, :1].sum(2)).all()
+    assert trace.phase_N.shape == trace.counts_NLE.shape[:1]
+
+
+def wait_until_written(server, pairs: int) -> None:
+    """Returns when the recording's thread has all pairs in the file."""
+    deadline = time.monotonic() + 10 * FLUSH_S
+    while server.status()[0]["recording"]["tokens"] * TOP_K * LAYERS < pairs:
+        assert time.monotonic() < deadline, server.status()[0]["recording"]
+        time.sleep(0.1)
 
 
 def test_bfloat16(start, dense):
