@@ -96,15 +96,15 @@ class Placed:
         return output
 
     def _cut_trace(self) -> None:
-        """The first layers of the trace as the layers of the model, half of the requests each."""
+        """Layers from all over the trace as those of the model, half of the requests each."""
         whole = traces.load(self.trace)
         if whole.topk_ids_TLK is None:
             raise ValueError(f"{self.trace} holds counts; servers replay token ids only")
         layers = from_config(self.model).num_layers
+        taken_L = np.linspace(0, whole.num_layers, layers, endpoint=False, dtype=int)
+        taken_L += whole.num_layers // (2 * layers)
         cut = replace(
-            whole,
-            topk_ids_TLK=whole.topk_ids_TLK[:, :layers],
-            layer_index_L=np.arange(layers),
+            whole, topk_ids_TLK=whole.topk_ids_TLK[:, taken_L], layer_index_L=np.arange(layers)
         )
         for half, name in zip(cut.split(self.seed), ("known", "replayed"), strict=True):
             traces.save(self.folder / f"{name}.npz", half)

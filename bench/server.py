@@ -20,6 +20,7 @@ import httpx
 import psutil
 
 START_TIMEOUT_S = 300.0
+RANKS_NICE = 10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,6 +89,7 @@ class Server:
         except BaseException:
             self.__exit__()
             raise
+        self._let_ranks_yield()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -97,6 +99,14 @@ class Server:
         self._log.close()
         if not exception or exception[0] is None:
             Path(self._log.name).unlink(missing_ok=True)
+
+    def _let_ranks_yield(self) -> None:
+        """Client and API server get a core when they need one, as on machines with spare cores."""
+        assert self._process is not None
+        for process in descendants(self._process.pid):
+            if "VLLM::Worker" in " ".join(process.cmdline()):
+                for thread in process.threads():
+                    os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
 
     @property
     def log(self) -> str:

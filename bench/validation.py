@@ -30,11 +30,14 @@ from vllm_balance.simulate.sweep import read
 RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
 PAGE = ROOT / "docs" / "simulator.md"
 VALIDITY = ROOT / "configs" / "validity.toml"
-RUNS = ("decode", "prefill", "batch", "redundancy")
-MACHINE = "cpu-avx512"
+RUNS = ("decode", "prefill", "batch", "redundancy", "harmoeny-short")
+MACHINE, BASE = "cpu-avx512", "qwen3-30b-a3b"
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 SEED = 1
+SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads", "head_dim")
+SHAPE += ("vocabulary",)
+"""What a benchmark's model may have otherwise than BASE."""
 Row = dict[str, Any]
 
 
@@ -71,7 +74,13 @@ def measured_rows() -> Iterator[Row]:
         for row in rows:
             groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
         for (case, load), arms in groups.items():
-            yield from _group(name, settings, (case, load), arms)
+            if not _changes(settings, load):
+                yield from _group(name, settings, (case, load), arms)
+
+
+def _changes(settings: Row, load: str) -> bool:
+    """Whether a load's popular experts change, which the simulator's traffic does not."""
+    return "change_every" in settings.get("loads", {}).get(load, {}).get("replay", {})
 
 
 def _group(
@@ -157,18 +166,22 @@ def predict(settings: Row, load: Asked, name: str) -> Outcome:
     """The simulation of one arm of a run file on this machine's ranks."""
     machine, profile = hardware.load(MACHINE)
     shape = real_size_model.PRESETS[settings["model"]["preset"]]
-    model = models.load(settings["model"]["preset"]).with_layers(
-        settings["model"]["num_layers"], vocabulary=shape.vocabulary
+    model = models.load(BASE).with_counts(
+        num_layers=settings["model"]["num_layers"],
+        num_dense_layers=0,
+        **{key: getattr(shape, key) for key in SHAPE},
     )
-    own = settings["arms"][name]
-    replay = ReplaySettings(**settings["replay"], seed=settings["seed"])
+    ranks = settings["serve"]["tensor_parallel"]
+    own = settings.get("eplb", {}) | settings["arms"][name]
+    extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * ranks)
+    replay = ReplaySettings(**(load.replay or settings["replay"]), seed=settings["seed"])
     arm = Arm(
         model=model,
         hardware=machine,
         profile=profile,
-        layout=Layout(tensor=settings["serve"]["tensor_parallel"]),
+        layout=Layout(tensor=ranks),
         balancer=own.get("balancer", name),
-        redundancy=own.get("redundancy", settings.get("eplb", {}).get("redundancy", 1.0)),
+        redundancy=own.get("redundancy", 1 + extra / shape.num_experts),
         load=Load(
             concurrency=load.at_once,
             prompt_tokens=load.prompt_tokens,

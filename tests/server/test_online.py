@@ -1,5 +1,4 @@
-"""Gem: weights are loaded by a map, then experts move while requests run, and the answers stay those
-of one dense rank."""
+"""Gem: weights are loaded by a map, then experts move while requests run; answers stay the same."""
 
 import pytest
 from serving import DATA_PARALLEL, EAGER, FLOAT32, PROMPTS, TENSOR_PARALLEL, balanced, serve

@@ -1,5 +1,7 @@
-"""Weights loaded by a placement map with redundant experts: every layer its own permutation, answers
-as from one rank. (Without redundant experts: test_online.py.)"""
+"""Weights loaded by a map with redundant experts: every layer its own permutation, same answers.
+
+Without redundant experts: test_online.py.
+"""
 
 import pytest
 from serving import EAGER, FLOAT32, PROMPTS, REARRANGED, TENSOR_PARALLEL, balanced, serve

@@ -70,19 +70,13 @@ class Model(Sourced):
             raise ValueError("hidden, inner and expert_matrices must be at least 1")
         return self
 
-    def with_layers(self, num_layers: int, *, vocabulary: int) -> Model:
-        """The model cut to its first layers of experts, as benchmarks on a CPU serve it."""
-
-        def count(value: int) -> Count:
-            return self.num_layers.model_copy(update={"value": value})
-
-        return self.model_copy(
-            update={
-                "num_layers": count(num_layers),
-                "num_dense_layers": count(0),
-                "vocabulary": count(vocabulary),
-            }
-        )
+    def with_counts(self, **values: int) -> Model:
+        """The model with other whole numbers, e.g. the few layers that a CPU serves."""
+        counts = {
+            name: self.num_layers.model_copy(update={"value": value})
+            for name, value in values.items()
+        }
+        return self.model_copy(update=counts)
 
     @property
     def num_moe_layers(self) -> int:
