@@ -103,10 +103,13 @@ class Server:
     def _let_ranks_yield(self) -> None:
         """Client and API server get a core when they need one, as on machines with spare cores."""
         assert self._process is not None
-        for process in descendants(self._process.pid):
-            if "VLLM::Worker" in " ".join(process.cmdline()):
-                for thread in process.threads():
-                    os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
+        named = [(p, " ".join(p.cmdline())) for p in descendants(self._process.pid)]
+        workers = [process for process, name in named if "VLLM::Worker" in name]
+        # An engine of one rank has no worker process of its own.
+        engines = [process for process, name in named if "VLLM::EngineCore" in name]
+        for process in workers or engines:
+            for thread in process.threads():
+                os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
 
     @property
     def log(self) -> str:
