@@ -129,6 +129,7 @@ def table(rows: list[Row]) -> str:
                 [
                     phase,
                     arm,
+                    str(len(starts)),
                     f"{first_ms:.0f}",
                     f"{ends[arm]:.0f}",
                     *(f"{ends[arm] / ends[base] - 1:+.1%}" for base in ("static", "gem")),
@@ -136,7 +137,7 @@ def table(rows: list[Row]) -> str:
                     *_moved(starts),
                 ]
             )
-    headings = ("phase", "arm", "first burst ms", "last bursts ms", "against static",
+    headings = ("phase", "arm", "servers", "first burst ms", "last bursts ms", "against static",
                 "against gem", "settled after s", "swaps", "moved MiB")  # fmt: skip
     return markdown.table(headings, body, left=2)
 

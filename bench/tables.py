@@ -51,7 +51,7 @@ def table(run: str) -> str:
             own_table,
             recovery.table,
             "bench.recovery --traces DIR",
-            "End-to-end latency of a request, medians of two servers per arm.",
+            "End-to-end latency of a request, medians over requests, bursts and servers.",
         ),
         "slow_rank": slow_table,
     }

@@ -22,6 +22,7 @@ from rich.console import Console
 from bench import markdown, published, real_size_model, validation_tables
 from bench.load import Load as Asked
 from bench.provenance import ROOT, config_hash, provenance
+from vllm_balance.config import FETCHES
 from vllm_balance.measurement import Measurement, newest, read_measurements
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
@@ -72,7 +73,9 @@ def measured_rows() -> Iterator[Row]:
         settings = settings_of(name, rows[-1].config_hash)
         groups: dict[tuple[str, str], dict[str, list[Measurement]]] = {}
         for row in rows:
-            groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
+            # This machine's file names no link to the host store that experts are fetched over.
+            if row.policy not in FETCHES:
+                groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
         for (case, load), arms in groups.items():
             if not _changes(settings, load):
                 yield from _group(name, settings, (case, load), arms)

@@ -40,5 +40,16 @@ def test_table_compares_the_ends_of_a_phase_and_counts_its_weights():
     rows += _bursts("online", 2, [1200, 900, 900, 900], swaps=[0, 4, 6, 6])
     lines = table(rows).splitlines()
     cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
-    assert cells == ["other traffic", "online", "1200", "900", "-10.0%", "-25.0%", "5", "6", "12"]
+    assert cells == [
+        "other traffic",
+        "online",
+        "1",
+        "1200",
+        "900",
+        "-10.0%",
+        "-25.0%",
+        "5",
+        "6",
+        "12",
+    ]
     assert lines[-2].split("|")[-3].strip() == "-"
