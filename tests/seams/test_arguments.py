@@ -43,8 +43,9 @@ def configured(model: str, *arguments: str):
 
 
 @pytest.fixture
-def caplog_vllm(caplog):
+def caplog_vllm(caplog, moe_model):
     """What vLLM's logger says, which does not pass its lines on to the root logger."""
+    configured(moe_model)  # The first configuration of a process sets vLLM's handlers anew.
     logging.getLogger("vllm").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("vllm").removeHandler(caplog.handler)
