@@ -83,7 +83,7 @@ def _live_through(start: Start, model: Path, placed: Placed, folder: Path) -> It
                 server.replay({"trace": trace, "seed": settings["seed"]})
             if "slow" in phase:
                 slowness.enter_context(slowed(server.worker(SLOW_RANK), phase["slow"]))
-            began, swaps = time.perf_counter(), _online(server).get("swaps", 0)
+            began, swaps = time.perf_counter(), _online(server.status()).get("swaps", 0)
             for burst in range(phase["bursts"]):
                 yield {
                     **{"arm": start.arm, "position": start.position, "gate": proof},
@@ -92,9 +92,9 @@ def _live_through(start: Start, model: Path, placed: Placed, folder: Path) -> It
                 }
 
 
-def _online(server: Server) -> Row:
+def _online(ranks: counters.Ranks) -> Row:
     """What online placement says of itself; nothing where there is none."""
-    return server.status()[0].get("online") or {}
+    return ranks[0].get("online") or {}
 
 
 def _burst(
@@ -105,7 +105,7 @@ def _burst(
     answered = send(load, server.url, model, seed)
     ranks = server.status()
     counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
-    client, online = timed(load, answered), ranks[0].get("online") or {}
+    client, online = timed(load, answered), _online(ranks)
     return {
         "at_s": at_s,
         **{key: client[key]["p50"] for key in ("e2e_ms", "ttft_ms", "tpot_ms")},

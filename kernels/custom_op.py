@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.library import Library, register_fake
 
 from .tensor_checks import require_out
 
 NAMESPACE = "vllm_balance"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library = Library(NAMESPACE, "FRAGMENT")
 
 
 def register(
@@ -26,7 +27,7 @@ def register(
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
