@@ -1,7 +1,8 @@
 """Tables of the docs from the rows of bench/results: `python -m bench.tables`.
 
 Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
-Ratios compare medians of the same run; every table names machine, commit and command.
+Ratios compare medians of the same run; every table names machine, commit and command. A run that
+was measured on several machines has a table for each, the newest first; NAME-newest is that one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench import markdown, recorder, recovery, skewed
 from bench.provenance import ROOT
 from vllm_balance import measured_tables
 from vllm_balance.measured_tables import MeasuredTable
-from vllm_balance.measurement import Measurement, newest, read_measurements
+from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 
 Row = dict[str, Any]
 
@@ -53,10 +54,7 @@ def table(run: str) -> str:
             "bench.recovery --traces DIR",
             "End-to-end latency of a request, medians over requests, bursts and servers.",
         ),
-        "slow_rank": slow_table,
     }
-    if run.startswith("harmoeny-"):
-        return _written(skewed.table(_newest(run)))
     return kinds[run](run) if run in kinds else measured_table(run)
 
 
@@ -101,25 +99,30 @@ def exchange_table(run: str) -> str:
 
 
 def measured_table(name: str) -> str:
-    """The newest rows of a run file: `RUN` by arm, `RUN-slo` throughput within the SLO."""
-    run = name.removesuffix("-slo")
-    kind = measured_tables.arms_table if run == name else measured_tables.slo_table
-    return _written(kind(_newest(run)))
+    """The newest rows of a run file on each machine, or on the newest alone.
+
+    `RUN` by arm, `RUN-slo` throughput within the SLO; behind either `-newest`: one machine.
+    """
+    run = name.removesuffix("-newest")
+    kind = _kind(run)
+    path = ROOT / "bench" / "results" / f"{run.removesuffix('-slo')}.jsonl"
+    every = list(newest_by_machine(read_measurements(path)).values())
+    shown = every if run == name else every[:1]
+    return "\n\n".join(_written(kind(rows)) for rows in shown)
 
 
-def slow_table(run: str) -> str:
-    """End-to-end latency of every load and slowdown, and each arm against static and eplb."""
-    return _written(measured_tables.slow_table(_newest(run)))
+def _kind(run: str) -> Callable[[list[Measurement]], MeasuredTable]:
+    if run.startswith("harmoeny-"):
+        return skewed.table
+    if run == "slow_rank":
+        return measured_tables.slow_table
+    return measured_tables.slo_table if run.endswith("-slo") else measured_tables.arms_table
 
 
 def _written(found: MeasuredTable) -> str:
     text = markdown.table(found.headings, found.body)
     intro = f"{found.title}. {found.caption}"
     return "\n".join((intro, "", text, "", f"{found.origin}; `{found.command}`."))
-
-
-def _newest(run: str) -> list[Measurement]:
-    return newest(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
 
 
 def _origin(row: Row, command: str) -> str:

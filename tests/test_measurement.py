@@ -7,7 +7,14 @@ from measured import row, rows
 from pydantic import ValidationError
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.measurement import Measurement, is_results, newest, parse, read_measurements
+from vllm_balance.measurement import (
+    Measurement,
+    is_results,
+    newest,
+    newest_by_machine,
+    parse,
+    read_measurements,
+)
 
 
 def written(path, lines):
@@ -76,3 +83,11 @@ def test_only_rows_of_the_same_settings_code_and_machine_are_compared(key):
     assert newest([row(), other, row(repeat=1)]) == [row(), row(repeat=1)]
     assert newest([row(), other]) == [other]
     assert newest([row(commit="f00")]) == [row(commit="f00")]
+
+
+def test_each_machine_has_its_newest_rows_and_the_last_one_comes_first():
+    old, other = row(machine="old"), row(machine="new", sources="other")
+    new, again = row(machine="new"), row(machine="old", repeat=1)
+    found = newest_by_machine([old, other, new, again])
+    assert list(found.items()) == [("old", [old, again]), ("new", [new])]
+    assert newest_by_machine([]) == {}

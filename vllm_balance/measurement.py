@@ -201,3 +201,10 @@ def newest(rows: Iterable[Measurement]) -> list[Measurement]:
     """The rows of what was measured last: the same settings, code and machine."""
     rows = list(rows)
     return [row for row in rows if row.identity == rows[-1].identity]
+
+
+def newest_by_machine(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """What was measured last on each machine, that of the machine with the last row first."""
+    rows = list(rows)
+    machines = dict.fromkeys(row.machine for row in reversed(rows))
+    return {name: newest(row for row in rows if row.machine == name) for name in machines}

@@ -52,3 +52,16 @@ def test_a_run_with_an_slo_has_a_second_table(root):
 def test_a_table_of_a_run_that_was_not_measured_is_an_error(root):
     with pytest.raises(ValueError, match=r"prefill\.jsonl cannot be read"):
         tables.table("prefill")
+
+
+def test_a_run_on_several_machines_has_a_table_for_each(root):
+    path = root / "bench" / "results" / "decode.jsonl"
+    with path.open("a") as file:
+        file.write(row("static", machine="Another machine").model_dump_json() + "\n")
+    both, newest = tables.table("decode"), tables.table("decode-newest")
+    assert [line for line in both.splitlines() if line.startswith("Measured on")] == [
+        f"Measured on {name}; commit abc1234; `python -m bench.run configs/runs/decode.toml`."
+        for name in ("Another machine", "A machine")
+    ]
+    assert both.startswith(newest + "\n\n")
+    assert "A machine;" not in newest and "metro" not in newest
