@@ -5,10 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_balance.cost import CostModel, fit, ranked_pairs, ranking_agreement
+from vllm_balance.cost import (
+    IN_TURN,
+    PLAIN,
+    CostModel,
+    fit,
+    knee_of,
+    ranked_pairs,
+    ranking_agreement,
+)
 from vllm_balance.errors import BalancerError
 
 TRUE = CostModel(a_us=100, b_us=600, c_us=300, beta_us=20)
+TURNS = CostModel(a_us=30, b_us=400, c_us=0, beta_us=0, tile_us=100, tile_tokens=1, free_tokens=2)
+"""One core, whose experts hide two tokens each behind their own weights."""
 GRID = [np.full(g, n) for g in (2, 8, 32) for n in (1, 4, 16, 24, 32, 48, 96, 192)]
 
 
@@ -29,13 +39,22 @@ def test_tiles_beyond_the_first_cost_extra():
     assert model.of_experts(np.array([17, 33])) == 21 + 3 * 3
 
 
+def test_experts_in_turn_hide_nothing_behind_each_other():
+    """Eight tokens for one of two experts cost what they cost, although the mean is below 4.5."""
+    assert TURNS.of_experts(np.array([8, 1])) == 30 + 2 * 400 + 6 * 100
+    assert TURNS.of_experts(np.array([2, 2])) == 30 + 2 * 400
+    assert TURNS.further(np.array([0.5, 2.5, 10.0])).tolist() == [0, 0.5, 8]
+    assert (TURNS.token_us, TURNS.knee_tokens) == (100, 4)
+    assert knee_of([TURNS, TURNS.slowed(1.5)]) == pytest.approx(4)
+
+
 def test_a_slower_rank_takes_longer_everywhere():
     slow = TRUE.slowed(1.28)
     assert np.allclose(times(slow), 1.28 * times(TRUE), rtol=1e-12)
 
 
 def test_exact_points_give_the_exact_curve():
-    found = fit(GRID, times(TRUE), tiles=(None,))
+    found = fit(GRID, times(TRUE), forms=(PLAIN,))
     assert np.allclose(times(found.model), times(TRUE), rtol=1e-3)
     assert found.model.knee_tokens == pytest.approx(30, rel=0.01)
     assert found.r2 > 0.9999
@@ -47,7 +66,7 @@ def test_noise_and_outliers_move_the_curve_little(seed):
     random = np.random.default_rng(seed)
     noisy = times(TRUE) * np.exp(random.normal(0, 0.04, len(GRID)))
     noisy[random.permutation(len(GRID))[:4]] *= 2.5
-    found = fit(GRID, noisy, tiles=(None,))
+    found = fit(GRID, noisy, forms=(PLAIN,))
     assert np.median(np.abs(times(found.model) / times(TRUE) - 1)) < 0.05
     assert found.median_relative_error < 0.08
     assert ranking_agreement(times(found.model), times(TRUE)) > 0.93
@@ -55,10 +74,19 @@ def test_noise_and_outliers_move_the_curve_little(seed):
 
 def test_the_tile_term_is_found_where_it_matters_and_left_out_elsewhere():
     tiled = CostModel(a_us=50, b_us=100, c_us=0, beta_us=0.1, tile_us=60, tile_tokens=32)
-    found = fit(GRID, times(tiled), tiles=(None, 32))
+    found = fit(GRID, times(tiled), forms=(PLAIN, (32, 32)))
     assert found.model.tile_tokens == 32
     assert found.model.tile_us == pytest.approx(60, rel=0.02)
-    assert fit(GRID, times(TRUE), tiles=(None, 32)).model.tile_tokens is None
+    assert fit(GRID, times(TRUE), forms=(PLAIN, (32, 32))).model.tile_tokens is None
+
+
+def test_the_form_of_the_machine_is_found_again():
+    mixed = [*GRID, *(np.array([n, 1, 1, 3 * n, 2]) for n in (2, 7, 20, 60))]
+    for true, forms in ((TURNS, IN_TURN), (TRUE, (PLAIN,))):
+        found = fit(mixed, np.array([true.of_experts(t) for t in mixed]))
+        assert (found.model.tile_tokens, found.model.free_tokens) in forms
+        assert found.median_relative_error < 1e-3
+        assert found.model.knee_tokens == pytest.approx(true.knee_tokens, rel=0.02)
 
 
 def test_ranking_agreement_counts_ordered_pairs():
@@ -88,7 +116,7 @@ def test_too_few_or_equal_points_are_refused():
 def test_any_positive_times_give_a_usable_curve(measured):
     if np.ptp(measured) == 0:
         measured[0] += 1
-    model = fit(GRID, np.array(measured), tiles=(None,)).model
+    model = fit(GRID, np.array(measured), forms=(PLAIN,)).model
     values = np.array([model.a_us, model.b_us, model.c_us, model.beta_us, model.tile_us])
     assert np.isfinite(values).all() and (values >= 0).all()
 

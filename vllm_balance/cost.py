@@ -3,10 +3,14 @@
 A rank that serves few tokens per expert waits for weights, one that serves many computes
 (TEMPO, arXiv 2608.13057, section 3)::
 
-    time = max(a + b * activated + b2 * (tiles - activated), c + beta * tokens)
+    time = max(a + b * activated + b2 * further, c + beta * tokens)
 
-``tokens`` counts (token, choice) pairs on the rank, ``tiles`` is the sum over its experts of
-ceil(tokens of the expert / tile_tokens). All times are in microseconds.
+``tokens`` counts (token, choice) pairs on the rank. ``further`` counts what an expert needs beyond
+being streamed once, summed over the rank's experts: ceil(max(n - free, 0) / tile) of an expert with
+n tokens. A grouped kernel overlaps experts and streams an expert's weights again for every further
+tile of tokens, so that free = tile. One core computes its experts in turn, so that nothing hides
+behind another expert: tile = 1, free are the tokens that an expert's own streaming hides, and the
+second piece is empty. All times are in microseconds.
 """
 
 from __future__ import annotations
@@ -20,8 +24,13 @@ import numpy as np
 from vllm_balance.errors import BalancerError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-TILES = (None, 16, 32, 64, 128)
-"""Tile heights that a fit tries, in tokens; None is the curve without tiles."""
+Form = tuple[int | None, int | None]
+"""(tile_tokens, free_tokens) of a curve."""
+PLAIN: Form = (None, None)
+GROUPED: tuple[Form, ...] = tuple((tile, tile) for tile in (16, 32, 64, 128))
+IN_TURN: tuple[Form, ...] = tuple((1, free) for free in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))
+FORMS = (PLAIN, *GROUPED, *IN_TURN)
+"""What a fit tries."""
 _SPREAD = 0.05
 """Relative residual from which a point counts as an outlier rather than as noise."""
 
@@ -41,30 +50,44 @@ class CostModel:
     tile_us: float = 0.0
     """b2: time of each further tile of an expert that is activated anyway."""
     tile_tokens: int | None = None
-    """Tokens in a tile; None if the curve has no tile term."""
+    """Tokens in a further tile; None if the curve has no such term."""
+    free_tokens: int | None = None
+    """Tokens of an expert before further tiles begin; None: as many as a tile."""
+
+    @property
+    def token_us(self) -> float:
+        """Time of one more token in a large batch."""
+        return max(self.beta_us, self.tile_us / self.tile_tokens if self.tile_tokens else 0.0)
 
     @property
     def knee_tokens(self) -> float:
-        """Tokens per activated expert at which a rank with many experts starts to compute."""
-        return self.b_us / self.beta_us if self.beta_us else float("inf")
+        """Tokens of an expert that take as long to compute as its weights to stream."""
+        return self.b_us / self.token_us if self.token_us else float("inf")
 
-    def tiles(self, tokens_E: Array) -> Array:
-        """Tiles of each expert, in the shape of `tokens_E`; one per activated expert if the
-        curve has no tile term."""
+    @property
+    def free(self) -> int:
+        """Tokens of an expert before further tiles begin; 0 if the curve has none."""
+        return self.free_tokens or self.tile_tokens or 0
+
+    def further(self, tokens_E: Array) -> Array:
+        """Further tiles of each expert, in the shape of `tokens_E`.
+
+        An expert's tokens may be a fraction, where it is divided over replicas.
+        """
         if self.tile_tokens is None:
-            return (tokens_E > 0).astype(np.int64)
-        return -(-tokens_E // self.tile_tokens)
+            return np.zeros_like(tokens_E)
+        beyond_E = np.maximum(tokens_E - self.free, 0)
+        return beyond_E if self.tile_tokens == 1 else np.ceil(beyond_E / self.tile_tokens)
 
-    def time_us(self, activated: Array, tokens: Array, tiles: Array | None = None) -> Array:
+    def time_us(self, activated: Array, tokens: Array, further: Array | float = 0.0) -> Array:
         """Modelled time, in the shape of the arguments; 0 where there are no tokens."""
-        extra = 0.0 if tiles is None else self.tile_us * (tiles - activated)
-        memory = self.a_us + self.b_us * activated + extra
+        memory = self.a_us + self.b_us * activated + self.tile_us * further
         return np.where(tokens > 0, np.maximum(memory, self.c_us + self.beta_us * tokens), 0.0)
 
     def of_experts(self, tokens_E: Array) -> float:
         """Modelled time of a rank whose experts get these tokens, [E]."""
         total, active = tokens_E.sum(), (tokens_E > 0).sum()
-        return float(self.time_us(active, total, self.tiles(tokens_E).sum()))
+        return float(self.time_us(active, total, self.further(tokens_E).sum()))
 
     def slowed(self, factor: float) -> CostModel:
         """The curve of a rank that takes `factor` times as long, e.g. 1.08."""
@@ -80,8 +103,8 @@ class CostModel:
 
 def knee_of(costs: Sequence[CostModel]) -> float:
     """Tokens per activated expert at which the ranks' mean curve turns compute-bound, above 0."""
-    beta_us = sum(cost.beta_us for cost in costs)
-    knee = sum(cost.b_us for cost in costs) / beta_us if beta_us else float("inf")
+    token_us = sum(cost.token_us for cost in costs)
+    knee = sum(cost.b_us for cost in costs) / token_us if token_us else float("inf")
     return max(knee, 1e-6)
 
 
@@ -98,19 +121,19 @@ class Fit:
     """Median over the points of abs(modelled - measured) / measured."""
 
 
-def fit(tokens_NE: Sequence[Array], time_us_N: Array, tiles: Sequence[int | None] = TILES) -> Fit:
+def fit(tokens_NE: Sequence[Array], time_us_N: Array, forms: Sequence[Form] = FORMS) -> Fit:
     """The curve that describes measured times best, robust against a minority of outliers.
 
     Args:
         tokens_NE: for each point the tokens of each expert on the rank, at least one positive.
         time_us_N: measured time of each point, microseconds.
-        tiles: tile heights to try; the tile term stays only if it pays for its freedom (BIC).
+        forms: forms to try; one with more coefficients has to pay for its freedom (BIC).
     Raises:
         BalancerError: fewer than six points, no variety, or times that are not positive numbers.
     """
     time_us_N = np.asarray(time_us_N, dtype=np.float64)
     _check(tokens_NE, time_us_N)
-    candidates = [_fit_tile(tokens_NE, time_us_N, tile) for tile in tiles]
+    candidates = [_fit_form(tokens_NE, time_us_N, form) for form in forms]
     _, model = min(candidates, key=lambda candidate: candidate[0])
     modelled_N = np.array([model.of_experts(tokens_E) for tokens_E in tokens_NE])
     residual_N = modelled_N - time_us_N
@@ -159,38 +182,45 @@ def _check(tokens_NE: Sequence[Array], time_us_N: Array) -> None:
         )
 
 
-def _fit_tile(
-    tokens_NE: Sequence[Array], time_us_N: Array, tile: int | None
-) -> tuple[float, CostModel]:
-    """(BIC of the robust cost, best curve with this tile height) over several starts."""
+def _fit_form(tokens_NE: Sequence[Array], time_us_N: Array, form: Form) -> tuple[float, CostModel]:
+    """(BIC of the robust cost, best curve of this form) over several starts."""
     from scipy.optimize import least_squares
 
+    tile_tokens, free_tokens = form
     active_N = np.array([(t > 0).sum() for t in tokens_NE], dtype=np.float64)
     tokens_N = np.array([t.sum() for t in tokens_NE], dtype=np.float64)
-    probe = CostModel(a_us=0, b_us=0, c_us=0, beta_us=0, tile_tokens=tile)
-    extra_N = np.array([probe.tiles(t).sum() for t in tokens_NE]) - active_N
-    memory_N3 = np.stack([np.ones_like(active_N), active_N, extra_N], axis=1) / time_us_N[:, None]
+    probe = CostModel(a_us=0, b_us=0, c_us=0, beta_us=0, tile_tokens=tile_tokens,
+                      free_tokens=free_tokens)  # fmt: skip
+    further_N = np.array([probe.further(t).sum() for t in tokens_NE])
+    memory_N3 = np.stack([np.ones_like(active_N), active_N, further_N], axis=1) / time_us_N[:, None]
     compute_N2 = np.stack([np.ones_like(tokens_N), tokens_N], axis=1) / time_us_N[:, None]
+    in_turn = tile_tokens == 1
+    used_5 = np.array([True, True, tile_tokens is not None, not in_turn, not in_turn])
+    mean_N = tokens_N / active_N
+    knees = [np.inf] if in_turn else np.unique(np.quantile(mean_N, (0.1, 0.3, 0.5, 0.7, 0.9)))
 
-    def relative(scaled_5: Array) -> Array:
-        x = scaled_5 * unit_5
+    def coefficients(scaled: Array) -> Array:
+        x = np.zeros(5)
+        x[used_5] = scaled * unit_5[used_5]
+        return x
+
+    def relative(scaled: Array) -> Array:
+        x = coefficients(scaled)
         return np.maximum(memory_N3 @ x[:3], compute_N2 @ x[3:]) - 1
 
     best_cost, best = np.inf, np.zeros(5)
-    for knee in np.unique(np.quantile(tokens_N / active_N, (0.1, 0.3, 0.5, 0.7, 0.9))):
-        start_5 = _alternate(memory_N3, compute_N2, tokens_N / active_N <= knee)
+    for knee in knees:
+        start_5 = _alternate(memory_N3, compute_N2, mean_N <= knee)
         unit_5 = np.maximum(start_5, 1e-3 * time_us_N.min() / np.array([1, 1, 1, 1, 100]))
-        found = least_squares(
-            relative, start_5 / unit_5, bounds=(0, np.inf), loss="soft_l1", f_scale=_SPREAD
-        )
+        start = (start_5 / unit_5)[used_5]
+        found = least_squares(relative, start, bounds=(0, np.inf), loss="soft_l1", f_scale=_SPREAD)
         if found.cost < best_cost:
-            best_cost, best = found.cost, found.x * unit_5
-    if tile is None:
-        best[2] = 0.0
-    freedom = 4 if tile is None else 6
+            best_cost, best = found.cost, coefficients(found.x)
+    freedom = used_5.sum() + (tile_tokens is not None)
     bic = len(time_us_N) * np.log(max(best_cost, 1e-12)) + freedom * np.log(len(time_us_N))
-    names = ("a_us", "b_us", "tile_us", "c_us", "beta_us")
-    return bic, CostModel(**dict(zip(names, best.tolist(), strict=True)), tile_tokens=tile)
+    a_us, b_us, tile_us, c_us, beta_us = best.tolist()
+    found = replace(probe, a_us=a_us, b_us=b_us, tile_us=tile_us, c_us=c_us, beta_us=beta_us)
+    return bic, found
 
 
 def _alternate(memory_N3: Array, compute_N2: Array, is_memory_N: Array) -> Array:

@@ -74,7 +74,9 @@ class Window:
         wait for it in those steps.
         """
         own_NLP = self.own_NLP[: self.filled]
-        modelled_NL = cost.time_us((own_NLP > 0).sum(2), own_NLP.sum(2), cost.tiles(own_NLP).sum(2))
+        modelled_NL = cost.time_us(
+            (own_NLP > 0).sum(2), own_NLP.sum(2), cost.further(own_NLP).sum(2)
+        )
         modelled_us = float(modelled_NL.sum())
         measured_us = float(self.kernel_us_NL[: self.filled][modelled_NL > 0].sum())
         return measured_us / modelled_us if modelled_us and measured_us else 1.0

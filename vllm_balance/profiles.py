@@ -50,8 +50,9 @@ class Curve(Document):
     beta_us: float = Field(ge=0)
     tile_us: float = Field(ge=0)
     tile_tokens: int | None = Field(ge=1)
+    free_tokens: int | None = Field(ge=1)
     knee_tokens: float | None = Field(ge=0)
-    """Tokens per activated expert where the two pieces meet; null if beta is 0."""
+    """Tokens of an expert that compute as long as its weights stream; null: they cost nothing."""
     r2: float = Field(le=1)
     median_relative_error: float = Field(ge=0)
     residual_us: list[float]
@@ -68,6 +69,7 @@ class Curve(Document):
             beta_us=model.beta_us,
             tile_us=model.tile_us,
             tile_tokens=model.tile_tokens,
+            free_tokens=model.free_tokens,
             knee_tokens=knee if np.isfinite(knee) else None,
             r2=fit.r2,
             median_relative_error=fit.median_relative_error,
@@ -83,6 +85,7 @@ class Curve(Document):
             beta_us=self.beta_us,
             tile_us=self.tile_us,
             tile_tokens=self.tile_tokens,
+            free_tokens=self.free_tokens,
         )
 
 
@@ -101,6 +104,8 @@ class RankProfile(Document):
             raise ValueError("residual_us must have one entry per point")
         if not any((self.curve.b_us, self.curve.beta_us)):
             raise ValueError("a curve whose b_us and beta_us are both 0 says nothing")
+        if self.curve.free_tokens is not None and self.curve.tile_tokens is None:
+            raise ValueError("free_tokens has a meaning only beside tile_tokens")
         return self
 
 
@@ -108,7 +113,7 @@ class Profile(Document):
     """The file: `kind` and `format` first, so that another file is told apart."""
 
     kind: Literal["vllm-balance profile"] = "vllm-balance profile"
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     units: Units
     created: AwareDatetime
     device: str

@@ -19,6 +19,8 @@ TOKENS = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
 MIXED = CostModel(a_us=5, b_us=20, c_us=10, beta_us=1.5)
 TILED = CostModel(a_us=5, b_us=20, c_us=0, beta_us=0.5, tile_us=7, tile_tokens=4)
 
+TURNS = CostModel(a_us=5, b_us=20, c_us=0, beta_us=0, tile_us=6, tile_tokens=1, free_tokens=2)
+
 
 def history(steps, layers, experts, seed=0, batch=60) -> np.ndarray:
     """Skewed counts, [steps, layers, experts]."""
@@ -83,7 +85,7 @@ def best_by_trying(counts_NE, ranks) -> float:
     )
 
 
-@pytest.mark.parametrize("model", [TOKENS, MIXED, TILED])
+@pytest.mark.parametrize("model", [TOKENS, MIXED, TILED, TURNS])
 @pytest.mark.parametrize("seed", range(3))
 def test_gem_finds_the_optimum_of_small_layers(model, seed):
     counts, ranks = history(5, 2, 6, seed), cluster(3, model)
@@ -114,7 +116,9 @@ def test_gem_parts_experts_that_fire_together_where_averages_show_nothing():
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10**6), st.sampled_from([TOKENS, MIXED, TILED]), st.sampled_from([2, 4]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([TOKENS, MIXED, TILED, TURNS]), st.sampled_from([2, 4])
+)
 def test_the_score_never_rises_and_is_the_placement_s(seed, model, num_ranks):
     from vllm_balance.placement.swap_search import descend
 
@@ -129,7 +133,9 @@ def test_the_score_never_rises_and_is_the_placement_s(seed, model, num_ranks):
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 10**6), st.sampled_from([MIXED, TILED]), st.sampled_from(["even", "one"]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([MIXED, TILED, TURNS]), st.sampled_from(["even", "one"])
+)
 def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model, split):
     from vllm_balance.placement.replica_load import EVEN, ONE
     from vllm_balance.placement.replica_search import descend_replicas
@@ -151,10 +157,11 @@ def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model,
 
 
 @pytest.mark.parametrize("policy", [GemPlacement(), GemReplicaPlacement()])
+@pytest.mark.parametrize("model", [MIXED, TILED, TURNS])
 @pytest.mark.parametrize("seed", range(3))
-def test_gem_is_never_worse_than_linear_and_never_below_the_bound(policy, seed):
+def test_gem_is_never_worse_than_linear_and_never_below_the_bound(policy, model, seed):
     redundant = 4 * (policy.name == "gem_r")
-    counts, ranks = history(8, 3, 16, seed, 200), cluster(4, num_redundant=redundant)
+    counts, ranks = history(8, 3, 16, seed, 200), cluster(4, model, num_redundant=redundant)
     linear_L = score_L(counts, PLACEMENT["linear"]().place(counts, ranks), ranks)
     found_L = score_L(counts, policy.place(counts, ranks), ranks)
     assert (found_L <= linear_L).all() and (found_L < linear_L).any()
@@ -202,7 +209,14 @@ def test_starts_and_replica_counts():
     assert replicas_by_load(np.array([9.0, 4]), 3, most=2).sum() == 5
 
 
-@pytest.mark.parametrize("model", [TOKENS, MIXED])
+def test_the_bound_of_experts_in_turn_is_their_work():
+    """Work 20, 44 and 68 on ranks of speed 1 and 1/2: 132 units, 3/2 of them per unit of time."""
+    counts = np.array([[[2, 6, 10, 0]]])
+    ranks = Cluster(costs=(TURNS.slowed(2), TURNS))
+    assert lower_bound_L(counts, ranks) == pytest.approx([(132 + 5 + 5) / 1.5])
+
+
+@pytest.mark.parametrize("model", [TOKENS, MIXED, TURNS])
 def test_an_even_layer_on_equal_ranks_reaches_the_bound(model):
     counts = np.full((3, 2, 8), 7)
     ranks = cluster(4, model, slow=1.0)

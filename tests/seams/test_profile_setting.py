@@ -31,6 +31,7 @@ def curve(b_us: float) -> Curve:
         beta_us=BETA_US,
         tile_us=0.0,
         tile_tokens=None,
+        free_tokens=None,
         knee_tokens=b_us / BETA_US,
         r2=1.0,
         median_relative_error=0.0,

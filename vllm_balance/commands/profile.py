@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands.expert_probe import Probe, probing
-from vllm_balance.cost import fit
+from vllm_balance.cost import CostModel, fit
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
@@ -145,15 +145,16 @@ def _rank(rank: int, core: int, points: list[Point]) -> RankProfile:
 
 def _print(measured: Profile) -> None:
     table = Table(title=f"{measured.shape.name} on {measured.device}")
-    headings = ("rank", "fixed us", "us per expert", "fixed us", "us per token", "tile us", "knee")
+    headings = ("rank", "form", "fixed us", "us per expert", "us per token", "knee")
     for heading in (*headings, "median error", "R2"):
         table.add_column(heading, justify="right")
     for rank in measured.ranks:
         curve = rank.curve
-        numbers = (curve.a_us, curve.b_us, curve.c_us, curve.beta_us, curve.tile_us)
+        numbers = (curve.a_us, curve.b_us, curve.model.token_us)
         knee = "none" if curve.knee_tokens is None else f"{curve.knee_tokens:.1f}"
         table.add_row(
             str(rank.rank),
+            form_of(curve.model),
             *(f"{number:.1f}" for number in numbers),
             knee,
             f"{curve.median_relative_error:.1%}",
@@ -166,6 +167,15 @@ def _print(measured: Profile) -> None:
             f"[yellow]A median error of {worst:.0%} is more than {GOOD_FIT:.0%}: something else "
             f"probably ran on these cores. Measure again on a quiet machine.[/]"
         )
+
+
+def form_of(model: CostModel) -> str:
+    """How the experts of a rank share its time, in words for a table."""
+    if model.tile_tokens is None:
+        return "together"
+    if model.tile_tokens == 1:
+        return f"in turn, {model.free} tokens free"
+    return f"together, tiles of {model.tile_tokens}"
 
 
 def _check(stored: Profile, shape: ModelShape) -> None:

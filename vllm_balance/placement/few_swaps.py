@@ -32,18 +32,18 @@ def best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S):
 
 
 @compiled
-def few_swaps(tokens_NI, rank_of_I, coefficient_S6, swap_M2):
+def few_swaps(tokens_NI, rank_of_I, coefficient_S7, swap_M2):
     """Steepest descent of at most len(swap_M2) swaps, which it writes there; returns how many.
 
     Changes rank_of_I.
     """
-    num_steps, num_ranks = len(tokens_NI), len(coefficient_S6)
+    num_steps, num_ranks = len(tokens_NI), len(coefficient_S7)
     activated_NS = np.empty((num_steps, num_ranks), np.int64)
-    tokens_NS, tiles_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
+    tokens_NS, further_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
     time_NS = np.empty((num_steps, num_ranks))
     top_N3 = np.empty((num_steps, 3), np.int64)
     is_slowest_S = np.empty(num_ranks, np.bool_)
-    state = (coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS)
+    state = (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS)
     for swap in range(len(swap_M2)):
         score = fill(tokens_NI, rank_of_I, *state)
         top_three(time_NS, top_N3)

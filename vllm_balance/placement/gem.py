@@ -44,10 +44,10 @@ class GemPlacement:
         refuse_redundant(cluster, self.name)
         num_experts = history_NLE.shape[2]
         cluster.num_physical(num_experts)
-        coefficient_S6 = coefficients(cluster)
+        coefficient_S7 = coefficients(cluster)
 
         def place_layer(layer: int) -> Array:
-            rank_of_E = self._search(history_NLE[:, layer], cluster, coefficient_S6, layer)
+            rank_of_E = self._search(history_NLE[:, layer], cluster, coefficient_S7, layer)
             if progress is not None:
                 progress(layer)
             return np.argsort(rank_of_E, kind="stable").astype(np.int32)
@@ -56,7 +56,7 @@ class GemPlacement:
             return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
 
     def _search(
-        self, history_NE: Array, cluster: Cluster, coefficient_S6: Array, layer: int
+        self, history_NE: Array, cluster: Cluster, coefficient_S7: Array, layer: int
     ) -> Array:
         from vllm_balance.placement.swap_search import search
 
@@ -68,7 +68,7 @@ class GemPlacement:
         _, rank_of_E, _ = search(
             np.ascontiguousarray(history_NE, dtype=np.int64),
             np.array(starts_ME, dtype=np.int64),
-            coefficient_S6,
+            coefficient_S7,
             self.kicks,
             self.patience,
             int(random.integers(2**31)),
@@ -77,9 +77,12 @@ class GemPlacement:
 
 
 def coefficients(cluster: Cluster) -> Array:
-    """The ranks' curves as the compiled search takes them, float64 [S, 6]."""
+    """The ranks' curves as the compiled search takes them, float64 [S, 7]."""
     return np.array(
-        [(c.a_us, c.b_us, c.tile_us, c.c_us, c.beta_us, c.tile_tokens or 0) for c in cluster.costs],
+        [
+            (c.a_us, c.b_us, c.tile_us, c.c_us, c.beta_us, c.tile_tokens or 0, c.free)
+            for c in cluster.costs
+        ],
         dtype=np.float64,
     )
 
@@ -87,18 +90,31 @@ def coefficients(cluster: Cluster) -> Array:
 def packed(history_NE: Array, cluster: Cluster) -> Array:
     """Rank of each expert, int64 [E]: heaviest first, each to the rank that then ends first."""
     num_experts, num_ranks = history_NE.shape[1], cluster.num_ranks
-    tokens_E, active_E = history_NE.mean(0), (history_NE > 0).mean(0)
-    tokens_S, active_S, held_S = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(num_ranks)
+    load_SE3 = mean_loads(history_NE, cluster)
+    load_S3, held_S = np.zeros((num_ranks, 3)), np.zeros(num_ranks)
     rank_of_E = np.zeros(num_experts, np.int64)
-    for expert in np.argsort(-tokens_E, kind="stable"):
+    for expert in np.argsort(-load_SE3[0, :, 1], kind="stable"):
         time_S = [
-            float(cost.time_us(active_S[s] + active_E[expert], tokens_S[s] + tokens_E[expert]))
+            float(cost.time_us(*(load_S3[s] + load_SE3[s, expert])))
             for s, cost in enumerate(cluster.costs)
         ]
         free_S = held_S < num_experts // num_ranks
         rank = int(np.argmin(np.where(free_S, time_S, np.inf)))
         rank_of_E[expert] = rank
-        tokens_S[rank] += tokens_E[expert]
-        active_S[rank] += active_E[expert]
+        load_S3[rank] += load_SE3[rank, expert]
         held_S[rank] += 1
     return rank_of_E
+
+
+def mean_loads(history_NE: Array, cluster: Cluster) -> Array:
+    """(activated, tokens, further tiles) of each expert on each rank, means over steps [S, E, 3].
+
+    history_NE: pairs of each expert or, divided over its replicas, of one replica.
+    """
+    active_E, tokens_E = np.minimum(history_NE, 1).mean(0), history_NE.mean(0)
+    return np.stack(
+        [
+            np.stack([active_E, tokens_E, cost.further(history_NE).mean(0)], axis=1)
+            for cost in cluster.costs
+        ]
+    )

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_balance.placement.gem import coefficients
+from vllm_balance.placement.gem import coefficients, mean_loads
 from vllm_balance.placement.policy import Array, Cluster, Progress, check_history
 from vllm_balance.placement.score import Split
 
@@ -35,10 +35,10 @@ class GemReplicaPlacement:
         """See `PlacementPolicy.place`. Never worse in the model than linear on this history."""
         check_history(history_NLE)
         cluster.num_physical(history_NLE.shape[2])
-        coefficient_S6 = coefficients(cluster)
+        coefficient_S7 = coefficients(cluster)
 
         def place_layer(layer: int) -> Array:
-            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S6)
+            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7)
             if progress is not None:
                 progress(layer)
             return slots_P.astype(np.int32)
@@ -46,7 +46,7 @@ class GemReplicaPlacement:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
 
-    def _search(self, history_NE: Array, cluster: Cluster, coefficient_S6: Array) -> Array:
+    def _search(self, history_NE: Array, cluster: Cluster, coefficient_S7: Array) -> Array:
         from vllm_balance.placement.replica_load import EVEN, ONE
         from vllm_balance.placement.replica_search import descend_replicas
 
@@ -56,8 +56,8 @@ class GemReplicaPlacement:
         split = EVEN if self.split == "even" else ONE
         slots_P = packed_replicas(history_NE, cluster).astype(np.int64)
         none = np.empty(0)
-        score, _ = descend_replicas(tokens_NE, slots_P, coefficient_S6, split, self.trials, none)
-        start, _ = descend_replicas(tokens_NE, linear_P, coefficient_S6, split, 0, none)
+        score, _ = descend_replicas(tokens_NE, slots_P, coefficient_S7, split, self.trials, none)
+        start, _ = descend_replicas(tokens_NE, linear_P, coefficient_S7, split, 0, none)
         return slots_P if score <= start else linear_P
 
 
@@ -89,16 +89,16 @@ def packed_replicas(history_NE: Array, cluster: Cluster) -> Array:
     num_ranks = cluster.num_ranks
     slots = cluster.num_physical(len(load_E)) // num_ranks
     num_replicas_E = replicas_by_load(load_E, cluster.num_redundant, num_ranks)
-    share_E, active_E = load_E / num_replicas_E, np.minimum(1, load_E / num_replicas_E)
+    load_SE3 = mean_loads(history_NE / num_replicas_E, cluster)
     content: list[list[int]] = [[] for _ in range(num_ranks)]
-    tokens_S, active_S = np.zeros(num_ranks), np.zeros(num_ranks)
+    load_S3 = np.zeros((num_ranks, 3))
     for expert in np.repeat(np.arange(len(load_E)), num_replicas_E)[
-        np.argsort(-np.repeat(share_E, num_replicas_E), kind="stable")
+        np.argsort(-np.repeat(load_SE3[0, :, 1], num_replicas_E), kind="stable")
     ]:
         free = [s for s in range(num_ranks) if len(content[s]) < slots]
         apart = [s for s in free if expert not in content[s]] or free
-        tokens, active = tokens_S + share_E[expert], active_S + active_E[expert]
-        rank = min(apart, key=lambda s: float(cluster.costs[s].time_us(active[s], tokens[s])))
+        after_S3 = load_S3 + load_SE3[:, expert]
+        rank = min(apart, key=lambda s: float(cluster.costs[s].time_us(*after_S3[s])))
         content[rank].append(int(expert))
-        tokens_S[rank], active_S[rank] = tokens[rank], active[rank]
+        load_S3[rank] = after_S3[rank]
     return np.array(content).ravel()

@@ -10,46 +10,45 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_balance.placement.swap_search import compiled, num_tiles, rank_time
+from vllm_balance.placement.swap_search import compiled, num_further, rank_time
 
 EVEN, ONE = 0, 1
 """Tokens of an expert spread evenly over its replicas, or all to the one that ends first."""
 
 
 @compiled
-def add(load_S3, s, tokens, tile_tokens, sign=1.0):
-    """Adds one slot's tokens, which may be a fraction, to (activated, tokens, tiles) of a rank."""
-    active = min(1.0, tokens)
-    load_S3[s, 0] += sign * active
+def add(load_S3, s, tokens, coefficient_7, sign=1.0):
+    """Adds a slot's tokens, which may be a fraction, to (activated, tokens, further) of a rank."""
+    load_S3[s, 0] += sign * min(1.0, tokens)
     load_S3[s, 1] += sign * tokens
-    if tokens < 1.0 or tile_tokens == 0:
-        load_S3[s, 2] += sign * active
-    else:
-        load_S3[s, 2] += sign * np.ceil(tokens / tile_tokens)
+    beyond = max(tokens - coefficient_7[6], 0.0)
+    if coefficient_7[5] > 1.0:
+        beyond = np.ceil(beyond / coefficient_7[5])
+    if coefficient_7[5] > 0.0:
+        load_S3[s, 2] += sign * beyond
 
 
 @compiled
-def serve_with_one(tokens, slots_R, num_replicas, slots_per_rank, coefficient_S6, load_S3):
+def serve_with_one(tokens, slots_R, num_replicas, slots_per_rank, coefficient_S7, load_S3):
     """Gives all tokens of an expert to the replica whose rank then has the least time."""
     best, best_time = -1, np.inf
     for r in range(num_replicas):
         s = slots_R[r] // slots_per_rank
-        height = np.int64(coefficient_S6[s, 5])
         time = rank_time(
-            coefficient_S6[s],
+            coefficient_S7[s],
             load_S3[s, 0] + 1.0,
             load_S3[s, 1] + tokens,
-            load_S3[s, 2] + num_tiles(tokens, height),
+            load_S3[s, 2] + num_further(tokens, coefficient_S7[s]),
         )
         if time < best_time:
             best, best_time = s, time
-    add(load_S3, best, float(tokens), coefficient_S6[best, 5])
+    add(load_S3, best, float(tokens), coefficient_S7[best])
 
 
 @compiled
-def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S6, split, load_S3):
+def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S7, split, load_S3):
     """Time of the slowest rank in one step; leaves the loads of the ranks in load_S3."""
-    num_ranks = len(coefficient_S6)
+    num_ranks = len(coefficient_S7)
     slots_per_rank = slots_EP.shape[1] // num_ranks
     load_S3[:] = 0.0
     for e in range(len(tokens_E)):
@@ -57,7 +56,7 @@ def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S6, sp
         if tokens_E[e] > 0 and (split == EVEN or replicas == 1):
             for r in range(replicas):
                 s = slots_EP[e, r] // slots_per_rank
-                add(load_S3, s, tokens_E[e] / replicas, coefficient_S6[s, 5])
+                add(load_S3, s, tokens_E[e] / replicas, coefficient_S7[s])
     if split == ONE:
         for place in range(len(tokens_E)):
             e = heaviest_E[place]
@@ -69,12 +68,12 @@ def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S6, sp
                     slots_EP[e],
                     num_replicas_E[e],
                     slots_per_rank,
-                    coefficient_S6,
+                    coefficient_S7,
                     load_S3,
                 )
     slowest = 0.0
     for s in range(num_ranks):
-        time = rank_time(coefficient_S6[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
+        time = rank_time(coefficient_S7[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
         slowest = max(slowest, time)
     return slowest
 
@@ -90,14 +89,14 @@ def index(content_P, slots_EP, num_replicas_E):
 
 
 @compiled
-def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limit, room):
+def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S7, split, limit, room):
     """Score of a placement; inf as soon as it passes `limit`. `room` is scratch memory."""
     slots_EP, num_replicas_E, load_S3 = room
     index(content_P, slots_EP, num_replicas_E)
     score = 0.0
     for n in range(len(tokens_NE)):
         score += step_time(
-            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S6, split, load_S3
+            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S7, split, load_S3
         )
         if score >= limit:
             return np.inf
@@ -107,7 +106,7 @@ def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S6, split, limi
 @compiled
 def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
     """Score after changes of even shares, up to rounding; inf as soon as it passes limit."""
-    tokens_NE, _, coefficient_S6, _ = problem
+    tokens_NE, _, coefficient_S7, _ = problem
     score = 0.0
     for n in range(len(tokens_NE)):
         for rank, _, _, _ in change_M4:
@@ -115,9 +114,9 @@ def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
         for rank, e, replicas, sign in change_M4:
             if tokens_NE[n, e] > 0:
                 tokens = tokens_NE[n, e] / replicas
-                add(load_S3, rank, tokens, coefficient_S6[rank, 5], sign)
+                add(load_S3, rank, tokens, coefficient_S7[rank], sign)
         slowest = 0.0
-        for s in range(len(coefficient_S6)):
+        for s in range(len(coefficient_S7)):
             time = time_NS[n, s]
             if time > slowest and not (change_M4[:, 0] == s).any():
                 slowest = time
@@ -125,7 +124,7 @@ def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
             load_3 = load_S3[rank]
             # Counts of a rank without tokens are rounding errors.
             if load_3[1] > 1e-9:
-                time = rank_time(coefficient_S6[rank], load_3[0], load_3[1], load_3[2])
+                time = rank_time(coefficient_S7[rank], load_3[0], load_3[1], load_3[2])
                 slowest = max(slowest, time)
         score += slowest
         if score >= limit:

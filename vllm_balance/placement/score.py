@@ -74,39 +74,69 @@ def step_times(history_NE: Array, slots_P: Array, cluster: Cluster) -> Array:
         cost.time_us(
             active_NS[:, rank],
             tokens_NS[:, rank],
-            tiles_of(cost, tokens_NP).reshape(shape_NSP)[:, rank].sum(1),
+            cost.further(tokens_NP).reshape(shape_NSP)[:, rank].sum(1),
         )
         for rank, cost in enumerate(cluster.costs)
     ]
     return np.stack(times, axis=1)
 
 
-def tiles_of(cost: CostModel, tokens: Array) -> Array:
-    """Tiles of each slot, at least the share in which it is activated."""
-    active = np.minimum(tokens, 1)
-    if cost.tile_tokens is None:
-        return active
-    return np.where(tokens < 1, active, np.ceil(tokens / cost.tile_tokens))
-
-
 def lower_bound_L(history_NLE: Array, cluster: Cluster) -> Array:
     """Time that no placement of each layer can beat, summed over steps, microseconds [L].
 
-    Per step the larger of two bounds: the time at which all ranks together have room for the
+    Per step the largest of three bounds: the time at which all ranks together have room for the
     step's tokens and activated experts if both could be divided freely, within the slots of a
-    rank; and, without redundant experts, the largest expert alone on the rank that is fastest for
-    it. Tiles are left out, which only lowers the bound.
+    rank; the time at which they have room for the experts' own work, each expert on the rank that
+    is fastest for it; and, without redundant experts, the largest expert alone.
     """
     num_experts = history_NLE.shape[2]
     slots = cluster.num_physical(num_experts) // cluster.num_ranks
     tokens_NL = history_NLE.sum(2, dtype=np.int64)
     active_NL = (history_NLE > 0).sum(2)
     bound_NL = _room(tokens_NL, active_NL, slots, cluster)
+    bound_NL = np.maximum(bound_NL, _room_for_work(history_NLE, cluster))
     if not cluster.num_redundant:
         largest_NL = history_NLE.max(2)
-        alone = [cost.time_us(largest_NL > 0, largest_NL) for cost in cluster.costs]
+        alone = [
+            cost.time_us(largest_NL > 0, largest_NL, cost.further(largest_NL))
+            for cost in cluster.costs
+        ]
         bound_NL = np.maximum(bound_NL, np.min(alone, axis=0))
     return np.asarray(bound_NL.sum(0))
+
+
+def _room_for_work(history_NLE: Array, cluster: Cluster) -> Array:
+    """Least time in which the ranks have room for what the experts cost one by one, [N, L].
+
+    Of the piece that waits for weights. If a rank is sigma times as slow as another, it has room
+    for 1 / sigma of its work; an expert counts with its least work on any rank, and if it may be
+    divided over replicas with the least work per token.
+    """
+    works = []
+    for cost in cluster.costs:
+        work_NLE = cost.b_us * (history_NLE > 0) + cost.tile_us * cost.further(history_NLE)
+        if cluster.num_redundant:
+            work_NLE = np.minimum(work_NLE, history_NLE * _least_per_token_us(cost))
+        works.append(work_NLE)
+    slowness_S = np.array([work.sum() for work in works], dtype=np.float64)
+    if not slowness_S.all():
+        return np.zeros(history_NLE.shape[:2])
+    slowness_S /= slowness_S.mean()
+    least_NLE = np.min([w / s for w, s in zip(works, slowness_S, strict=True)], axis=0)
+    work_NL = least_NLE.sum(2)
+    # Ranks fill up from the one with the least fixed time on: time = (work + fixed) / speed.
+    order = np.argsort([cost.a_us for cost in cluster.costs])
+    fixed_S = np.array([cluster.costs[s].a_us for s in order])
+    speed_S = 1 / slowness_S[order]
+    candidates = (work_NL[..., None] + np.cumsum(fixed_S * speed_S)) / np.cumsum(speed_S)
+    return np.where(work_NL > 0, candidates.min(-1), 0.0)
+
+
+def _least_per_token_us(cost: CostModel) -> float:
+    """Lower bound of an expert's work per token, however its tokens are divided."""
+    if cost.tile_tokens is None:
+        return 0.0
+    return min(cost.tile_us / cost.tile_tokens, cost.b_us / cost.free)
 
 
 def _room(tokens_NL: Array, active_NL: Array, slots: int, cluster: Cluster) -> Array:

@@ -1,9 +1,9 @@
 """Descent by swaps between ranks, compiled. Import this inside a call: it imports numba.
 
 One layer at a time. Items are slots with a load per step; a rank holds the same number of items
-throughout. Coefficients of the ranks are float64 [S, 6]: a, b, b2, c, beta, tile_tokens (0: none).
-The state of a search is (rank_of_I, activated_NS, tokens_NS, tiles_NS, time_NS), counts exact
-integers, so that nothing drifts while it is updated.
+throughout. Coefficients of the ranks are float64 [S, 7]: a, b, b2, c, beta, tile_tokens (0: no
+further tiles), free_tokens. The state of a search is (rank_of_I, activated_NS, tokens_NS,
+further_NS, time_NS), counts exact integers, so that nothing drifts while it is updated.
 """
 
 # Compiled functions carry no annotations, as those in kernels/.
@@ -18,27 +18,27 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
-def rank_time(coefficient_6, activated, tokens, tiles):
+def rank_time(coefficient_7, activated, tokens, further):
     """`CostModel.time_us` of one rank."""
     if tokens <= 0:
         return 0.0
-    memory = coefficient_6[0] + coefficient_6[1] * activated
-    memory += coefficient_6[2] * (tiles - activated)
-    return max(memory, coefficient_6[3] + coefficient_6[4] * tokens)
+    memory = coefficient_7[0] + coefficient_7[1] * activated + coefficient_7[2] * further
+    return max(memory, coefficient_7[3] + coefficient_7[4] * tokens)
 
 
 @compiled
-def num_tiles(tokens, tile_tokens):
-    """Tiles of one expert; one if it is activated and the curve has no tiles."""
-    if tile_tokens == 0 or tokens == 0:
-        return np.int64(tokens > 0)
-    return (tokens + tile_tokens - 1) // tile_tokens
+def num_further(tokens, coefficient_7):
+    """`CostModel.further` of one expert with whole tokens."""
+    tile, free = np.int64(coefficient_7[5]), np.int64(coefficient_7[6])
+    if tile == 0 or tokens <= free:
+        return np.int64(0)
+    return (tokens - free + tile - 1) // tile
 
 
 @compiled
-def fill(tokens_NI, rank_of_I, coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS):
+def fill(tokens_NI, rank_of_I, coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS):
     """Computes the state from scratch and returns the score."""
-    activated_NS[:], tokens_NS[:], tiles_NS[:] = 0, 0, 0
+    activated_NS[:], tokens_NS[:], further_NS[:] = 0, 0, 0
     num_steps, num_items = tokens_NI.shape
     score = 0.0
     for n in range(num_steps):
@@ -47,10 +47,10 @@ def fill(tokens_NI, rank_of_I, coefficient_S6, activated_NS, tokens_NS, tiles_NS
             tokens = tokens_NI[n, i]
             activated_NS[n, s] += tokens > 0
             tokens_NS[n, s] += tokens
-            tiles_NS[n, s] += num_tiles(tokens, np.int64(coefficient_S6[s, 5]))
-        for s in range(len(coefficient_S6)):
+            further_NS[n, s] += num_further(tokens, coefficient_S7[s])
+        for s in range(len(coefficient_S7)):
             time_NS[n, s] = rank_time(
-                coefficient_S6[s], activated_NS[n, s], tokens_NS[n, s], tiles_NS[n, s]
+                coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
         score += time_NS[n].max()
     return score
@@ -72,21 +72,31 @@ def top_three(time_NS, top_N3):
 
 
 @compiled
-def moved(tokens_NI, n, leaves, enters, s, coefficient_6, activated_NS, tokens_NS, tiles_NS):
+def moved(tokens_NI, n, leaves, enters, s, coefficient_7, activated_NS, tokens_NS, further_NS):
     """Time of rank s in step n if one item left it and another entered."""
     out, into = tokens_NI[n, leaves], tokens_NI[n, enters]
-    height = np.int64(coefficient_6[5])
     return rank_time(
-        coefficient_6,
+        coefficient_7,
         activated_NS[n, s] + np.int64(into > 0) - np.int64(out > 0),
         tokens_NS[n, s] + into - out,
-        tiles_NS[n, s] + num_tiles(into, height) - num_tiles(out, height),
+        further_NS[n, s] + num_further(into, coefficient_7) - num_further(out, coefficient_7),
     )
 
 
 @compiled
 def swapped_score(
-    tokens_NI, i, j, s, t, limit, coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS, top_N3
+    tokens_NI,
+    i,
+    j,
+    s,
+    t,
+    limit,
+    coefficient_S7,
+    activated_NS,
+    tokens_NS,
+    further_NS,
+    time_NS,
+    top_N3,
 ):
     """Score if items i of rank s and j of rank t changed places; inf as soon as it passes limit."""
     score = 0.0
@@ -101,10 +111,10 @@ def swapped_score(
             slowest = max(slowest, time_NS[n, s], time_NS[n, t])
         else:
             at_s = moved(
-                tokens_NI, n, i, j, s, coefficient_S6[s], activated_NS, tokens_NS, tiles_NS
+                tokens_NI, n, i, j, s, coefficient_S7[s], activated_NS, tokens_NS, further_NS
             )
             at_t = moved(
-                tokens_NI, n, j, i, t, coefficient_S6[t], activated_NS, tokens_NS, tiles_NS
+                tokens_NI, n, j, i, t, coefficient_S7[t], activated_NS, tokens_NS, further_NS
             )
             slowest = max(slowest, at_s, at_t)
         score += slowest
@@ -114,18 +124,18 @@ def swapped_score(
 
 
 @compiled
-def descend(tokens_NI, rank_of_I, coefficient_S6, scores):
+def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
     """Swaps until no swap lowers the score. Changes rank_of_I; returns (score, swaps made).
 
     The scores after each swap, starting score first, go into `scores` as far as it reaches.
     """
     num_steps, num_items = tokens_NI.shape
-    num_ranks = len(coefficient_S6)
+    num_ranks = len(coefficient_S7)
     activated_NS = np.empty((num_steps, num_ranks), np.int64)
-    tokens_NS, tiles_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
+    tokens_NS, further_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
     time_NS = np.empty((num_steps, num_ranks))
     top_N3 = np.empty((num_steps, 3), np.int64)
-    state = (coefficient_S6, activated_NS, tokens_NS, tiles_NS, time_NS)
+    state = (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS)
     score = fill(tokens_NI, rank_of_I, *state)
     top_three(time_NS, top_N3)
     is_slowest_S = np.zeros(num_ranks, np.bool_)
@@ -156,7 +166,7 @@ def descend(tokens_NI, rank_of_I, coefficient_S6, scores):
 
 
 @compiled
-def search(tokens_NI, starts_MI, coefficient_S6, kicks, patience, seed):
+def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
     """Descends from every start, then kicks the best and descends again, keeping what is better.
 
     Returns (score, rank of each item, descents).
@@ -168,7 +178,7 @@ def search(tokens_NI, starts_MI, coefficient_S6, kicks, patience, seed):
     descents = 0
     for start_I in starts_MI:
         trial_I = start_I.copy()
-        score, _ = descend(tokens_NI, trial_I, coefficient_S6, none)
+        score, _ = descend(tokens_NI, trial_I, coefficient_S7, none)
         descents += 1
         if score < best:
             best, best_I = score, trial_I
@@ -179,7 +189,7 @@ def search(tokens_NI, starts_MI, coefficient_S6, kicks, patience, seed):
         for _ in range(2 + np.random.randint(3)):
             i, j = np.random.randint(num_items), np.random.randint(num_items)
             trial_I[i], trial_I[j] = trial_I[j], trial_I[i]
-        score, _ = descend(tokens_NI, trial_I, coefficient_S6, none)
+        score, _ = descend(tokens_NI, trial_I, coefficient_S7, none)
         descents += 1
         fruitless += 1
         if score < best * (1.0 - 1e-9):

@@ -90,7 +90,7 @@ class ModelSlots:
 
         own = (
             copy_bytes_per_s(copy, layout.expert_bytes, first.num_logical_experts),
-            costs[self._group.rank_in_group].beta_us
+            costs[self._group.rank_in_group].token_us
             if costs is not None
             else token_us(self._runners[0].routed_experts),
         )
