@@ -15,6 +15,7 @@ VALID = {
     "window_size": 10,
     "step_interval": 20,
     "knee_tokens": 7.5,
+    "free_tokens": 2.0,
     "exchange": "all_reduce",
 }
 TOML = "\n".join(f"{key} = {json.dumps(value)}" for key, value in VALID.items())
@@ -144,6 +145,10 @@ def test_all_wrong_values_are_named_at_once():
         ({"name": ["metro"]}, "Unknown balancer"),
         ({"name": "metro", "num_redundant_experts": -1}, "`num_redundant_experts` is -1"),
         ({"name": "metro", "knee_tokens": 0}, "`knee_tokens` is 0"),
+        (
+            {"name": "metro", "free_tokens": 2},
+            "`free_tokens` is 2: Value error, it needs `knee_tok",
+        ),
         ({"name": "metro", "exchange": "sometimes"}, "`exchange` is 'sometimes'"),
         ({"name": "metro", "replay": {}}, "exactly one of zipf, hot and trace"),
     ],

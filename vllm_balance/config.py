@@ -16,7 +16,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.placement.online import OnlineSettings
@@ -66,8 +73,11 @@ class BalancerConfig(BaseModel):
     step_interval: int = Field(default=3000, ge=1)
     """Steps between two placements by vLLM's EPLB; the first comes after a quarter of it."""
     knee_tokens: float | None = Field(default=None, gt=0)
-    """Mean tokens per active expert above which a batch counts as compute-bound, so that metro
-    spreads tokens evenly. Default: 32 on CPU (measured), 160 on GPU (TEMPO, section 3)."""
+    """Tokens of an expert that take as long to compute as its weights to stream. Above this mean
+    per active expert a batch counts as compute-bound, so that metro spreads tokens evenly."""
+    free_tokens: float | None = Field(default=None, ge=0)
+    """Where ranks compute their experts in turn (CPU): tokens of an expert that streaming its
+    weights hides. With it metro spreads tokens if the slowest rank then ends sooner."""
     exchange: Literal["auto", "after_gather", "all_reduce"] = "auto"
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
     record: RecordSettings | None = None
@@ -90,6 +100,13 @@ class BalancerConfig(BaseModel):
     """Only gem: moves a few experts while serving, when that pays."""
     replay: ReplaySettings | None = None
     """Benchmarks only: replaces the router's choice by a seeded skew or a recorded trace."""
+
+    @field_validator("free_tokens")
+    @classmethod
+    def _beside_a_knee(cls, free_tokens: float | None, info: ValidationInfo) -> float | None:
+        if free_tokens is not None and info.data.get("knee_tokens") is None:
+            raise ValueError("it needs `knee_tokens` beside it; leave both away for the defaults")
+        return free_tokens
 
     @property
     def replicates(self) -> bool:

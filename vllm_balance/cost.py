@@ -108,6 +108,13 @@ def knee_of(costs: Sequence[CostModel]) -> float:
     return max(knee, 1e-6)
 
 
+def free_of(costs: Sequence[CostModel]) -> float | None:
+    """Tokens of an expert that its own streaming hides, mean over ranks; None: experts overlap."""
+    if any(cost.tile_tokens != 1 for cost in costs):
+        return None
+    return sum(cost.free for cost in costs) / len(costs)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """A fitted curve and how well it describes its points."""

@@ -57,6 +57,7 @@ def _run(
     num_ranks: int,
     num_physical: int,
     knee_tokens: float,
+    free_tokens: float | None,
     load: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
@@ -77,6 +78,7 @@ def _run(
         num_ranks,
         num_physical,
         knee_tokens,
+        free_tokens,
         load,
         record_enabled,
         num_valid_tokens,
@@ -88,8 +90,8 @@ def _run(
 
 _op = register(
     "metro_route(Tensor topk_ids, Tensor logical_to_physical, Tensor num_replicas, int num_ranks, "
-    "int num_physical, float knee_tokens, Tensor(a!)? load, Tensor? record_enabled, "
-    "Tensor? num_valid_tokens, Tensor(b!) counters) -> Tensor",
+    "int num_physical, float knee_tokens, float? free_tokens, Tensor(a!)? load, "
+    "Tensor? record_enabled, Tensor? num_valid_tokens, Tensor(b!) counters) -> Tensor",
     _run,
     lambda topk_ids, *_: torch.empty_like(topk_ids),
 )
@@ -103,6 +105,7 @@ def route(
     num_ranks: int,
     num_physical: int,
     knee_tokens: float,
+    free_tokens: float | None = None,
     load_P: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
@@ -114,7 +117,8 @@ def route(
     If the batch has more than ``knee_tokens`` pairs per active expert on average (compute-bound),
     every expert's tokens are split evenly over its replicas by occurrence, as
     ``assign.even_split`` and ``assign.assign`` define. Otherwise (memory-bound) each active expert
-    uses one replica, as ``choose`` defines.
+    uses one replica, as ``choose`` defines. With ``free_tokens`` (CPU only) the time of the slowest
+    rank decides instead, as ``reference.is_even_sooner`` defines.
 
     Args:
         topk_ids_TK: logical expert ids of the *global* batch, int32 or int64 [T, K] contiguous.
@@ -126,6 +130,8 @@ def route(
         num_physical: P.
         knee_tokens: tokens per expert where the expert's GEMM turns from memory- to
             compute-bound; infinity: always memory-bound; 0: always compute-bound.
+        free_tokens: where a rank computes its experts in turn: tokens of an expert that streaming
+            its weights hides. None: experts overlap, and the mean decides.
         load_P: pairs per slot are added here, int32 [P or more]; None records no load.
         record_enabled: bool, one element; false leaves ``load_P`` alone. None means true.
         num_valid_tokens: int32, one element: rows from here on are padding, mapped to the slot
@@ -156,6 +162,7 @@ def route(
         num_ranks,
         num_physical,
         knee_tokens,
+        free_tokens,
         load_P,
         record_enabled,
         num_valid_tokens,

@@ -20,6 +20,7 @@ from ..record.layout import FIXED, Regime
 from ..record.numba_cpu import add_batch, add_physical, recording
 from .choice_cpu import collect, greedy, minimise_activated
 from .tokens_cpu import minimise_tokens
+from .turns_cpu import time_if_even, time_with_one
 
 _MEMORY_BOUND, _COMPUTE_BOUND = int(Regime.MEMORY_BOUND), int(Regime.COMPUTE_BOUND)
 _FIXED = FIXED
@@ -151,7 +152,7 @@ def record_one_replica(tokens_E, column_E, slot_E, per_rank, num_physical, load,
 
 @entry
 def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_replicas,
-           E, P, S, knee, load, record, valid, counters, out):  # fmt: skip
+           E, P, S, knee, free, load, record, valid, counters, out):  # fmt: skip
     """The whole batch, arguments by address; returns 0 or -1 - e for an expert without slot."""
     topk_ids, slots = ints_at(ids, pairs, wide), ints_at(out, pairs, wide)
     table_ER = ints_at(table, E * stride, wide_table)
@@ -159,7 +160,18 @@ def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_re
     tokens_E, slot_E = np.empty(E, np.int32), np.empty(E, np.int32)
     valid_pairs = num_valid_pairs(valid, pairs, top_k)
     total, active = count(topk_ids, valid_pairs, tokens_E)
-    if is_compute_bound(total, active, knee):
+    column_E, per_rank = np.empty(E, np.int32), np.empty((2, S), np.int32)
+    spread = free < 0 and is_compute_bound(total, active, knee)
+    if not spread:
+        status = choose_columns(tokens_E, table_ER, stride, replicas_E, P, column_E, per_rank)
+        if status < 0:
+            return status
+        if free >= 0:
+            even = time_if_even(tokens_E, table_ER, stride, replicas_E, P, S, knee, free)
+            if even < 0:
+                return np.int64(even)
+            spread = even < time_with_one(tokens_E, table_ER, stride, column_E, P, S, knee, free)
+    if spread:
         tokens_P = np.empty(P, np.int32)
         status = map_even(
             topk_ids, valid_pairs, pairs, table_ER, stride, replicas_E, tokens_E, slot_E,
@@ -167,10 +179,6 @@ def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_re
         )  # fmt: skip
         if status == 0:
             add_physical(tokens_P, S, load, record, counters, _COMPUTE_BOUND)
-        return status
-    column_E, per_rank = np.empty(E, np.int32), np.empty((2, S), np.int32)
-    status = choose_columns(tokens_E, table_ER, stride, replicas_E, P, column_E, per_rank)
-    if status < 0:
         return status
     map_one_replica(topk_ids, pairs, table_ER, stride, column_E, slot_E, slots)
     record_one_replica(tokens_E, column_E, slot_E, per_rank, P, load, record, counters)
@@ -200,6 +208,7 @@ def route(
     num_ranks: int,
     num_physical: int,
     knee_tokens: float,
+    free_tokens: float | None,
     load_P: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
@@ -221,6 +230,7 @@ def route(
         num_physical,
         num_ranks,
         float(knee_tokens),
+        -1.0 if free_tokens is None else float(free_tokens),
         0 if load_P is None else load_P.data_ptr(),
         0 if record_enabled is None else record_enabled.data_ptr(),
         0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),

@@ -115,6 +115,38 @@ def is_compute_bound(tokens_E: np.ndarray, knee_tokens: float) -> bool:
     return bool(total > 0 and np.float32(total) > np.float32(knee_tokens) * np.float32(active))
 
 
+def time_in_turn(
+    split_ER: np.ndarray, table_ER: np.ndarray, num_ranks: int, num_physical: int, knee: float,
+    free: float,
+) -> float:  # fmt: skip
+    """Time of the slowest rank if ranks compute their experts in turn, in tokens."""
+    served = split_ER > 0
+    time_ER = np.where(served, knee + np.maximum(split_ER - free, 0), 0.0)
+    rank = table_ER[served].astype(np.int64) // (num_physical // num_ranks)
+    return float(np.bincount(rank, weights=time_ER[served], minlength=num_ranks).max(initial=0))
+
+
+def is_even_sooner(
+    tokens_E: np.ndarray,
+    column_E: np.ndarray,
+    table_ER: np.ndarray,
+    num_replicas_E: np.ndarray,
+    num_ranks: int,
+    num_physical: int,
+    knee: float,
+    free: float,
+) -> bool:
+    """Whether spreading evenly ends before the chosen columns do, where experts run in turn."""
+    R = table_ER.shape[1]
+    one_ER = np.where(np.arange(R)[None] == column_E[:, None], tokens_E[:, None], 0)
+    even_ER = assign_reference.even_split(tokens_E, num_replicas_E, R)
+    one, even = (
+        time_in_turn(split_ER, table_ER, num_ranks, num_physical, knee, free)
+        for split_ER in (one_ER, even_ER)
+    )
+    return even < one
+
+
 def map_pairs(
     topk_ids_TK: np.ndarray,
     column_E: np.ndarray | None,

@@ -173,6 +173,7 @@ def route(
     num_ranks: int,
     num_physical: int,
     knee_tokens: float,
+    free_tokens: float | None,
     load_P: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
@@ -182,8 +183,13 @@ def route(
     """As ``kernels.metro.route`` into ``out``, arguments already checked.
 
     Raises:
-        ValueError: more experts, ranks or pairs than the kernel takes.
+        ValueError: more experts, ranks or pairs than the kernel takes, or free_tokens.
     """
+    if free_tokens is not None:
+        raise ValueError(
+            f"free_tokens={free_tokens:g} describes ranks that compute their experts in turn, as "
+            f"CPU cores do; a GPU's experts overlap. Leave it away there: knee_tokens decides."
+        )
     num_experts, num_columns = logical_to_physical_ER.shape
     _require_limits(num_experts, num_physical, num_ranks)
     require_limit("(token, choice) pairs", topk_ids_TK.numel(), MAX_PAIRS)

@@ -84,14 +84,32 @@ class Buffers:
 
 
 @settings(max_examples=400, deadline=None)
-@given(seed=SEEDS, knee=st.sampled_from([0.0, 1.0, 2.5, 1e9, float("inf")]))
-def test_route(seed, knee):
+@given(
+    seed=SEEDS,
+    knee=st.sampled_from([0.0, 1.0, 2.5, 1e9, float("inf")]),
+    free=st.sampled_from([None, None, 0.0, 1.5, 3.0]),
+)
+def test_route(seed, knee, free):
+    """Experts in turn: whichever of both ways lets the slowest rank end first, by its own sum."""
     case = random_case(seed)
     buffers = Buffers(case, seed)
     tokens_E = metro_reference.count(
         case.topk_ids_TK, case.placement.num_logical, case.num_valid_tokens
     )
-    even = metro_reference.is_compute_bound(tokens_E, knee)
+    even = (
+        metro_reference.is_compute_bound(tokens_E, knee)
+        if free is None
+        else metro_reference.is_even_sooner(
+            tokens_E,
+            buffers.column_E(),
+            case.table_ER,
+            case.num_replicas_E,
+            case.placement.num_ranks,
+            case.placement.num_physical,
+            knee,
+            free,
+        )
+    )
     slots_TK = metro_reference.map_pairs(
         case.topk_ids_TK,
         None if even else buffers.column_E(),
@@ -103,7 +121,9 @@ def test_route(seed, knee):
         slots_TK, Regime.COMPUTE_BOUND if even else Regime.MEMORY_BOUND
     )
     out = torch.full_like(buffers.ids_TK, POISON)
-    result = route(buffers.ids_TK, knee_tokens=knee, out=out, **buffers.arguments())
+    result = route(
+        buffers.ids_TK, knee_tokens=knee, free_tokens=free, out=out, **buffers.arguments()
+    )
     assert result is out
     assert (out.numpy() == slots_TK).all()
     assert (buffers.load_P.numpy() == load_P).all()

@@ -98,11 +98,11 @@ def test_routing_does_what_was_planned(name, seed, knee):
     assert tables.counters[Counter.PAIRS] == len(used)
 
 
-@given(SEEDS, st.sampled_from(KNEES))
-def test_metro_assigns_as_its_plan_does_pair_by_pair(seed, knee):
+@given(SEEDS, st.sampled_from(KNEES), st.sampled_from([None, 0.0, 2.0, 2.5]))
+def test_metro_assigns_as_its_plan_does_pair_by_pair(seed, knee, free):
     """Ranks that route by exchanged counts (plan, assign) agree with ranks that see all tokens."""
     case = random_case(seed)
-    policy = MetroRouting(knee)
+    policy = MetroRouting(knee, free)
     ids_TK = torch.from_numpy(case.topk_ids_TK)
     split_ER = policy.plan(demand_of(case), case.placement).split_ER
     planned_TK = assign(ids_TK, split_ER, case.placement.logical_to_physical_ER)
@@ -159,6 +159,27 @@ def test_the_knee_is_mean_tokens_per_active_expert():
     assert policy.is_compute_bound(at_knee)
     assert not policy.is_compute_bound(torch.tensor([3, 3, 3], dtype=torch.int32))
     assert not policy.is_compute_bound(torch.zeros(4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spread"),
+    [
+        ([4, 4], False),  # One each: 6 and 6. Spread: twice 4 on both.
+        ([40, 4], True),  # One each: 42 and 6. Spread: 22 + 4 on both.
+        ([9, 3], False),  # One each: 11 and 5. Spread: 7 + 4 and 6 + 4, no sooner.
+        ([0, 0], False),
+    ],
+)
+def test_experts_in_turn_are_spread_where_the_slowest_rank_ends_sooner(tokens, spread):
+    """Two experts on both of two ranks; an expert takes the time of 4 + max(0, n - 2) tokens."""
+    from vllm_balance.types import Placement
+
+    placement = Placement.from_physical_to_logical(
+        torch.tensor([0, 1, 0, 1]), num_logical=2, num_ranks=2
+    )
+    demand = Demand(tokens_E=torch.tensor(tokens, dtype=torch.int32))
+    split_ER = MetroRouting(4.0, 2.0).plan(demand, placement).split_ER
+    assert bool((split_ER > 0).all()) == spread
 
 
 @given(SEEDS, st.sampled_from([None, 64, 1024]))

@@ -17,13 +17,19 @@ from vllm_balance.types import Demand, Placement, Plan
 
 
 class MetroRouting:
-    """One replica per active expert; even above ``knee_tokens`` tokens per active expert."""
+    """One replica per active expert, or tokens spread evenly where that is the faster way.
+
+    Where experts overlap, above ``knee_tokens`` tokens per active expert. Where a rank computes
+    its experts in turn (``free_tokens`` given), if the slowest rank then ends sooner: an expert
+    with n tokens takes the time of ``knee_tokens + max(0, n - free_tokens)`` tokens.
+    """
 
     name: ClassVar[str] = "metro"
     counts_decide: ClassVar[bool] = True
 
-    def __init__(self, knee_tokens: float) -> None:
+    def __init__(self, knee_tokens: float, free_tokens: float | None = None) -> None:
         self.knee_tokens = knee_tokens
+        self.free_tokens = free_tokens
 
     def plan(self, demand: Demand, placement: Placement) -> Plan:
         """Both answers and a choice between them on the device, without a host sync."""
@@ -32,11 +38,26 @@ class MetroRouting:
         replica_E = choose(tokens_E, placement).clamp(min=0).long()
         one_ER = torch.zeros_like(table_ER).scatter_(1, replica_E[:, None], tokens_E[:, None])
         even_ER = even_split(tokens_E, placement.num_replicas_E, table_ER.shape[1])
-        return Plan(split_ER=torch.where(self.is_compute_bound(tokens_E), even_ER, one_ER))
+        spread = (
+            self.is_compute_bound(tokens_E)
+            if self.free_tokens is None
+            else self._time(even_ER, placement) < self._time(one_ER, placement)
+        )
+        return Plan(split_ER=torch.where(spread, even_ER, one_ER))
 
     def is_compute_bound(self, tokens_E: torch.Tensor) -> torch.Tensor:
         """Whether the mean tokens per active expert exceed the knee; bool, no axes."""
         return tokens_E.sum() > self.knee_tokens * (tokens_E > 0).sum()
+
+    def _time(self, split_ER: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """Time of the slowest rank that computes its experts in turn, in tokens; float64."""
+        assert self.free_tokens is not None
+        beyond_ER = (split_ER - self.free_tokens).clamp(min=0).double()
+        time_ER = torch.where(split_ER > 0, self.knee_tokens + beyond_ER, 0.0)
+        slots = placement.num_physical // placement.num_ranks
+        rank_ER = placement.logical_to_physical_ER.clamp(min=0).long() // slots
+        time_S = time_ER.new_zeros(placement.num_ranks)
+        return time_S.index_add_(0, rank_ER.flatten(), time_ER.flatten()).max()
 
     def route(
         self,
@@ -49,5 +70,6 @@ class MetroRouting:
             logical_to_physical_ER=tables.logical_to_physical_ER,
             num_replicas_E=tables.num_replicas_E,
             knee_tokens=self.knee_tokens,
+            free_tokens=self.free_tokens,
             **tables.recording(num_valid_tokens),
         )

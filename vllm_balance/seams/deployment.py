@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
-from vllm_balance.cost import knee_of
+from vllm_balance.cost import free_of, knee_of
 from vllm_balance.deployment import Deployment, num_redundant_experts
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
@@ -60,7 +60,7 @@ def configure(vllm_config: Any) -> None:
     found = read_map(config)
     config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
     _check_combination(config, vllm_config)
-    _check_online(config)
+    _check_device(config)
     deployment = read_deployment(vllm_config)
     if config.fetches:
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
@@ -76,7 +76,7 @@ def configure(vllm_config: Any) -> None:
     settled |= absolute(config)
     costs = measured_costs(config, vllm_config)
     if costs is not None and config.knee_tokens is None:
-        settled["knee_tokens"] = knee_of(costs)
+        settled["knee_tokens"], settled["free_tokens"] = knee_of(costs), free_of(costs)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.uses_eplb:
@@ -160,10 +160,17 @@ def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
     return path
 
 
-def _check_online(config: BalancerConfig) -> None:
+def _check_device(config: BalancerConfig) -> None:
     from vllm.platforms import current_platform
 
-    if config.online is not None and not current_platform.is_cpu():
+    if current_platform.is_cpu():
+        return
+    if config.free_tokens is not None:
+        raise BalancerError(
+            f"`free_tokens` is {config.free_tokens:g}: it describes ranks that compute their "
+            f"experts in turn, as CPU cores do, and a GPU's experts overlap. Leave it out."
+        )
+    if config.online is not None:
         raise BalancerError(
             "`online` measures the ranks by the time in their experts, which is done on CPU only "
             "so far. Leave `online` out and load a map; make it anew when traffic has changed."

@@ -96,7 +96,7 @@ class BalancedWorker(RecordingWorker):
 
         config = self.balancer_config
         shared = ModelSlots(runners, config, get_ep_group())
-        knee_tokens = config.knee_tokens or default_knee_tokens()
+        knee_tokens, _ = regime_of(config)
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)
         layers = []
@@ -188,18 +188,20 @@ def make_policy(config: BalancerConfig) -> RoutingPolicy:
     """The routing policy that the settings name."""
     policy = ROUTING[config.name]
     if policy is MetroRouting:
-        return MetroRouting(knee_tokens=config.knee_tokens or default_knee_tokens())
+        return MetroRouting(*regime_of(config))
     return policy()
 
 
-def default_knee_tokens() -> float:
-    """Tokens per expert where its GEMM turns compute-bound, without a profile of the device.
+def regime_of(config: BalancerConfig) -> tuple[float, float | None]:
+    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device.
 
-    CPU: measured with Qwen3-30B-A3B experts, 32 with AMX and 4 with AVX-512 (docs/log.md). GPU:
-    160, the middle of what TEMPO (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
+    CPU: fitted to vLLM's kernel with Qwen3-30B-A3B experts (docs/log.md). GPU: 160, the middle of
+    what TEMPO (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
     """
     from vllm.platforms import current_platform
 
+    if config.knee_tokens is not None:
+        return config.knee_tokens, config.free_tokens
     if not current_platform.is_cpu():
-        return 160.0
-    return 32.0 if torch.cpu._is_amx_tile_supported() else 4.0
+        return 160.0, None
+    return (43.0, 20.0) if torch.cpu._is_amx_tile_supported() else (4.0, 2.0)
