@@ -1,6 +1,6 @@
 """The choice between candidates, and what keeps an SLO."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -58,7 +58,10 @@ def test_a_gain_within_the_error_is_none(gain, error, worth):
 def test_fetching_needs_a_host_link_and_even_homes():
     assert len(candidates(question())) == len(CANDIDATES) + 2
     assert candidates(question(layout=Layout(data=3))) == CANDIDATES
-    assert candidates(question("cpu-avx512", layout=Layout(tensor=2))) == CANDIDATES
+    found = question("cpu-avx512", layout=Layout(tensor=2))
+    assert len(candidates(found)) == len(CANDIDATES) + 2
+    alone = found.hardware.model_copy(update={"host": None})
+    assert candidates(replace(found, hardware=alone)) == CANDIDATES
 
 
 def test_more_requests_fit_into_a_looser_slo():

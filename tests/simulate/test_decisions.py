@@ -13,7 +13,7 @@ from vllm_balance.kernels.metro.reference import optimal_activated
 from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import Hot, ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING
-from vllm_balance.simulate import hardware, models, recorded, skewed
+from vllm_balance.simulate import Arm, Layout, Load, hardware, models, recorded, skewed
 from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
 from vllm_balance.simulate.fetches import (
     FetchingDecider,
@@ -21,6 +21,7 @@ from vllm_balance.simulate.fetches import (
     fetching_policy,
     with_fetches,
 )
+from vllm_balance.simulate.run import decider_of
 from vllm_balance.traces import Trace
 from vllm_balance.types import Demand
 
@@ -125,6 +126,23 @@ def test_metro_activates_as_few_as_is_possible():
         assert (tokens_LP[layer].reshape(8, -1) > 0).sum(1).max() == least
 
 
+@pytest.mark.parametrize(("name", "gives"), [("cpu-avx512", True), ("b200", False)])
+def test_metro_weighs_tokens_where_experts_run_in_turn(name, gives):
+    machine, profile = hardware.load(name)
+    load = Load(concurrency=1, prompt_tokens=1, output_tokens=1, token_budget=9, max_steps=1)
+    arm = Arm(
+        model=MODEL,
+        hardware=machine,
+        profile=profile,
+        layout=Layout(data=2),
+        load=load,
+        balancer="metro",
+        redundancy=1.5,
+    )
+    policy = decider_of(arm, TRAFFIC.fresh()).policy
+    assert (policy.free_tokens is not None) == gives
+
+
 def test_redundancy_is_rounded_up_to_full_ranks():
     assert num_redundant(128, 8, 1.5) == 64
     assert num_redundant(128, 6, 1.0) == 4
@@ -142,12 +160,25 @@ def test_fetches_hide_behind_computation_until_they_are_longer():
     assert made.tolist() == [[100.0, 100.0, 3 * 40.0 + 10.0]]
 
 
+def test_a_core_that_computes_copies_in_its_own_time():
+    time_LS, activated_LS = np.array([[100.0, 50.0]]), np.array([[10, 0]])
+    made = with_fetches(time_LS, activated_LS, np.array([[0, 3]]), 40.0, in_turn=True)
+    assert made.tolist() == [[100.0, 50.0 + 3 * 40.0]]
+
+
+@pytest.mark.parametrize(("name", "counted"), [("cpu-avx512", True), ("b200", False)])
+def test_the_schedule_counts_a_copy_where_it_takes_the_computing_core(name, counted):
+    rules = fetching_policy("harmoeny", MODEL, hardware.load(name)[0], 4.0).rules
+    assert rules.threshold_tokens > 1 and rules.knee_tokens == 4.0
+    assert rules.fetch_tokens == (rules.threshold_tokens if counted else 0)
+
+
 def test_a_fetch_takes_the_host_link():
     machine, _ = hardware.load("v100-dgx1")
     switch = models.load("switch-128")
     assert fetch_us(switch, machine) == pytest.approx(10 + 18.87e6 / 16e3, rel=1e-3)
     with pytest.raises(BalancerError, match="no host link"):
-        fetch_us(switch, hardware.load("cpu-avx512")[0])
+        fetch_us(switch, machine.model_copy(update={"host": None}))
 
 
 def test_heavy_skew_is_scheduled_away():

@@ -108,6 +108,7 @@ def test_a_measured_curve_is_found_again():
     for tokens in (1, 2, 4, 8, 30, 100, 700):
         assert of(times, [tokens])[0][0][0] == pytest.approx(time_of_one(tokens), rel=0.05)
     assert times.knee_tokens == pytest.approx(4, rel=0.05)
+    assert times.free_tokens == pytest.approx(3, rel=0.1)
     assert (np.diff(times.stream_SN[0]) >= -1e-9).all()
 
 
@@ -115,6 +116,7 @@ def test_the_cpu_of_the_catalogue_is_described_well():
     machine, profile = hardware.load("cpu-avx512")
     assert profile is not None and profile_error(profile) < 0.03
     assert measured(profile).knee_tokens == pytest.approx(4, abs=0.5)
+    assert measured(profile).free_tokens == pytest.approx(2, abs=0.6)
     rough = roofline(models.load("qwen3-30b-a3b"), machine)
     assert rough.stream_SN[0, 1] == pytest.approx(measured(profile).stream_SN[0, 1], rel=0.1)
     assert rough.stream_SN[0, 64] == pytest.approx(measured(profile).stream_SN[0, 64], rel=0.1)

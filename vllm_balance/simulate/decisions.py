@@ -21,8 +21,11 @@ _SAME = CostModel(a_us=0, b_us=1, c_us=0, beta_us=1)
 """vLLM's placements do not look at speeds, only at the number of ranks."""
 
 
-def policy_of(balancer: str, knee_tokens: float) -> RoutingPolicy:
+def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = None) -> RoutingPolicy:
     """The routing policy of a balancer, as a worker makes it.
+
+    Args:
+        free_tokens: given where experts run in turn.
 
     Raises:
         BalancerError: there is no balancer of this name.
@@ -30,7 +33,7 @@ def policy_of(balancer: str, knee_tokens: float) -> RoutingPolicy:
     if balancer not in ROUTING:
         raise BalancerError(f"There is no balancer {balancer!r}; there are {', '.join(ROUTING)}.")
     if balancer == "metro":
-        return MetroRouting(knee_tokens=knee_tokens)
+        return MetroRouting(knee_tokens=knee_tokens, free_tokens=free_tokens)
     return ROUTING[balancer]()
 
 

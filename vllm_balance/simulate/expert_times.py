@@ -26,6 +26,8 @@ TABLE = 8192
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 """Tokens between which a measured expert's time is taken to be straight."""
 _OUTLIER = 0.05
+_MANY = 8
+"""Tokens of an expert from which they decide about its time, not its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,18 @@ class ExpertTimes:
         few, many = KNOTS[-2], KNOTS[-1]
         token_us = (table_N[many] - table_N[few]) / (many - few)
         return float(self.stream_SN[0, 1] / token_us)
+
+    @property
+    def free_tokens(self) -> float:
+        """Tokens that an expert which is computed in turn takes no further time for.
+
+        From the line that its time follows for many tokens, by relative least squares.
+        """
+        first_us, many_K = self.stream_SN[0, 1], np.array([k for k in KNOTS if k >= _MANY])
+        time_K = self.stream_SN[0, many_K]
+        design = np.stack([np.ones(len(many_K)), many_K], axis=1) / time_K[:, None]
+        (start_us, token_us), *_ = np.linalg.lstsq(design, np.ones(len(many_K)), rcond=None)
+        return float(max(0.0, (first_us - start_us) / token_us))
 
 
 def roofline(model: Model, hardware: Hardware) -> ExpertTimes:

@@ -1,7 +1,8 @@
 """Balancers with dynamic slots (HarMoEny and its baselines), and what their fetches cost.
 
 The schedule is production's own (`FetchingPolicy.schedule`). A fetched expert's weights come over
-the host link of its rank, one expert after the other, while the resident ones compute.
+the host link of its rank, one expert after the other, while the resident ones compute; where one
+core does everything, in that core's own time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ def fetching_policy(
         flop_per_s=peak * 1e6,
         copy_bytes_per_s=bytes_per_s,
     )
-    return FETCHING[name](Rules(threshold_tokens=cost.threshold_tokens, knee_tokens=knee_tokens))
+    threshold = cost.threshold_tokens
+    # As production counts it where a copy takes the core that computes.
+    return FETCHING[name](
+        Rules(
+            threshold_tokens=threshold,
+            fetch_tokens=threshold if hardware.experts == "in_turn" else 0,
+            knee_tokens=knee_tokens,
+        )
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,12 +106,18 @@ class FetchingDecider:
         return tokens_LP, fetched_LS
 
 
-def with_fetches(time_LS: Array, activated_LS: Array, fetched_LS: Array, each_us: float) -> Array:
-    """Time of each rank if its fetches run beside the experts that are there, [L, S].
+def with_fetches(
+    time_LS: Array, activated_LS: Array, fetched_LS: Array, each_us: float, *, in_turn: bool = False
+) -> Array:
+    """Time of each rank with its fetches, [L, S].
 
-    A rank ends when it has computed everything, and not before its last fetched expert, which
-    starts after its weights have come and takes as long as the rank's mean expert.
+    `in_turn`: the rank's one core copies and computes, so every copy is time of its own. Otherwise
+    fetches run beside the experts that are there: a rank ends when it has computed everything, and
+    not before its last fetched expert, which starts after its weights have come and takes as long
+    as the rank's mean expert.
     """
+    if in_turn:
+        return np.asarray(time_LS + fetched_LS * each_us)
     last_LS = time_LS / np.maximum(activated_LS, 1)
     waits_LS = np.where(fetched_LS > 0, fetched_LS * each_us + last_LS, 0.0)
     return np.maximum(time_LS, waits_LS)

@@ -75,7 +75,11 @@ class Fixed(Document):
     token: Microseconds
     """Sampling, answering and streaming each token that comes out, beside the step."""
     request: Microseconds
-    """From a request's arrival to its first step, and its first token's way back."""
+    """Of a request that arrives alone: from its arrival to its first step, and its first token's
+    way back."""
+    request_ahead: Microseconds
+    """Added for each request that arrived with it and is ahead of it: the API server handles one
+    after the other."""
 
 
 class Hardware(Sourced):
@@ -83,8 +87,12 @@ class Hardware(Sourced):
 
     kind: Literal["vllm-balance hardware"]
     format: Literal[1]
+    machine: str | None = Field(default=None, min_length=1)
+    """As rows of benchmarks name the machine that this is: `python -m bench.validation` checks the
+    file against them."""
     experts: Literal["together", "in_turn"]
-    """A grouped kernel, in which one expert's arithmetic hides another's streaming, or a loop."""
+    """A grouped kernel, in which one expert's arithmetic hides another's streaming, or a loop. A
+    loop has nothing to hide a fetch behind either."""
     memory: Bytes
     memory_bandwidth: BytesPerSecond
     compute: dict[Number, FlopPerSecond] = Field(min_length=1)
@@ -100,7 +108,7 @@ class Hardware(Sourced):
     scale_out: Link | None = None
     """Between nodes."""
     host: Link | None = None
-    """From host memory to a rank's."""
+    """From host memory to a rank's: what fetched experts come over."""
     profile: str | None = None
     """Measured expert times (`vllm-balance profile`), a file beside this one."""
 

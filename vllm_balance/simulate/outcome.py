@@ -12,8 +12,9 @@ Of one step, all in microseconds::
     N_max  = sum over layers of max over s of N_s        (tokens on the worst rank)
 
 Of a run: waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and
-steps first; TTFT = t_request + end of the step with the first token - arrival; TPOT = mean t_step
-from a request's first token to its last; X = tokens that come out / time.
+steps first; TTFT = t_request + requests ahead * t_ahead + end of the step with the first token -
+arrival; TPOT = mean t_step from a request's first token to its last; X = tokens that come out /
+time.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Outcome:
     """N_max."""
     request_us: float
     """Part of TTFT that no step is responsible for."""
+    request_ahead_us: float
+    """More of it for each request that arrived with this one and is ahead of it."""
     redundant_bytes: float
     """Memory that redundant experts take on each rank."""
 
@@ -66,6 +69,7 @@ class Outcome:
         if not counted.any():
             return float("nan")
         spans = end_N[first[counted] + 1] - end_N[arrived[counted]]
+        spans = spans + self.request_ahead_us * _ahead(arrived[counted])
         return float(np.quantile(spans, quantile)) + self.request_us
 
     @property
@@ -83,3 +87,12 @@ class Outcome:
         """Share of each stage in the time."""
         total = self.step_us_N.sum()
         return {stage: float(self.stage_us[stage].sum() / total) for stage in STAGES}
+
+
+def _ahead(arrived_R: Array) -> Array:
+    """How many requests before this one, in the order given, arrived in the same step, [R]."""
+    order_R = np.argsort(arrived_R, kind="stable")
+    sorted_R = arrived_R[order_R]
+    ahead_R = np.empty_like(arrived_R)
+    ahead_R[order_R] = np.arange(len(sorted_R)) - np.searchsorted(sorted_R, sorted_R)
+    return ahead_R

@@ -47,6 +47,8 @@ class Arm:
     profile: Profile | None = None
     """Measured expert times in place of the roofline."""
     seed: int = 0
+    warm_batches: int = 0
+    """Batches of the load's first step that were served before and left dynamic slots filled."""
 
     @property
     def num_redundant(self) -> int:
@@ -69,7 +71,11 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     steps = schedule(arm.load, window=window, seed=arm.seed)
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
-    stage = _MoeStage(arm, decider_of(arm, placed_by), network)
+    decider = decider_of(arm, placed_by)
+    if isinstance(decider, FetchingDecider):
+        for _ in range(arm.warm_batches):
+            decider.slots(traffic.batch(int(steps.decode_N[0]), int(steps.prefill_N[0])))
+    stage = _MoeStage(arm, decider, network)
     rows = [
         stage.step(traffic, int(decode), int(prefill))
         for decode, prefill in zip(steps.decode_N, steps.prefill_N, strict=True)
@@ -88,6 +94,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         activated_N=columns[6],
         pairs_N=columns[7],
         request_us=arm.hardware.fixed.request.value,
+        request_ahead_us=arm.hardware.fixed.request_ahead.value,
         redundant_bytes=own * arm.model.expert_bytes,
     )
 
@@ -95,7 +102,9 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
 def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
     """The balancer of an arm, on placements for the load of `placed_by`."""
     ranks, slots = arm.layout.num_ranks, arm.num_redundant
-    knee = expert_times(arm).knee_tokens
+    times = expert_times(arm)
+    knee = times.knee_tokens
+    free = times.free_tokens if arm.hardware.experts == "in_turn" else None
     if arm.balancer in FETCHING:
         fetching = fetching_policy(arm.balancer, arm.model, arm.hardware, knee)
         num_experts = arm.model.num_experts.value
@@ -103,7 +112,7 @@ def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
     history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
-    policy = policy_of(arm.balancer, knee)
+    policy = policy_of(arm.balancer, knee, free)
     return Decider.of(policy, placements(history_NLE, ranks, slots))
 
 
@@ -133,7 +142,10 @@ class _MoeStage:
         time_LS, activated_LS, pairs_LS = self.times.of(tokens_LP, self.decider.num_ranks)
         busy = float(time_LS.mean(1).sum())
         if fetched_LS is not None:
-            time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us)
+            in_turn = self.arm.hardware.experts == "in_turn"
+            time_LS = with_fetches(
+                time_LS, activated_LS, fetched_LS, self.fetch_us, in_turn=in_turn
+            )
         layers = len(tokens_LP)
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
         return (
