@@ -15,26 +15,32 @@ SHOWN = {
 }
 
 
-def table(name: str, rows: list[Row]) -> str:
-    """One table of docs/simulator.md."""
+def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
+    """One table of docs/simulator.md; `hardware` names the file of each machine."""
+
+    def file(row: Row) -> str:
+        return hardware.get(row["machine"], row["machine"])
+
     if name == "measured":
         own = [row for row in rows if row["kind"] == "measured"]
-        own.sort(key=lambda row: (row["run"], list(SHOWN).index(row["what"])))
-        head = ["run", "arm", "what", "measured", "predicted", "error"]
+        own.sort(key=lambda row: (file(row), row["run"], list(SHOWN).index(row["what"])))
+        head = ["machine", "run", "arm", "what", "measured", "predicted", "error"]
         body = [
-            [row["run"], row["arm"], SHOWN[row["what"]], f"{row['reference']:.1f}",
+            [file(row), row["run"], row["arm"], SHOWN[row["what"]], f"{row['reference']:.1f}",
              f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
             for row in own
         ]  # fmt: skip
-        return markdown.table(head, body, left=3)
+        return markdown.table(head, body, left=4)
     if name == "pairs":
-        head = ["run", "arms", "measured", "predicted", "ranked"]
+        own = sorted((row for row in rows if row["kind"] == "pair"), key=file)
+        head = ["machine", "run", "arms", "measured", "predicted", "ranked"]
         body = [
-            [row["run"], row["arm"], f"{row['reference']:+.1%}", f"{row['predicted']:+.1%}",
+            [file(row), row["run"], row["arm"], f"{row['reference']:+.1%}",
+             f"{row['predicted']:+.1%}",
              ("right" if row["ranked"] else "wrong") if row["far_apart"] else "within 3 %"]
-            for row in rows if row["kind"] == "pair"
+            for row in own
         ]  # fmt: skip
-        return markdown.table(head, body, left=2)
+        return markdown.table(head, body, left=3)
     own = [row for row in rows if row["kind"].startswith("published") and row["paper"] == name]
     head = ["what", "published", "predicted", "remark"]
     body = [

@@ -1,0 +1,184 @@
+"""Constants of a CPU machine's hardware file that follow from servers, each by a formula.
+
+From the server rows of `bench.machine`, with L layers and n requests at once, by non-negative least
+squares; `predicted` is the simulator's, without fixed times::
+
+    TPOT - experts measured - rest predicted = step + L * layer + n * token
+    TTFT - first step predicted              = request + (n - 1) / 2 * request_ahead
+
+The first is of relative errors, and a median over repeats in which all requests decode together;
+rows have the experts' time on one rank, and by how much the slowest of each layer is behind is the
+simulator's. The second is the fastest of the repeats, as other work on the machine delays a first
+token and never hurries it; the median request of a burst has (n - 1) / 2 ahead of it, and prompts
+are short, so that the first step is short beside the request's way. Attention is from how much
+longer a longer prompt takes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.load import Load
+from bench.machine_numbers import part, relative_nnls
+from bench.predictions import benchmark_model, burst
+from vllm_balance.profiles import Profile
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import Arm, Layout, Outcome, simulate, skewed
+from vllm_balance.simulate.hardware import Hardware
+
+FEW_TOKENS = 8
+"""An answer of more tokens is a load to decode."""
+LATE = 1.05
+"""Steps of a repeat over those of the shortest from which some requests came late."""
+Row = dict[str, Any]
+Values = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One load on a server of some layers, measured and predicted without fixed times."""
+
+    layers: int
+    load: Load
+    tpot_us: float
+    left_us: float
+    """TPOT beyond the experts' measured time and the predicted rest; medians over repeats."""
+    ttft_us: float
+    """Fastest of the repeats."""
+    experts_us: float
+    """In the experts of all layers and steps on one rank, in that repeat."""
+    scores_us: float
+    """Attention proper of the first step at the peak."""
+    made: Outcome
+
+    @property
+    def decodes(self) -> bool:
+        return self.load.max_tokens > FEW_TOKENS
+
+    @property
+    def first_sampled(self) -> int:
+        """Tokens that come out of the first step."""
+        return int(self.made.steps.sampled_N[0])
+
+    @property
+    def prefill_us(self) -> float:
+        """TTFT beyond the experts' measured time and the predicted rest of the first step."""
+        experts_us, busy_us = self.made.stage_us["experts"], self.made.busy_us_N
+        first_us = (self.experts_us - busy_us[1:].sum()) * experts_us[0] / busy_us[0]
+        return float(self.ttft_us - first_us - (self.made.step_us_N[0] - experts_us[0]))
+
+
+def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
+    """Fixed times in us and the share of the peak that attention reaches.
+
+    Args:
+        machine: the file without fixed times, attention at its peak.
+    """
+    own = part(rows, "server")
+    loads = served(own, machine, profile)
+    decoding = [each for each in loads if each.decodes]
+    step, layer, token = relative_nnls(
+        np.array([[1, each.layers, each.load.requests] for each in decoding]),
+        np.array([each.tpot_us for each in decoding]),
+        np.array([each.left_us for each in decoding]),
+    )
+    request, ahead = of_requests(decoding, step, layer, token)
+    return {
+        "step": step,
+        "layer": layer,
+        "token": token,
+        "request": request,
+        "request_ahead": ahead,
+        "decide": statistics.median(row["decide_us_per_layer"] for row in own),
+        "attention_compute": _attention([each for each in loads if not each.decodes]),
+    }
+
+
+def of_requests(decoding: list[Served], step: float, layer: float, token: float) -> list[float]:
+    """[time of a request alone, time for each ahead of it], us, with these fixed times."""
+    left_us = [
+        each.ttft_us
+        - each.made.ttft_us_at(0.5)
+        - (step + each.layers * layer + each.first_sampled * token)
+        for each in decoding
+    ]
+    # Delays are of no share of a time: errors in us.
+    return relative_nnls(
+        np.array([[1, (each.load.requests - 1) / 2] for each in decoding]),
+        np.ones(len(decoding)),
+        np.array(left_us),
+    )
+
+
+def served(rows: list[Row], machine: Hardware, profile: Profile) -> list[Served]:
+    """Every load of the rows; `machine` has no fixed times."""
+    groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        # Rows of the first client counted prompts in words of one token.
+        prompt = row.get("prompt_tokens", row.get("prompt_words"))
+        groups[row["layers"], row["requests"], prompt, row["max_tokens"]].append(row)
+    return [_group(key, own, machine, profile) for key, own in groups.items()]
+
+
+def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Profile) -> Served:
+    layers, requests, prompt, output = key
+    load = Load(requests=requests, prompt_tokens=prompt, max_tokens=output)
+    model = benchmark_model("qwen3-30b-a3b", layers)
+    arm = Arm(
+        model=model,
+        hardware=machine,
+        profile=profile,
+        layout=Layout(tensor=machine.ranks_per_node.value),
+        load=burst(load),
+        balancer="static",
+    )
+    even = ReplaySettings(zipf=0.0)
+    made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
+    heads = model.num_heads.value / machine.ranks_per_node.value
+    scores = 2 * layers * heads * model.attention_width * float(made.steps.looks_N[0])
+    fastest = min(rows, key=lambda row: row["ttft_ms"])
+    steps = min(row["steps"] for row in rows)
+    together = [row for row in rows if row["steps"] <= LATE * steps]
+    return Served(
+        layers=layers,
+        load=load,
+        tpot_us=1e3 * statistics.median(row["tpot_ms"] for row in together),
+        left_us=statistics.median(_left_us(row, layers, made) for row in together),
+        ttft_us=1e3 * fastest["ttft_ms"],
+        experts_us=fastest["experts_us_per_layer"] * layers * fastest["steps"],
+        scores_us=scores / machine.compute["float16"].per_us,
+        made=made,
+    )
+
+
+def _left_us(row: Row, layers: int, made: Outcome) -> float:
+    """TPOT beyond experts and the predicted rest of a decoding step, in one repeat."""
+    experts_N, busy_N = made.stage_us["experts"], made.busy_us_N
+    # The row's mean counts the first step, of prompts, too.
+    own_us = row["experts_us_per_layer"] * layers * row["steps"] - busy_N[0]
+    experts_us = own_us / (row["steps"] - 1) * experts_N[1:].sum() / busy_N[1:].sum()
+    rest_us = made.tpot_us - experts_N[1:].mean()
+    return float(1e3 * row["tpot_ms"] - experts_us - rest_us)
+
+
+def _attention(prefills: list[Served]) -> float:
+    """Share of the peak: what a longer prompt adds at the peak, over what it adds.
+
+    What else grows with a prompt and is not modelled counts as attention.
+    """
+    shares = []
+    for layers in {each.layers for each in prefills}:
+        own = sorted(
+            (each for each in prefills if each.layers == layers),
+            key=lambda each: each.load.prompt_tokens,
+        )
+        short, long = own[0], own[-1]
+        peak_us = long.scores_us - short.scores_us
+        more_us = max(long.prefill_us - short.prefill_us, 0.0)
+        shares.append(peak_us / (peak_us + more_us))
+    return statistics.median(shares)

@@ -1,0 +1,168 @@
+"""Measured arms of configs/runs beside what the simulator says of them, machine by machine."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.load import Load as Asked
+from bench.predictions import predict
+from bench.provenance import ROOT, config_hash, provenance
+from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
+from vllm_balance.simulate import Outcome, hardware
+from vllm_balance.simulate.catalogue import names
+
+RUNS = ("decode", "prefill", "batch", "redundancy", "harmoeny-short", "harmoeny-moe-heavy")
+RUNS += ("harmoeny-qwen3", "harmoeny-top1")
+FAR_APART = 0.03
+"""Relative distance from which two measured arms must be ranked right."""
+Row = dict[str, Any]
+Arms = dict[str, list[Measurement]]
+
+
+def hardware_names() -> dict[str, str]:
+    """The hardware file of the catalogue that describes each machine, by the machine's name.
+
+    Raises:
+        ValueError: two files describe the same machine.
+    """
+    found: dict[str, str] = {}
+    for name in names("hardware"):
+        described = hardware.load(name)[0].machine
+        if described in found:
+            raise ValueError(
+                f"configs/hardware/{found[described]}.toml and {name}.toml both describe the "
+                f"machine {described!r}. Rows can be checked against one of them: take `machine` "
+                f"out of the other."
+            )
+        if described is not None:
+            found[described] = name
+    return found
+
+
+def points(results: Path, old: list[Row]) -> Iterator[Row]:
+    """TPOT, TTFT and counts of every arm of each run's newest rows on each machine, and every pair
+    of arms; kinds "measured" and "pair".
+
+    Where a run has no measured rows of a machine at present, the points in `old` are kept.
+    """
+    described = hardware_names()
+    for name in RUNS:
+        path = results / f"{name}.jsonl"
+        measured = newest_by_machine(read_measurements(path)) if path.exists() else {}
+        kept = [row for row in old if row.get("run") == name and row["machine"] not in measured]
+        for machine in dict.fromkeys(row["machine"] for row in kept):
+            Console().print(f"[yellow]{name} has no rows of {machine}; its points are kept.[/]")
+        for machine, rows in measured.items():
+            if machine not in described:
+                Console().print(
+                    f"[yellow]No hardware file describes {machine}; its rows of {name} are left "
+                    f"out. Write one with `python -m bench.machine --write NAME`.[/]"
+                )
+                continue
+            yield from _of_machine(name, rows, described[machine])
+        yield from kept
+
+
+def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Row]:
+    settings = settings_of(name, rows[-1].config_hash)
+    groups: dict[tuple[str, str], Arms] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
+    for variant, arms in groups.items():
+        tables, load = _variant(settings, *variant)
+        # The simulator's traffic keeps its popular experts.
+        if "change_every" not in (load.replay or tables["replay"]):
+            made = {arm: predict(tables, load, arm, machine) for arm in arms}
+            yield from _group(name, variant, arms, made, load)
+
+
+def _variant(settings: Row, case: str, load: str) -> tuple[Row, Asked]:
+    """The tables of a server's variant, and a load on it."""
+    tables = settings | settings.get("cases", {}).get(case, {})
+    own = tables.get("loads", {}).get(load, {})
+    return tables, Asked(**tables.get("load", {}) | own)
+
+
+def _group(
+    name: str, variant: tuple[str, str], arms: Arms, made: dict[str, Outcome], load: Asked
+) -> Iterator[Row]:
+    """Points of the arms that share a load and a server's variant."""
+    case, load_name = variant
+    metric = "tpot_ms" if load.max_tokens > 8 else "ttft_ms"
+    found = {arm: _medians(rows, metric) for arm, rows in arms.items()}
+    machine = next(iter(arms.values()))[0].machine
+    where = {"run": name, "case": case, "load": load_name, **provenance(), "machine": machine}
+    for arm, outcome in made.items():
+        for what, value in _predicted(outcome, metric).items():
+            reference = found[arm][what]
+            yield {
+                "kind": "measured",
+                "arm": " ".join(filter(None, (case, load_name, arm))),
+                "what": what,
+                "reference": reference,
+                "predicted": value,
+                "error": value / reference - 1,
+                **where,
+            }
+    for first, second in itertools.combinations(arms, 2):
+        reference = found[second][metric] / found[first][metric] - 1
+        both = [_predicted(made[arm], metric)[metric] for arm in (first, second)]
+        predicted = both[1] / both[0] - 1
+        yield {
+            "kind": "pair",
+            "arm": " ".join(filter(None, (case, load_name, f"{second} against {first}"))),
+            "what": metric,
+            "reference": reference,
+            "predicted": predicted,
+            "error": predicted - reference,
+            "far_apart": abs(reference) > FAR_APART,
+            "ranked": (reference > 0) == (predicted > 0),
+            **where,
+        }
+
+
+def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
+    """Medians over the rows of an arm, named as `_predicted` names them."""
+    latencies = ("ttft_ms",) if metric == "ttft_ms" else ("tpot_ms", "ttft_ms")
+    found = {key: statistics.median(getattr(row, key).p50 for row in rows) for key in latencies}
+    counts = ("activated_worst_rank", "tokens_worst_rank")
+    return found | {key: statistics.median(getattr(row, key) for row in rows) for key in counts}
+
+
+def _predicted(made: Outcome, metric: str) -> dict[str, float]:
+    """What is compared; TPOT only where there are more than a few tokens."""
+    found = {"tpot_ms": made.tpot_us / 1e3} if metric == "tpot_ms" else {}
+    return {
+        **found,
+        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
+        "activated_worst_rank": float(made.activated_N.mean()),
+        "tokens_worst_rank": float(made.pairs_N.mean()),
+    }
+
+
+def settings_of(name: str, digest: str) -> Row:
+    """The run file that rows were made with: the present one, or the version with their hash.
+
+    Raises:
+        LookupError: no committed version has this hash.
+    """
+    path = f"configs/runs/{name}.toml"
+    git = ["git", "-C", str(ROOT)]
+    log = subprocess.run(
+        [*git, "log", "--format=%h", "--", path], capture_output=True, text=True, check=True
+    )
+    texts = [(ROOT / path).read_text()]
+    for commit in [*log.stdout.split(), ""]:
+        if config_hash(settings := tomllib.loads(texts[-1])) == digest:
+            return settings
+        shown = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, text=True)
+        texts += [shown.stdout] if shown.returncode == 0 else []
+    raise LookupError(f"No version of {path} has the hash {digest} of its newest rows.")

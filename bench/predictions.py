@@ -1,0 +1,66 @@
+"""What the simulator says of a benchmark: its model, its load and one of its arms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench import real_size_model
+from bench.load import Load as Asked
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
+from vllm_balance.simulate.models import Model
+
+BASE = "qwen3-30b-a3b"
+SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads", "head_dim")
+SHAPE += ("vocabulary",)
+"""What a benchmark's model may have otherwise than BASE."""
+TOKEN_BUDGET = 8192
+Row = dict[str, Any]
+
+
+def benchmark_model(preset: str, num_layers: int) -> Model:
+    """The model file of what `bench/real_size_model.py` makes."""
+    shape = real_size_model.PRESETS[preset]
+    counts = {key: getattr(shape, key) for key in SHAPE}
+    return models.load(BASE).with_counts(num_layers=num_layers, num_dense_layers=0, **counts)
+
+
+def burst(load: Asked) -> Load:
+    """What the first requests of a benchmark's load ask for: they arrive at once."""
+    return Load(
+        concurrency=load.at_once,
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=load.max_tokens,
+        token_budget=TOKEN_BUDGET,
+        max_steps=1000,
+        steady=False,
+    )
+
+
+def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
+    """The simulation of one arm of a run file on the machine of a hardware file."""
+    described, profile = hardware.load(machine)
+    model = benchmark_model(settings["model"]["preset"], settings["model"]["num_layers"])
+    ranks = settings["serve"]["tensor_parallel"]
+    own = settings.get("eplb", {}) | settings["arms"][name]
+    extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * ranks)
+    replay = ReplaySettings(**(load.replay or settings["replay"]), seed=settings["seed"])
+    arm = Arm(
+        model=model,
+        hardware=described,
+        profile=profile,
+        layout=Layout(tensor=ranks),
+        balancer=own.get("balancer", name),
+        redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
+        load=burst(load),
+        warm_batches=_warm_batches(settings, load),
+    )
+    layers = model.num_moe_layers
+    return simulate(arm, skewed(replay, model, layers), skewed(replay, model, layers))
+
+
+def _warm_batches(settings: Row, load: Asked) -> int:
+    """Batches before a load is measured: `bench.run` sends what warms up twice."""
+    warm = load.warming or (Asked(**settings["warm"]) if "warm" in settings else None)
+    return 0 if warm is None else 2 * math.ceil(warm.requests / warm.at_once)

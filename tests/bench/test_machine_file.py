@@ -1,0 +1,212 @@
+"""Hardware files of CPU machines from rows and a profile: formulas found again, gaps refused."""
+
+import json
+
+import pytest
+
+from bench import machine, machine_cores, machine_file, machine_numbers, machine_servers
+from bench.provenance import ROOT
+from vllm_balance.errors import BalancerError
+from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.simulate import Arm, Layout, hardware, simulate, skewed
+from vllm_balance.simulate.hardware import Hardware
+
+RESULTS = ROOT / "bench" / "results" / "machine.jsonl"
+CPU, PROFILE = hardware.load("cpu-avx512")
+COPY_US = 1049.0
+FIXED = ("step", "layer", "token", "request", "request_ahead")
+
+
+def committed_rows():
+    """The rows that cpu-avx512 is from, and a copy at the rate of its file: there was no such
+    part then."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    own = [row for row in rows if row["machine"] == CPU.machine]
+    copied = {"run": "machine", "part": "copy", "bytes": 9437184, "time_us": [COPY_US] * 2}
+    return [*own, {**own[-1], **copied}]
+
+
+def bare():
+    """cpu-avx512 without fixed times of steps and requests."""
+    changed = CPU.model_dump()
+    for name in FIXED:
+        changed["fixed"][name]["value"] = 0.0
+    return Hardware.model_validate(changed)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return machine_file.document("cpu-avx512", committed_rows(), PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "within"),
+    [
+        ("compute", "float16", 0.05),
+        ("efficiency", "expert_streaming", 0.01),
+        ("efficiency", "expert_compute", 0.05),
+        ("efficiency", "expert_exposed", 0.3),
+        ("efficiency", "dense_streaming", 0.1),
+        ("efficiency", "dense_compute", 0.01),
+        ("efficiency", "dense_exposed", 0.1),
+        ("scale_up", "bandwidth", 0.01),
+        ("host", "bandwidth", 0.01),
+        ("fixed", "request", 0.1),
+        ("fixed", "request_ahead", 0.05),
+        # Set by hand, from servers whose ranks did not yield: repeats differ by tens of per cent.
+        ("fixed", "layer", 0.5),
+        ("fixed", "step", 0.5),
+        ("fixed", "token", 0.6),
+    ],
+)
+def test_the_committed_rows_give_about_the_committed_file(tables, part, name, within):
+    expected = CPU.model_dump()[part][name]["value"]
+    assert tables[part][name]["value"] == pytest.approx(expected, rel=within)
+
+
+def test_a_file_says_which_machine_and_profile_it_is_of(tables):
+    assert tables["machine"] == CPU.machine
+    assert tables["profile"] == CPU.profile
+    assert tables["memory_bandwidth"]["value"] == pytest.approx(2.27e10, rel=0.05)
+
+
+def test_the_time_of_a_request_of_the_catalogue_is_from_the_rows():
+    loads = machine_servers.served(
+        machine_numbers.part(committed_rows(), "server"), bare(), PROFILE
+    )
+    fixed = CPU.fixed
+    found = machine_servers.of_requests(
+        [load for load in loads if load.decodes],
+        *(getattr(fixed, name).value for name in ("step", "layer", "token")),
+    )
+    assert found == pytest.approx([fixed.request.value, fixed.request_ahead.value], rel=0.01)
+
+
+def test_what_was_written_is_read_again(tables, tmp_path):
+    (tmp_path / "mine.profile.json").write_text(PROFILE.model_dump_json())
+    path = machine_file.write("mine", committed_rows(), tmp_path)
+    read, profile = hardware.load(str(path))
+    same = {**tables, "profile": "mine.profile.json"}
+    assert read == Hardware.model_validate(same) and profile == PROFILE
+
+
+def rows_of(fixed):
+    """Server rows as a machine with these fixed times would have them, in us."""
+    described = bare()
+    rows = []
+    for layers in machine.LAYERS:
+        model = machine_servers.benchmark_model("qwen3-30b-a3b", layers)
+        for load in machine.LOADS:
+            asked = machine_servers.burst(load)
+            arm = Arm(model=model, hardware=described, profile=PROFILE, layout=Layout(tensor=2),
+                      load=asked, balancer="static")  # fmt: skip
+            even = ReplaySettings(zipf=0.0)
+            made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
+            more = fixed["step"] + layers * fixed["layer"] + load.requests * fixed["token"]
+            way = fixed["request"] + (load.requests - 1) / 2 * fixed["request_ahead"]
+            steps = len(made.step_us_N)
+            rows.append(
+                {
+                    "part": "server", "commit": "c", "layers": layers, "steps": float(steps),
+                    **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
+                    "tpot_ms": (made.tpot_us + more) / 1e3,
+                    "ttft_ms": (made.ttft_us_at(0.5) + more + way) / 1e3,
+                    "experts_us_per_layer": made.busy_us_N.sum() / layers / steps,
+                    "decide_us_per_layer": 55.0,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def test_fixed_times_of_servers_are_found_again():
+    fixed = {"step": 2500.0, "layer": 1200.0, "token": 350.0, "request": 21e3,
+             "request_ahead": 9e3}  # fmt: skip
+    found = machine_servers.of_servers(rows_of(fixed), bare(), PROFILE)
+    assert {name: found[name] for name in FIXED} == pytest.approx(fixed, rel=0.03)
+    assert found["decide"] == 55.0
+    assert found["attention_compute"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_slow_repeat_does_not_count():
+    fixed = dict.fromkeys(FIXED, 1e3)
+    rows = rows_of(fixed)
+    late = [{**row, "ttft_ms": 5 * row["ttft_ms"], "tpot_ms": 2 * row["tpot_ms"],
+             "steps": 2 * row["steps"]} for row in rows]  # fmt: skip
+    found = machine_servers.of_servers([*rows, *late], bare(), PROFILE)
+    assert found == machine_servers.of_servers(rows, bare(), PROFILE)
+
+
+def product_rows(time_us):
+    return [
+        {"part": "product", "commit": "c", "product": name, "tokens": tokens,
+         "time_us": [time_us(height * width, tokens)] * 2}
+        for name, (height, width) in machine_cores.PRODUCTS.items()
+        for tokens in machine_cores.TOKENS
+    ]  # fmt: skip
+
+
+def test_a_product_streams_and_then_computes():
+    """10 GB/s, 100 GFLOP/s, 60 % of the streaming exposed, all in us."""
+
+    def time_us(weights, tokens):
+        stream = 2 * weights / 1e4
+        return max(stream, 0.6 * stream + 2 * weights * tokens / 1e5)
+
+    copied = {"part": "copy", "commit": "c", "bytes": 9437184, "time_us": [1000.0, 1100.0]}
+    found = machine_numbers.of_cores([*product_rows(time_us), copied], PROFILE)
+    assert found["memory_bandwidth"] * found["dense_streaming"] == pytest.approx(1e10)
+    assert found["peak"] * found["dense_compute"] == pytest.approx(1e11, rel=0.01)
+    assert found["dense_exposed"] == pytest.approx(0.6, rel=0.02)
+    assert found["copy"] == pytest.approx(9437184 / 2 * (1e6 / 1000 + 1e6 / 1100))
+    assert max(found["expert_compute"], found["dense_compute"]) == 1
+
+
+def test_experts_that_outrun_products_are_the_peak():
+    slow = machine_numbers.of_cores(
+        [*product_rows(lambda weights, tokens: 1e-3 * weights * tokens),
+         {"part": "copy", "commit": "c", "bytes": 1, "time_us": [1.0]}], PROFILE
+    )  # fmt: skip
+    assert slow["expert_compute"] == 1 and slow["dense_compute"] < 0.1
+    assert slow["expert_streaming"] == 1 and slow["dense_streaming"] < 0.1
+
+
+def test_newer_rows_replace_those_of_older_code():
+    rows = [{"part": "copy", "commit": commit, "n": n} for n, commit in enumerate("aabb")]
+    assert [row["n"] for row in machine_numbers.part(rows, "copy")] == [2, 3]
+
+
+@pytest.mark.parametrize("missing", ["product", "copy", "server"])
+def test_missing_rows_are_named(missing):
+    rows = [row for row in committed_rows() if row["part"] != missing]
+    with pytest.raises(BalancerError, match=rf"no {missing} rows .* `python -m bench\.machine`"):
+        machine_file.document("x", rows, PROFILE)
+
+
+def test_a_profile_of_other_ranks_is_refused():
+    one = PROFILE.model_copy(update={"ranks": PROFILE.ranks[:1]})
+    with pytest.raises(BalancerError, match="of 1 ranks and the rows of this machine of 2"):
+        machine_file.document("x", committed_rows(), one)
+
+
+def test_without_a_profile_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(machine, "_measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(BalancerError, match=r"no gone\.profile\.json .* `vllm-balance profile"):
+        machine.machine(write="gone")
+
+
+def test_cores_are_measured_in_the_units_of_the_rows(monkeypatch):
+    monkeypatch.setattr(machine_cores, "EXPERTS", 8)
+    monkeypatch.setattr(machine_cores, "SECONDS", 0.0)
+    monkeypatch.setattr(machine_cores, "EXPERT", (3, 64, 32))
+    monkeypatch.setattr(machine_cores, "PRODUCTS", {"router": (128, 64)})
+    monkeypatch.setattr(machine_cores, "TOKENS", (1, 8))
+    waits = []
+    found = machine_cores._copies(lambda: waits.append(1))
+    assert found["bytes"] == 2 * 3 * 64 * 32 and found["copy"] > 0
+    assert set(machine_cores._products(lambda: waits.append(1))) == {"router 1", "router 8"}
+    assert len(waits) == 3
+
+
+def test_copies_go_all_over_the_buffers():
+    places = {turn * machine_cores.STRIDE % machine_cores.EXPERTS for turn in range(100)}
+    assert len(places) == machine_cores.EXPERTS

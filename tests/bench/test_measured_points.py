@@ -1,0 +1,140 @@
+"""Points of the validation: rows of each machine against that machine's file, and no other's."""
+
+import tomllib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from measured import latency, row
+
+from bench import measured_points, predictions, validation_tables
+from bench.load import Load
+from bench.provenance import ROOT, config_hash
+from vllm_balance.simulate import hardware
+
+HERE, OTHER, UNKNOWN = "Machine of a file", "Another machine of a file", "Machine of no file"
+NAMES = {HERE: "here", OTHER: "other"}
+
+
+def settings(name):
+    return tomllib.loads((ROOT / "configs" / "runs" / f"{name}.toml").read_text())
+
+
+def cell(arm, machine, run="decode", **changes):
+    return row(arm, run=run, machine=machine, config_hash=config_hash(settings(run)), **changes)
+
+
+def outcome(tpot_us):
+    return SimpleNamespace(
+        tpot_us=tpot_us,
+        ttft_us_at=lambda quantile: 10 * tpot_us * quantile,
+        activated_N=np.array([4.0, 6.0]),
+        pairs_N=np.array([9.0]),
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What was predicted, (arm, hardware file): static 100 ms, others 90, on `other` 10 times."""
+    seen = []
+
+    def predict(settings, load, arm, machine):
+        seen.append((arm, machine))
+        return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
+
+    monkeypatch.setattr(measured_points, "predict", predict)
+    monkeypatch.setattr(measured_points, "hardware_names", lambda: NAMES)
+    return seen
+
+
+def points(tmp_path, rows, old=()):
+    for name in {each.run for each in rows}:
+        text = "".join(each.model_dump_json() + "\n" for each in rows if each.run == name)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return list(measured_points.points(tmp_path, list(old)))
+
+
+def test_each_machine_is_checked_against_its_own_file(tmp_path, asked):
+    rows = [cell(arm, machine, tpot_ms=tpot_ms)
+            for machine, scale in ((HERE, 1), (OTHER, 10))
+            for arm, tpot_ms in (("static", 100.0 * scale), ("metro", 80.0 * scale))]  # fmt: skip
+    made = points(tmp_path, rows)
+    assert sorted(asked) == [(arm, name) for arm in ("metro", "static") for name in NAMES.values()]
+    tpot = {(p["machine"], p["arm"]): p for p in made if p["what"] == "tpot_ms"
+            and p["kind"] == "measured"}  # fmt: skip
+    assert tpot[HERE, "metro"]["error"] == pytest.approx(90 / 80 - 1)
+    assert tpot[OTHER, "static"]["predicted"] == pytest.approx(1000)
+    pairs = [p for p in made if p["kind"] == "pair"]
+    assert [(p["machine"], p["reference"]) for p in pairs] == [
+        (OTHER, pytest.approx(-0.2)),
+        (HERE, pytest.approx(-0.2)),
+    ]
+    assert all(p["ranked"] and p["far_apart"] for p in pairs)
+
+
+def test_only_the_newest_rows_of_a_machine_count(tmp_path, asked):
+    old = cell("static", HERE, tpot_ms=500.0, sources="old")
+    made = points(tmp_path, [old, cell("static", HERE, tpot_ms=100.0), cell("metro", OTHER)])
+    errors = [p["error"] for p in made if (p["machine"], p["what"]) == (HERE, "tpot_ms")]
+    assert errors == [pytest.approx(0)]
+
+
+def test_a_machine_without_a_file_is_left_out_and_said(tmp_path, asked, capsys):
+    assert points(tmp_path, [cell("static", UNKNOWN)]) == []
+    said = " ".join(capsys.readouterr().out.split())
+    assert UNKNOWN in said and "bench.machine --write NAME" in said
+
+
+def test_points_without_rows_are_kept_and_others_replaced(tmp_path, asked, capsys):
+    def old(run, machine):
+        return {"kind": "measured", "run": run, "machine": machine, "what": "old"}
+
+    before = [old("decode", HERE), old("decode", OTHER), old("prefill", HERE)]
+    made = points(
+        tmp_path, [cell("static", HERE)], [*before, {"kind": "published", "machine": "m"}]
+    )
+    kept = [p for p in made if p["what"] == "old"]
+    assert kept == [old("decode", OTHER), old("prefill", HERE)]
+    assert capsys.readouterr().out.count("points are") == 2
+
+
+def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path, asked):
+    loads = ("even", "0.9 onto 10", "0.9 onto 10, changing")
+    rows = [cell("harmoeny", HERE, "harmoeny-short", load=load, output_tokens=1) for load in loads]
+    made = points(tmp_path, rows)
+    assert {p["load"] for p in made} == set(loads[:2])
+    assert {p["arm"] for p in made} == {f"{load} harmoeny" for load in loads[:2]}
+    assert {p["what"] for p in made} == {"ttft_ms", "activated_worst_rank", "tokens_worst_rank"}
+
+
+def test_a_prediction_has_the_slots_and_the_warmth_of_the_benchmark(monkeypatch):
+    made = []
+    monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.append(arm))
+    run = settings("harmoeny-short")
+    load = Load(**run["load"] | run["loads"]["0.9 onto 10"])
+    predictions.predict(run, load, "harmoeny", "cpu-avx512")
+    predictions.predict(run, load.model_copy(update={"warm_tokens": None}), "eplb", "cpu-avx512")
+    assert [arm.num_redundant for arm in made] == [16, 16]
+    assert [arm.warm_batches for arm in made] == [6, 0]
+    assert made[0].load.concurrency == 1 and not made[0].load.steady
+
+
+def test_every_described_machine_has_one_file(tmp_path, monkeypatch):
+    found = measured_points.hardware_names()
+    assert found["AMD EPYC, AVX-512 BF16, 2 cores, 24 GiB"] == "cpu-avx512"
+    assert None not in found
+    loaded = hardware.load("cpu-avx512")
+    monkeypatch.setattr(measured_points.hardware, "load", lambda name: loaded)
+    with pytest.raises(ValueError, match=r"a100-40\.toml and a100-80\.toml both describe"):
+        measured_points.hardware_names()
+
+
+def test_tables_name_the_file_of_the_machine(tmp_path, asked):
+    rows = [cell(arm, machine, ttft_ms=latency(1000.0)) for machine in NAMES
+            for arm in ("static", "metro")]  # fmt: skip
+    made = points(tmp_path, rows)
+    lines = validation_tables.table("measured", made, NAMES).splitlines()
+    assert lines[0].startswith("| machine | run | arm | what | measured |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 8 + ["| other"] * 8
+    pairs = validation_tables.table("pairs", made, {HERE: "here"}).splitlines()[2:]
+    assert sorted(line.split(" | ")[0] for line in pairs) == [f"| {OTHER}", "| here"]
