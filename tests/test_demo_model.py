@@ -50,7 +50,7 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_text, "documents", lambda seed, characters: documents)
 
 
-# Training takes under 4 minutes on two free cores, and longer when they are shared.
+# Training takes under 3 minutes of a free core, and longer when cores are shared.
 @pytest.mark.timeout(1500)
 def test_training_lowered_the_loss(report: dict) -> None:
     """From guessing (ln 4096 = 8.3 nats) to less than half the uncertainty, in nats per token."""
