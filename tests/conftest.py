@@ -5,14 +5,35 @@ would become a top-level package, and transformers probes for a package of that 
 """
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+RUN_FIRST = (
+    "test_demo_model.py",
+    "distributed",
+    "kernels",
+    "placement",
+    "server/test_parallel.py",
+    "server/test_harmoeny.py",
+    "server/test_variants.py",
+    "server/test_online.py",
+    "server",
+)
+"""Files and folders in the order in which they are run, before all others. The first may train the
+demo model, on one core, and what follows does without it. Then the longest files come first: a
+worker that starts its last server when the other has nothing left to do costs a minute."""
+
+# Read when torch loads OpenMP. Two test processes with two threads each on two cores would spend
+# more than half of the time spinning until the threads of the other give way. A server's ranks
+# have threads of their own: vLLM sets their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "repeatable",
@@ -21,6 +42,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files by RUN_FIRST; the tests of a file keep their order."""
+
+    def turn(item: pytest.Item) -> int:
+        found = (i for i, name in enumerate(RUN_FIRST) if item.path.is_relative_to(TESTS / name))
+        return next(found, len(RUN_FIRST))
+
+    items.sort(key=turn)
 
 
 def _load(name: str, file: Path) -> None:
