@@ -18,11 +18,12 @@ pytestmark = pytest.mark.timeout(900)
 LAYERS, TOP_K, EXPERTS = 4, 4, 32
 THRASH = {"dynamic_slots": 2, "threshold_tokens": 2, "knee_tokens": 1.0}
 """Two slots, and nearly every batch counts as compute-bound and pays for a fetch."""
+ONE_API_SERVER = (*DATA_PARALLEL, "--api-server-count", "1")
 SERVERS = {
     "tensor": (TENSOR_PARALLEL, THRASH | {"look_ahead": "router"}),
-    "data": (DATA_PARALLEL, THRASH | {"name": "harmoeny_paper", "prefetch": "sync"}),
+    "data": (ONE_API_SERVER, THRASH | {"name": "harmoeny_paper", "prefetch": "sync"}),
     "data-all_reduce": (
-        (*DATA_PARALLEL, "--api-server-count", "1"),
+        ONE_API_SERVER,
         THRASH | {"exchange": "all_reduce", "look_ahead": "router"},
     ),
 }
