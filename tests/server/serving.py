@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from bench.server import environment, free_port, stop, tail, wait_until_healthy
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTS_WITHIN_S = 200
-STARTED_WITH = str(Path(__file__).with_name("start"))
-"""Folder whose sitecustomize.py each process of a server reads."""
 
 PROMPTS = [
     "The list of all files in a directory",
@@ -135,7 +132,6 @@ def serve(
     Prompts of up to 512 tokens, 16 at once; more `arguments` win over these.
     """
     port = free_port()
-    path = os.pathsep.join(filter(None, (STARTED_WITH, os.environ.get("PYTHONPATH"))))
     command = [VLLM, "serve", str(model), "--port", str(port)]
     command += ["--max-model-len", "512", "--max-num-seqs", "16"]
     with log.open("w") as output:
@@ -143,7 +139,7 @@ def serve(
             [*command, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(num_ranks, PYTHONPATH=path, **environ),
+            env=environment(num_ranks, **environ),
             cwd=log.parent,
             start_new_session=True,
         )
