@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.load import Load as Asked
-from bench.predictions import predict
+from bench.predictions import predict, profiled_dtype
 from bench.provenance import ROOT, config_hash, provenance
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
@@ -73,6 +73,13 @@ def points(results: Path, old: list[Row]) -> Iterator[Row]:
 
 def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Row]:
     settings = settings_of(name, rows[-1].config_hash)
+    served, profiled = settings["model"].get("dtype", "bfloat16"), profiled_dtype(machine)
+    if served != profiled:
+        Console().print(
+            f"[yellow]{name} serves {served}, and the profile of {machine} is of {profiled}; its "
+            f"rows are left out.[/]"
+        )
+        return
     groups: dict[tuple[str, str], Arms] = {}
     for row in rows:
         groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)

@@ -38,6 +38,12 @@ def burst(load: Asked) -> Load:
     )
 
 
+def profiled_dtype(machine: str) -> str:
+    """The number format that the experts of a hardware file were measured in; BASE's without."""
+    _, profile = hardware.load(machine)
+    return "bfloat16" if profile is None else profile.shape.dtype
+
+
 def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
     """The simulation of one arm of a run file on the machine of a hardware file."""
     described, profile = hardware.load(machine)

@@ -1,6 +1,6 @@
 """A model with layers of real size and no weights, for `vllm serve --load-format dummy`.
 
-    python -m bench.real_size_model [--preset NAME] [--num-layers N]
+    python -m bench.real_size_model [--preset NAME] [--num-layers N] [--dtype float32]
 
 A folder with config.json and the demo model's tokenizer: few layers, a small vocabulary, so that
 the MoE layers dominate as they do in the full model. Its router is random; drive it with
@@ -28,6 +28,8 @@ class Shape:
     """The shape of a Qwen3-MoE; the defaults are the layers of Qwen3-30B-A3B.
 
     One expert has 3 * hidden * inner weights: 9.4 MB in bfloat16 with the defaults, 1.2 GB a layer.
+    On a CPU without 16-bit arithmetic take float32: bfloat16 products of attention are so slow
+    there that they hide the experts.
     """
 
     num_layers: int = 3
@@ -40,8 +42,10 @@ class Shape:
     head_dim: int = 128
     vocabulary: int = 4096
     max_tokens: int = 8192
+    dtype: str = "bfloat16"
 
 
+DTYPES = ("bfloat16", "float32")
 PRESETS = {
     "qwen3-30b-a3b": Shape(),
     # The same experts beside a sixth of the attention: 92 % of a token's multiplications are the
@@ -54,7 +58,7 @@ PRESETS = {
 }
 
 
-def ensure(preset: str = "qwen3-30b-a3b", **changes: int) -> Path:
+def ensure(preset: str = "qwen3-30b-a3b", **changes: int | str) -> Path:
     """The folder of a model of this preset with some fields of its Shape changed, made if needed.
 
     Raises ValueError for an unknown preset or field, or a shape that cannot be served.
@@ -77,8 +81,10 @@ def ensure(preset: str = "qwen3-30b-a3b", **changes: int) -> Path:
 
 def check(shape: Shape) -> None:
     """Raise ValueError, naming the fields, if vLLM's CPU kernels cannot run this shape."""
+    if shape.dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {shape.dtype!r}")
     for name, value in asdict(shape).items():
-        if value < 1:
+        if name != "dtype" and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if shape.top_k > shape.num_experts:
         raise ValueError(f"top_k={shape.top_k} is more than num_experts={shape.num_experts}")
@@ -113,10 +119,10 @@ def build(shape: Shape, folder: Path) -> None:
 
 
 def configuration(shape: Shape) -> Qwen3MoeConfig:
-    """The configuration that vLLM serves as Qwen3MoeForCausalLM in bfloat16."""
+    """The configuration that vLLM serves as Qwen3MoeForCausalLM."""
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
-        dtype="bfloat16",
+        dtype=shape.dtype,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
@@ -139,9 +145,10 @@ def configuration(shape: Shape) -> Qwen3MoeConfig:
 def main(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "qwen3-30b-a3b",
     num_layers: Annotated[int, typer.Option(min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help=f"One of: {', '.join(DTYPES)}.")] = DTYPES[0],
 ) -> None:
     """Make the model unless it exists, and print its folder."""
-    typer.echo(ensure(preset, num_layers=num_layers))
+    typer.echo(ensure(preset, num_layers=num_layers, dtype=dtype))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def test_the_layers_are_those_of_qwen3_30b_a3b(cache: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     assert config.architectures == ["Qwen3MoeForCausalLM"]
     assert (config.num_hidden_layers, config.num_experts_per_tok) == (3, 8)
+    assert config.dtype == torch.bfloat16
+    exact = real_size_model.ensure(num_layers=1, dtype="float32")
+    assert AutoConfig.from_pretrained(exact).dtype == torch.float32
     sizes = parameters(folder)
     assert sizes["experts"] == 3 * 128 * 3 * 2048 * 768
     per_layer = 2048 * 4096 * 2 + 2 * 2048 * 512 + 2 * 128
@@ -79,10 +82,11 @@ def test_the_tokenizer_fits_the_vocabulary_and_has_a_chat_template(cache: Path) 
         ("moe-heavy", {"top_k": 129}, "top_k=129 is more than num_experts=128"),
         ("moe-heavy", {"inner": 100}, "inner must be a multiple of 32"),
         ("moe-heavy", {"num_heads": 6}, "multiple of num_kv_heads=4"),
+        ("moe-heavy", {"dtype": "float16"}, "dtype must be bfloat16 or float32, got 'float16'"),
     ],
 )
 def test_shapes_that_cannot_be_served_are_refused(
-    cache: Path, preset: str, changes: dict[str, int], message: str
+    cache: Path, preset: str, changes: dict[str, int | str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         real_size_model.ensure(preset, **changes)

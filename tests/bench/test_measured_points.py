@@ -43,6 +43,7 @@ def asked(monkeypatch):
         return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
 
     monkeypatch.setattr(measured_points, "predict", predict)
+    monkeypatch.setattr(measured_points, "profiled_dtype", lambda machine: "bfloat16")
     monkeypatch.setattr(measured_points, "hardware_names", lambda: NAMES)
     return seen
 
@@ -96,6 +97,14 @@ def test_points_without_rows_are_kept_and_others_replaced(tmp_path, asked, capsy
     kept = [p for p in made if p["what"] == "old"]
     assert kept == [old("decode", OTHER), old("prefill", HERE)]
     assert capsys.readouterr().out.count("points are") == 2
+
+
+def test_rows_of_another_number_format_are_left_out(tmp_path, asked, capsys):
+    assert points(tmp_path, [cell("static", HERE, "harmoeny-moe-heavy")]) == [] and not asked
+    assert "harmoeny-moe-heavy serves float32, and the profile of here is of bfloat16" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    assert predictions.profiled_dtype("cpu-avx512") == "bfloat16"
 
 
 def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path, asked):
