@@ -126,6 +126,7 @@ def check_route(seed: int, case: Case) -> None:
         placement.num_ranks,
         placement.num_physical,
         knee,
+        None,
         buffers.load,
         buffers.record_enabled,
         buffers.valid,
@@ -134,6 +135,16 @@ def check_route(seed: int, case: Case) -> None:
     )
     assert (out_TK.numpy() == expected_TK).all(), seed
     buffers.check(seed, expected_TK, Regime.COMPUTE_BOUND if even else Regime.MEMORY_BOUND)
+
+
+def check_refusal() -> None:
+    """A GPU's experts never run in turn: asked for, it is refused before a kernel starts."""
+    try:
+        triton_gpu.route(None, None, None, 2, 4, 4.0, 2.0, None, None, None, None, None)
+    except ValueError as error:
+        assert "free_tokens=2 describes ranks that compute their experts in turn" in str(error)
+    else:
+        raise AssertionError("free_tokens was taken")
 
 
 def check_record(seed: int, case: Case) -> None:
@@ -256,6 +267,8 @@ def main() -> None:
             "record": check_record,
             "assign": check_assign,
         }[kernel]
+        if kernel == "route":
+            check_refusal()
         small = {"assign": number - number // 20, "route": number // 3}.get(kernel, 0)
         for seed, case in cases(small, first, **SMALL):
             check(seed, case)
