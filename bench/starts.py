@@ -96,12 +96,15 @@ def arm_of(start: Start, placed: Placed | None = None) -> Arm:
             asked["profile"] = str(placed.profile)
     elif asked["replay"].get("trace") == "demo":
         asked["replay"]["trace"] = str(demo_trace.ensure())
-    serve = settings["serve"]
+    serve, flags = settings["serve"], [*settings["serve"]["flags"]]
+    if "dtype" in settings["model"]:
+        # By itself vLLM serves a float32 model in 16 bits.
+        flags += ["--dtype", settings["model"]["dtype"]]
     return Arm(
         name=start.arm,
         balancer=balancer,
         settings=asked,
         tensor_parallel=serve.get("tensor_parallel", 1),
         data_parallel=serve.get("data_parallel", 1),
-        flags=serve["flags"],
+        flags=flags,
     )

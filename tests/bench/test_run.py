@@ -180,6 +180,8 @@ def test_published_run_files_can_be_run(name):
         arm = arm_of(start)
         assert parse({"name": arm.balancer} | arm.settings)
         assert arm.num_ranks == 2
+        if "dtype" in settings["model"]:
+            assert arm.flags[arm.flags.index("--dtype") + 1] == settings["model"]["dtype"]
         at_once = int(arm.flags[arm.flags.index("--max-num-seqs") + 1]) * arm.data_parallel
         length = int(arm.flags[arm.flags.index("--max-model-len") + 1])
         warm = [Load(**settings["warm"])] if "warm" in settings else []
