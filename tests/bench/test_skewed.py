@@ -57,6 +57,7 @@ def test_every_arm_is_compared_with_static_and_the_bound():
 def test_slots_take_no_settings_of_eplb_and_loads_their_own_replay():
     settings = {
         "seed": 3,
+        "model": {"dtype": "float32"},
         "replay": {"zipf": 0.0},
         "load": {"requests": 1, "prompt_tokens": 8, "max_tokens": 1},
         "loads": {"even": {}, "hot": {"replay": {"zipf": 2.0}}},
@@ -69,3 +70,4 @@ def test_slots_take_no_settings_of_eplb_and_loads_their_own_replay():
     eplb, quick = arm_of(starts[0]), arm_of(starts[1])
     assert eplb.settings == {"window_size": 3, "replay": {"zipf": 0.0, "seed": 3}}
     assert quick.settings == {"dynamic_slots": 2, "replay": {"zipf": 0.0, "seed": 3}}
+    assert quick.flags == ["--dtype", "float32"] and settings["serve"]["flags"] == []
