@@ -115,6 +115,15 @@ def is_compute_bound(tokens_E: np.ndarray, knee_tokens: float) -> bool:
     return bool(total > 0 and np.float32(total) > np.float32(knee_tokens) * np.float32(active))
 
 
+def split(
+    column_E: np.ndarray | None, tokens_E: np.ndarray, num_replicas_E: np.ndarray, R: int
+) -> np.ndarray:
+    """Tokens of each replica under a choice, or evenly if ``column_E`` is None, [E, R]."""
+    if column_E is None:
+        return assign_reference.even_split(tokens_E, num_replicas_E, R)
+    return np.where(np.arange(R)[None] == column_E[:, None], tokens_E[:, None], 0)
+
+
 def time_in_turn(
     split_ER: np.ndarray, table_ER: np.ndarray, num_ranks: int, num_physical: int, knee: float,
     free: float,
@@ -137,12 +146,16 @@ def is_even_sooner(
     free: float,
 ) -> bool:
     """Whether spreading evenly ends before the chosen columns do, where experts run in turn."""
-    R = table_ER.shape[1]
-    one_ER = np.where(np.arange(R)[None] == column_E[:, None], tokens_E[:, None], 0)
-    even_ER = assign_reference.even_split(tokens_E, num_replicas_E, R)
     one, even = (
-        time_in_turn(split_ER, table_ER, num_ranks, num_physical, knee, free)
-        for split_ER in (one_ER, even_ER)
+        time_in_turn(
+            split(column, tokens_E, num_replicas_E, table_ER.shape[1]),
+            table_ER,
+            num_ranks,
+            num_physical,
+            knee,
+            free,
+        )
+        for column in (column_E, None)
     )
     return even < one
 
@@ -156,9 +169,5 @@ def map_pairs(
 ) -> np.ndarray:
     """Slots of the pairs under a choice, or under the even split if ``column_E`` is None."""
     tokens_E = count(topk_ids_TK, len(num_replicas_E), num_valid_tokens)
-    R = table_ER.shape[1]
-    if column_E is None:
-        split_ER = assign_reference.even_split(tokens_E, num_replicas_E, R)
-    else:
-        split_ER = np.where(np.arange(R)[None] == column_E[:, None], tokens_E[:, None], 0)
+    split_ER = split(column_E, tokens_E, num_replicas_E, table_ER.shape[1])
     return assign_reference.assign(topk_ids_TK, split_ER, table_ER, None, num_valid_tokens)
