@@ -1,4 +1,4 @@
-"""A real ``vllm serve`` on a free port, as a user starts it, and what its clients ask for."""
+"""A real ``vllm serve`` on a free port, and what its clients ask for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
+from starter import Forked, Starter
 
 from bench.server import environment, free_port, stop, tail, wait_until_healthy
 
@@ -55,7 +57,7 @@ def balanced(name: str, **settings: Any) -> tuple[str, ...]:
 class Server:
     """A running server. Its log is a file, because tests look for what it says."""
 
-    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen | Forked, port: int, log: Path) -> None:
         self.process, self.log = process, log
         self.url = f"http://127.0.0.1:{port}"
 
@@ -123,26 +125,43 @@ class Server:
         return tail(self.log)
 
 
+@cache
+def starter() -> Starter:
+    """The one of this test process."""
+    return Starter()
+
+
 @contextmanager
 def serve(
-    model: Path | str, *arguments: str, log: Path, num_ranks: int, **environ: str
+    model: Path | str,
+    *arguments: str,
+    log: Path,
+    num_ranks: int,
+    spawned: bool = False,
+    **environ: str,
 ) -> Iterator[Server]:
     """Starts a server, waits until it is healthy, and leaves no process behind.
 
-    Prompts of up to 512 tokens, 16 at once; more `arguments` win over these.
+    Prompts of up to 512 tokens, 16 at once; more `arguments` win over these. It is forked from a
+    process that has imported vLLM (starter.py), or `spawned` as a user starts it.
     """
     port = free_port()
     command = [VLLM, "serve", str(model), "--port", str(port)]
-    command += ["--max-model-len", "512", "--max-num-seqs", "16"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(num_ranks, **environ),
-            cwd=log.parent,
-            start_new_session=True,
-        )
+    command += ["--max-model-len", "512", "--max-num-seqs", "16", *arguments]
+    environ = environment(num_ranks, **environ)
+    process: subprocess.Popen | Forked
+    if spawned:
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                cwd=log.parent,
+                start_new_session=True,
+            )
+    else:
+        process = starter().start(command, log=log, environ=environ)
     server = Server(process, port, log)
     try:
         wait_until_healthy(process, server.url, log, within_s=STARTS_WITHIN_S)

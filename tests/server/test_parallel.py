@@ -29,6 +29,7 @@ pytestmark = pytest.mark.timeout(900)
 LAYERS, TOP_K = 4, 4
 DIES_WITHIN_S = 60
 ONE_API_SERVER = ("--api-server-count", "1")
+"""Several, data parallelism's default, must be spawned; one layout is."""
 SERVERS = {
     "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
     "tensor-eplb": (*TENSOR_PARALLEL, *balanced("eplb")),
@@ -55,7 +56,8 @@ def layout(request) -> list[str]:
 def server(layout, model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = (*SERVERS["-".join(layout)], *FLOAT32, *EAGER)
-    with serve(model, *arguments, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as running:
+    starting = {"num_ranks": 2, "spawned": layout == ["data", "metro"]}
+    with serve(model, *arguments, log=log, **starting, VLLM_PLUGINS="moe_balancer") as running:
         yield running
 
 

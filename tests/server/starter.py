@@ -1,0 +1,134 @@
+"""Starts many servers and imports vLLM once.
+
+On the CPU vLLM spawns its processes: API server, engine and workers import torch and vLLM one after
+the other, a minute per server on a slow core. Here one process imports them, and every server is
+forked from it, its own processes included, as vLLM does by itself on GPUs. Not for servers with more
+than one API server: these have to set up Prometheus before it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import setproctitle
+
+IMPORTED = (
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3_moe",
+)
+"""What servers import, except vllm-balance: that must come in as vLLM's plugin."""
+
+
+class Starter:
+    """The process from which servers are forked; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, command: list[str], *, log: Path, environ: dict[str, str]) -> Forked:
+        """Forks `vllm ...`, which leads a session of its own and prints to `log`."""
+        return Forked(self, self.ask(command=command, log=str(log), environ=environ))
+
+    def ask(self, **request: Any) -> Any:
+        """The answer to one request: a process id to `command`, a status to `pid`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Forked:
+    """A forked server, with those methods of subprocess.Popen that tests use."""
+
+    def __init__(self, starter: Starter, pid: int) -> None:
+        self._starter, self.pid = starter, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._starter.ask(pid=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or float("inf"))
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.05)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def main() -> int | None:
+    """Serves requests until nobody asks any more. A forked child returns from here as `vllm`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What imports print is no answer.
+    for name in IMPORTED:
+        import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "pid" in request:
+            answer = status_of(request["pid"])
+        elif (answer := os.fork()) == 0:
+            return run(request)
+        print(json.dumps(answer), file=answers, flush=True)
+    return None
+
+
+def status_of(pid: int) -> int | None:
+    """Exit status of a child, negative for a signal; None while it runs."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def run(request: dict[str, Any]) -> int | None:
+    """In the forked process: becomes `vllm ...`."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, of in enumerate((nothing, log, log)):
+        os.dup2(of, descriptor)
+    os.chdir(Path(request["log"]).parent)
+    setproctitle.getproctitle()  # Finds the place of the title, which it cannot later.
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    sys.argv = request["command"]
+    get_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: get_context(method and "fork")
+    return import_module("vllm.entrypoints.cli.main").main()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
