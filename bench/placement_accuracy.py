@@ -2,17 +2,18 @@
 
 Ranks are processes of one core each that run vLLM's own expert kernel. Their curves are fitted as
 `vllm-balance profile` does; then batches of recorded traces are measured under several placements,
-one step after another and the placements of a step in turn, so that a drift of the machine hits all
-alike. A placement's time is the sum over steps of the slowest rank's, measured or modelled.
-Every placement is measured twice: pairs of placements that differ by less than the same placement
-does from itself cannot be ranked by anybody, and are counted apart.
+one step after another and the placements of a step in turn, ROUNDS times there and back, so that a
+drift of the machine hits all alike. A placement's time is the sum over steps of the slowest rank's,
+the median of the rounds or modelled. Rounds there and rounds back are two measurements: pairs of
+placements that differ by less than the same placement does from itself cannot be ranked by anybody,
+and are counted apart.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ Row = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "placement_accuracy.jsonl"
 PAGE = ROOT / "docs" / "placement.md"
 BATCHES = {"decode": 32, "prefill": 512}
+ROUNDS = {"decode": 16, "prefill": 6}
 STEPS, RANDOM_PLACEMENTS, RANKS, SEED = 6, 5, 2, 0
 console = Console()
 
@@ -42,6 +44,7 @@ console = Console()
 def run(
     folder: Annotated[Path | None, typer.Option("--traces", help="Folder of .npz files.")] = None,
     docs: Annotated[bool, typer.Option(help="Write the table of docs/placement.md.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of weights and tokens.")] = "bfloat16",
 ) -> None:
     """Measure placements on every trace of token ids, or write the table."""
     if folder is not None:
@@ -49,7 +52,7 @@ def run(
             trace = traces.load(file)
             if trace.topk_ids_TLK is None or trace.num_layers < 2:
                 continue
-            for row in measure(trace):
+            for row in measure(trace, dtype):
                 RESULTS.parent.mkdir(exist_ok=True)
                 with RESULTS.open("a") as rows:
                     rows.write(json.dumps({**row, **provenance()}) + "\n")
@@ -58,7 +61,7 @@ def run(
         PAGE.write_text(markdown.filled(PAGE, "accuracy", _table))
 
 
-def measure(trace: traces.Trace) -> Iterator[Row]:
+def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
     """One row per kind of batch, from experts of Qwen3-30B-A3B's shape, as many as in the trace."""
     shape = ModelShape(
         name=trace.name,
@@ -68,7 +71,7 @@ def measure(trace: traces.Trace) -> Iterator[Row]:
         top_k=trace.top_k,
         hidden=2048,
         inner=768,
-        dtype="bfloat16",
+        dtype=dtype,
     )
     local = trace.num_experts // RANKS
     layer = trace.num_layers // 2
@@ -84,21 +87,27 @@ def measure(trace: traces.Trace) -> Iterator[Row]:
             history_NE = getattr(fitted, draw)(batch, 32, SEED)[:, layer]
             steps_NE = getattr(held_out, draw)(batch, STEPS, SEED + 1)[:, layer]
             slots = _placements(history_NE, cluster)
-            first, second = _measured(probe, steps_NE, slots)
+            slots_KP = np.stack(list(slots.values()))
+            times_RNK = _measured(probe, steps_NE, slots_KP, ROUNDS[kind])
+
             modelled = {
                 name: float(score_L(steps_NE[:, None], slots_P[None], cluster)[0])
                 for name, slots_P in slots.items()
             }
             yield {
                 "trace": trace.name,
+                "dtype": dtype,
                 "batch": kind,
                 "tokens": batch,
                 "steps": STEPS,
                 "seed": SEED,
                 "fit_error": max(found.median_relative_error for found in fits),
                 "knee_tokens": [found.model.knee_tokens for found in fits],
-                "measured_us": {name: (first[name] + second[name]) / 2 for name in slots},
-                "repeated_us": {"first": first, "second": second},
+                "measured_us": _summed(times_RNK, slots),
+                "repeated_us": {
+                    "first": _summed(times_RNK[::2], slots),
+                    "second": _summed(times_RNK[1::2], slots),
+                },
                 "modelled_us": modelled,
             }
 
@@ -115,21 +124,25 @@ def _placements(history_NE: Array, cluster: Cluster) -> dict[str, Array]:
     return found
 
 
-def _measured(
-    probe: Probe, steps_NE: Array, slots: dict[str, Array]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Sum over steps of the slowest rank's time, us, of each placement, measured twice."""
-    sums: tuple[dict[str, float], dict[str, float]] = (
-        dict.fromkeys(slots, 0.0),
-        dict.fromkeys(slots, 0.0),
-    )
-    for tokens_E in steps_NE:
-        for times, names in zip(sums, (list(slots), list(slots)[::-1]), strict=True):
-            for name in names:
-                on_rank_SP = tokens_E[slots[name]].reshape(RANKS, -1)
-                batch = [[int(n) for n in tokens if n] or [1] for tokens in on_rank_SP]
-                times[name] += max(timing.time_us for timing in probe.measure_each(batch))
-    return sums
+def _measured(probe: Probe, steps_NE: Array, slots_KP: Array, rounds: int) -> Array:
+    """The slowest rank's time, us, of each round, step and placement: [R, N, K].
+
+    In every second round the placements come in reverse order.
+    """
+    times_RNK = np.zeros((rounds, len(steps_NE), len(slots_KP)))
+    for step, tokens_E in enumerate(steps_NE):
+        on_rank_KSP = tokens_E[slots_KP].reshape(len(slots_KP), RANKS, -1)
+        for turn in range(rounds):
+            for k in range(len(slots_KP))[:: 1 - 2 * (turn % 2)]:
+                batch = [[int(n) for n in tokens if n] or [1] for tokens in on_rank_KSP[k]]
+                timings = probe.measure_each(batch, repeats=1)
+                times_RNK[turn, step, k] = max(timing.time_us for timing in timings)
+    return times_RNK
+
+
+def _summed(times_RNK: Array, names: Iterable[str]) -> dict[str, float]:
+    """Sum over steps of the median round, by placement."""
+    return dict(zip(names, np.median(times_RNK, axis=0).sum(0).tolist(), strict=True))
 
 
 def agreement(rows: list[Row]) -> tuple[int, int, int]:
@@ -153,8 +166,9 @@ def agreement(rows: list[Row]) -> tuple[int, int, int]:
 
 def _table(_: str) -> str:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    # Times of two machines do not belong into one table: the newest one's.
-    rows = [row for row in rows if row["machine"] == rows[-1]["machine"]]
+    # Times of two machines or types do not belong into one table: the newest one's.
+    newest = {key: rows[-1].get(key) for key in ("machine", "dtype")}
+    rows = [row for row in rows if {key: row.get(key) for key in newest} == newest]
     rows = list({(row["trace"], row["batch"]): row for row in rows}.values())
     head = ["batch", "fit error", "time error", "ranked as measured", "of pairs", "too close"]
     body = []
@@ -169,7 +183,8 @@ def _table(_: str) -> str:
         fits = statistics.median(row["fit_error"] for row in own)
         cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", f"{right / rankable:.1%}"]
         body.append([kind, *cells, str(rankable), str(total - rankable)])
-    origin = f"{len({row['trace'] for row in rows})} traces; {rows[-1]['machine']}; commit"
+    num_traces = len({row["trace"] for row in rows})
+    origin = f"{num_traces} traces; {newest['dtype']}; {newest['machine']}; commit"
     origin = f"Measured on {origin} {rows[-1]['commit']}; seed {SEED}."
     return f"{markdown.table(head, body)}\n\n{origin}"
 

@@ -4,10 +4,13 @@ import os
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_balance import plugin
+from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay import STRATEGY
+from vllm_balance.seams import deployment
 
 VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 
@@ -57,3 +60,18 @@ def test_a_way_of_exchange_that_the_layout_does_not_have_is_refused(moe_model):
             data_parallel_size=2,
             all2all_backend="deepep_low_latency",
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"name": "metro", "knee_tokens": 40, "free_tokens": 20}, "`free_tokens` is 20: it descr"),
+        ({"name": "gem", "map": "m", "profile": "p", "online": {}}, "`online` measures the ranks"),
+    ],
+)
+def test_what_only_cpu_ranks_do_is_refused_on_gpus(settings, reason, monkeypatch):
+    config = BalancerConfig.model_validate(settings)
+    deployment._check_device(config)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(BalancerError, match=reason):
+        deployment._check_device(config)

@@ -1,9 +1,9 @@
 """Starts many servers and imports vLLM once.
 
-On the CPU vLLM spawns its processes: API server, engine and workers import torch and vLLM one after
-the other, a minute per server on a slow core. Here one process imports them, and every server is
-forked from it, its own processes included, as vLLM does by itself on GPUs. Not for servers with more
-than one API server: these have to set up Prometheus before it is imported.
+On the CPU vLLM spawns its processes: API server, engine and workers import torch and vLLM one
+after the other, a minute per server on a slow core. Here one process imports them, and every server
+is forked from it, its own processes included, as vLLM does by itself on GPUs. Not for servers with
+more than one API server: these have to set up Prometheus before it is imported.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def status_of(pid: int) -> int | None:
 def run(request: dict[str, Any]) -> int | None:
     """In the forked process: becomes `vllm ...`."""
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, of in enumerate((nothing, log, log)):
         os.dup2(of, descriptor)

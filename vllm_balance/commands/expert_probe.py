@@ -46,14 +46,19 @@ class Probe:
         """
         return self.measure_each([tokens_E] * len(self._connections))
 
-    def measure_each(self, tokens_SE: Sequence[Sequence[int]]) -> list[Timing]:
+    def measure_each(
+        self, tokens_SE: Sequence[Sequence[int]], *, repeats: int | None = None
+    ) -> list[Timing]:
         """Times one batch per rank, each as tokens per activated expert, at least one token.
+
+        With one repeat the ranks begin together, as they do in a layer, and the slower one ends
+        alone. Without a number there are as many repeats as fit into SECONDS.
 
         Raises:
             BalancerError: a rank died.
         """
         for connection, tokens_E in zip(self._connections, tokens_SE, strict=True):
-            connection.send(list(tokens_E))
+            connection.send((list(tokens_E), repeats))
         return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
 
 
@@ -111,14 +116,14 @@ def _serve(connection: Connection, shape: ModelShape, isa: str, core: int, num_l
         torch.cpu._init_amx()
     weights = _weights(shape, isa, num_local)
     generator = torch.Generator().manual_seed(core)
-    _time(weights, [1], isa, generator)
+    _time(weights, [1], isa, generator, None)
     connection.send(Timing(time_us=0.0, repeats=0))
     while True:
         try:
-            tokens_E = connection.recv()
+            tokens_E, repeats = connection.recv()
         except EOFError:
             return
-        connection.send(_time(weights, tokens_E, isa, generator))
+        connection.send(_time(weights, tokens_E, isa, generator, repeats))
 
 
 def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-untyped-def]
@@ -140,7 +145,7 @@ def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-un
     return packed
 
 
-def _time(weights, tokens_E, isa, generator) -> Timing:  # type: ignore[no-untyped-def]
+def _time(weights, tokens_E, isa, generator, repeats) -> Timing:  # type: ignore[no-untyped-def]
     """Median time of the kernel; each repeat takes other experts, as serving does."""
     import torch
     from vllm import _custom_ops as ops
@@ -150,8 +155,9 @@ def _time(weights, tokens_E, isa, generator) -> Timing:  # type: ignore[no-untyp
     output_ND = torch.empty_like(hidden_ND)
     ones_N1 = torch.ones(len(hidden_ND), 1)
     count_E = torch.tensor(tokens_E)
+    least, most = (repeats, repeats) if repeats else (MIN_REPEATS, MAX_REPEATS)
     times: list[int] = []
-    while len(times) < MIN_REPEATS or (sum(times) < SECONDS * 1e9 and len(times) < MAX_REPEATS):
+    while len(times) < least or (sum(times) < SECONDS * 1e9 and len(times) < most):
         chosen_E = torch.randperm(len(w13), generator=generator)[: len(tokens_E)]
         ids_N = chosen_E.repeat_interleave(count_E)
         order_N = torch.randperm(len(ids_N), generator=generator)
