@@ -19,7 +19,7 @@ from starter import Forked, Starter
 from bench.server import environment, free_port, stop, tail, wait_until_healthy
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
-STARTS_WITHIN_S = 200
+STARTS_WITHIN_S = 400
 
 PROMPTS = [
     "The list of all files in a directory",
