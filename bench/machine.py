@@ -47,23 +47,24 @@ def machine(
     measure: Annotated[bool, typer.Option(help="Measure; else the rows that are there.")] = True,
     servers: Annotated[bool, typer.Option(help="Also measure servers.")] = True,
     write: Annotated[str, typer.Option(help="Then write configs/hardware/NAME.toml.")] = "",
+    dtype: Annotated[str, typer.Option(help="Served in; with --write the profile's.")] = "bfloat16",
 ) -> None:
     """Measure this machine and append rows to bench/results/machine.jsonl."""
     if write:
-        machine_file.profile_of(write)
+        dtype = machine_file.profile_of(write).shape.dtype
     if measure:
-        _measure(ranks, LAYERS if servers else ())
+        _measure(ranks, LAYERS if servers else (), dtype)
     if write:
         rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         path = machine_file.write(write, [row for row in rows if row["machine"] == this_machine()])
         Console().print(f"Wrote {path.relative_to(ROOT)}.")
 
 
-def _measure(ranks: int, layers: tuple[int, ...]) -> None:
+def _measure(ranks: int, layers: tuple[int, ...], dtype: str) -> None:
     origin = provenance()
     parts = itertools.chain(
-        [machine_cores.products(ranks), machine_cores.copies(ranks)],
-        (_serve(num_layers, ranks) for num_layers in layers),
+        [machine_cores.products(ranks, dtype), machine_cores.copies(ranks, dtype)],
+        (_serve(num_layers, ranks, dtype) for num_layers in layers),
     )
     for rows in parts:
         with RESULTS.open("a") as file:
@@ -72,10 +73,11 @@ def _measure(ranks: int, layers: tuple[int, ...]) -> None:
                 Console().print(row)
 
 
-def _serve(num_layers: int, ranks: int) -> list[Row]:
+def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
     """Rows of all loads on one server without redundant experts."""
-    model = real_size_model.ensure(num_layers=num_layers)
+    model = real_size_model.ensure(num_layers=num_layers, dtype=dtype)
     flags = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", "4096"]
+    flags += ["--dtype", dtype]
     flags += ["--max-num-seqs", "32", "--no-enable-prefix-caching"]
     arm = Arm(
         name="static",
@@ -96,6 +98,7 @@ def _serve(num_layers: int, ranks: int) -> list[Row]:
                 {
                     "run": "machine",
                     "part": "server",
+                    "dtype": dtype,
                     "layers": num_layers,
                     "repeat": repeat,
                     **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),

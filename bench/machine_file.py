@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine_numbers, machine_servers
+from bench.predictions import NUMBERS
 from bench.provenance import ROOT
 from vllm_balance import profiles
 from vllm_balance.errors import BalancerError
@@ -54,7 +55,8 @@ def document(name: str, rows: list[Row], profile: Profile) -> Tables:
         BalancerError: rows are missing, or profile and rows are of different ranks.
     """
     cores = machine_numbers.of_cores(rows, profile)
-    ranks = len(machine_numbers.part(rows, "product")[-1]["time_us"])
+    products = machine_numbers.part(rows, "product", profile.shape.dtype)
+    ranks = len(products[-1]["time_us"])
     if len(profile.ranks) != ranks:
         raise BalancerError(
             f"The profile is of {len(profile.ranks)} ranks and the rows of this machine of {ranks}."
@@ -106,7 +108,8 @@ def _without_fixed(
         raise BalancerError(f"The machine {machine!r} does not say its memory in GiB.")
     zero = _number(0, "us", "servers")
     copied = _number(cores["copy"], "byte/s", "copies")
-    megabytes = 6e-6 * profile.shape.hidden * profile.shape.inner
+    shape, (number, width) = profile.shape, NUMBERS[profile.shape.dtype]
+    megabytes = 3e-6 * width * shape.hidden * shape.inner
     return {
         "kind": "vllm-balance hardware",
         "format": 1,
@@ -117,7 +120,7 @@ def _without_fixed(
         "memory": _number(int(memory[1]) * 2**30 / ranks, "byte", "machine"),
         "memory_bandwidth": _number(cores["memory_bandwidth"], "byte/s", "rates"),
         "ranks_per_node": whole(ranks, "machine"),
-        "compute": {"float16": _number(cores["peak"], "FLOP/s", "rates")},
+        "compute": {number: _number(cores["peak"], "FLOP/s", "rates")},
         "efficiency": {
             "expert_streaming": share("expert_streaming", "profile"),
             "expert_compute": share("expert_compute", "profile"),
@@ -148,7 +151,8 @@ def _without_fixed(
             "profile": f"`vllm-balance profile`, all ranks at once: {cores['first_us']:.0f} us for "
             f"an expert of {megabytes:.1f} MB and one token, {cores['token_us']:.0f} us for each "
             f"further token in large batches; no tiles",
-            "products": "`python -m bench.machine`, torch's bfloat16 products on all cores at once",
+            "products": f"`python -m bench.machine`, torch's {shape.dtype} products on all cores "
+            f"at once",
             "rates": "the faster of experts (profile) and products",
             "copies": "`python -m bench.machine`, copies of an expert on all cores at once; a "
             "collective is a copy too, its latency is in the time of a layer",

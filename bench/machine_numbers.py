@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.machine_cores import PRODUCTS
+from bench.predictions import NUMBERS
 from vllm_balance.errors import BalancerError
 from vllm_balance.profiles import Profile
 from vllm_balance.simulate.expert_times import KNOTS, measured
@@ -28,24 +29,25 @@ Row = dict[str, Any]
 Values = dict[str, float]
 
 
-def part(rows: list[Row], name: str) -> list[Row]:
-    """The rows of a part of `bench.machine` by the newest commit that has some.
+def part(rows: list[Row], name: str, dtype: str = "bfloat16") -> list[Row]:
+    """The rows of a part of `bench.machine` in `dtype` by the newest commit that has some.
 
     Raises:
         BalancerError: there are none.
     """
-    own = [row for row in rows if row["part"] == name]
+    # The first rows had one type.
+    own = [row for row in rows if (row["part"], row.get("dtype", "bfloat16")) == (name, dtype)]
     if not own:
         raise BalancerError(
-            f"bench/results/machine.jsonl has no {name} rows of this machine. Run "
-            f"`python -m bench.machine`."
+            f"bench/results/machine.jsonl has no {name} rows of this machine in {dtype}. Run "
+            f"`python -m bench.machine --dtype {dtype}`."
         )
     return [row for row in own if row["commit"] == own[-1]["commit"]]
 
 
 def of_cores(rows: list[Row], profile: Profile) -> Values:
     """Rates in byte/s and FLOP/s, shares of them, and `first_us` and `token_us` of an expert."""
-    shape = profile.shape
+    shape, (_, width) = profile.shape, NUMBERS[profile.shape.dtype]
     weights = 3 * shape.hidden * shape.inner
     times = measured(profile)
     table_N = times.stream_SN.mean(0)
@@ -53,10 +55,10 @@ def of_cores(rows: list[Row], profile: Profile) -> Values:
     first_us = float(table_N[1])
     design = np.stack([np.full(len(many), first_us), many], axis=1)
     expert_exposed, token_us = relative_nnls(design, table_N[many], table_N[many])
-    expert_rate, expert_flop = 2e6 * weights / first_us, 2e6 * weights / token_us
-    dense_rate, dense_flop, dense_exposed = _products(part(rows, "product"))
+    expert_rate, expert_flop = 1e6 * width * weights / first_us, 2e6 * weights / token_us
+    dense_rate, dense_flop, dense_exposed = _products(part(rows, "product", shape.dtype), width)
     bandwidth, peak = max(expert_rate, dense_rate), max(expert_flop, dense_flop)
-    copied = part(rows, "copy")
+    copied = part(rows, "copy", shape.dtype)
     return {
         "memory_bandwidth": bandwidth,
         "peak": peak,
@@ -75,15 +77,19 @@ def of_cores(rows: list[Row], profile: Profile) -> Values:
     }
 
 
-def _products(rows: list[Row]) -> tuple[float, float, float]:
-    """(byte/s with one token, FLOP/s with the most, share of streaming that is not hidden)."""
+def _products(rows: list[Row], width: int) -> tuple[float, float, float]:
+    """(byte/s with one token, FLOP/s with the most, share of streaming that is not hidden).
+
+    Args:
+        width: bytes of a weight.
+    """
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     for row in rows:
         times[row["product"], row["tokens"]] += row["time_us"]
     time_us = {key: statistics.median(found) for key, found in times.items()}
     most = max(tokens for _, tokens in time_us)
     size = {name: height * width for name, (height, width) in PRODUCTS.items()}
-    rate = statistics.median(2e6 * size[name] / time_us[name, 1] for name in PRODUCTS)
+    rate = statistics.median(1e6 * width * size[name] / time_us[name, 1] for name in PRODUCTS)
     flop = sum(size.values()) * 2 * most / sum(time_us[name, most] for name in PRODUCTS)
     exposed = statistics.median(
         (time_us[name, tokens] - 2 * size[name] * tokens / flop) / time_us[name, 1]

@@ -79,7 +79,7 @@ def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
     Args:
         machine: the file without fixed times, attention at its peak.
     """
-    own = part(rows, "server")
+    own = part(rows, "server", profile.shape.dtype)
     loads = served(own, machine, profile)
     decoding = [each for each in loads if each.decodes]
     step, layer, token = relative_nnls(
@@ -128,7 +128,7 @@ def served(rows: list[Row], machine: Hardware, profile: Profile) -> list[Served]
 def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Profile) -> Served:
     layers, requests, prompt, output = key
     load = Load(requests=requests, prompt_tokens=prompt, max_tokens=output)
-    model = benchmark_model("qwen3-30b-a3b", layers)
+    model = benchmark_model("qwen3-30b-a3b", layers, profile.shape.dtype)
     arm = Arm(
         model=model,
         hardware=machine,
@@ -151,7 +151,7 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
         left_us=statistics.median(_left_us(row, layers, made) for row in together),
         ttft_us=1e3 * fastest["ttft_ms"],
         experts_us=fastest["experts_us_per_layer"] * layers * fastest["steps"],
-        scores_us=scores / machine.compute["float16"].per_us,
+        scores_us=scores / machine.peak(model.dense_number).per_us,
         made=made,
     )
 

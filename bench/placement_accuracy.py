@@ -165,11 +165,16 @@ def agreement(rows: list[Row]) -> tuple[int, int, int]:
 
 
 def _table(_: str) -> str:
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    # Times of two machines or types do not belong into one table: the newest one's.
-    newest = {key: rows[-1].get(key) for key in ("machine", "dtype")}
-    rows = [row for row in rows if {key: row.get(key) for key in newest} == newest]
-    rows = list({(row["trace"], row["batch"]): row for row in rows}.values())
+    """A table for each machine and type of weights, the newest first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in map(json.loads, reversed(RESULTS.read_text().splitlines())):
+        groups.setdefault((row["machine"], row.get("dtype", "bfloat16")), []).append(row)
+    return "\n\n".join(_group(*key, rows) for key, rows in groups.items())
+
+
+def _group(machine: str, dtype: str, rows: list[Row]) -> str:
+    """The table of rows of one machine and type, the newest first."""
+    rows = list({(row["trace"], row["batch"]): row for row in reversed(rows)}.values())
     head = ["batch", "fit error", "time error", "ranked as measured", "of pairs", "too close"]
     body = []
     for kind in (*BATCHES, "both"):
@@ -184,9 +189,8 @@ def _table(_: str) -> str:
         cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", f"{right / rankable:.1%}"]
         body.append([kind, *cells, str(rankable), str(total - rankable)])
     num_traces = len({row["trace"] for row in rows})
-    origin = f"{num_traces} traces; {newest['dtype']}; {newest['machine']}; commit"
-    origin = f"Measured on {origin} {rows[-1]['commit']}; seed {SEED}."
-    return f"{markdown.table(head, body)}\n\n{origin}"
+    origin = f"{num_traces} traces; {dtype}; {machine}; commit {rows[-1]['commit']}; seed {SEED}."
+    return f"{markdown.table(head, body)}\n\nMeasured on {origin}"
 
 
 if __name__ == "__main__":

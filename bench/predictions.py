@@ -9,6 +9,7 @@ from bench import real_size_model
 from bench.load import Load as Asked
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
+from vllm_balance.simulate.hardware import Number
 from vllm_balance.simulate.models import Model
 
 BASE = "qwen3-30b-a3b"
@@ -16,14 +17,20 @@ SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads",
 SHAPE += ("vocabulary",)
 """What a benchmark's model may have otherwise than BASE."""
 TOKEN_BUDGET = 8192
+NUMBERS: dict[str, tuple[Number, int]] = {"bfloat16": ("float16", 2), "float32": ("float32", 4)}
+"""What a model is served in: the format of its arithmetic, bytes of a weight or cached element."""
 Row = dict[str, Any]
 
 
-def benchmark_model(preset: str, num_layers: int) -> Model:
+def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16") -> Model:
     """The model file of what `bench/real_size_model.py` makes."""
     shape = real_size_model.PRESETS[preset]
     counts = {key: getattr(shape, key) for key in SHAPE}
-    return models.load(BASE).with_counts(num_layers=num_layers, num_dense_layers=0, **counts)
+    base = models.load(BASE).with_counts(num_layers=num_layers, num_dense_layers=0, **counts)
+    number, width = NUMBERS[dtype]
+    size = base.dense_weight.model_copy(update={"value": width})
+    stored = dict.fromkeys(("expert_weight", "dense_weight", "cache_element"), size)
+    return base.model_copy(update={"expert_number": number, "dense_number": number, **stored})
 
 
 def burst(load: Asked) -> Load:
@@ -47,7 +54,8 @@ def profiled_dtype(machine: str) -> str:
 def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
     """The simulation of one arm of a run file on the machine of a hardware file."""
     described, profile = hardware.load(machine)
-    model = benchmark_model(settings["model"]["preset"], settings["model"]["num_layers"])
+    own = settings["model"]
+    model = benchmark_model(own["preset"], own["num_layers"], own.get("dtype", "bfloat16"))
     ranks = settings["serve"]["tensor_parallel"]
     own = settings.get("eplb", {}) | settings["arms"][name]
     extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * ranks)

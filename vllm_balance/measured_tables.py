@@ -6,6 +6,7 @@ run, one case and one load.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,38 +115,60 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
 
 
 def slo_table(rows: list[Measurement]) -> MeasuredTable:
-    """One line per case and arm: the most tokens per second of requests within the SLO."""
+    """One line per case and arm: throughput within the SLO, and at a TPOT of once and twice it."""
     groups = {key: own for key, own in grouped(rows).items() if own[0].slo_tpot_ms is not None}
-    best: dict[tuple[str, str], list[Measurement]] = {}
+    loads: dict[tuple[str, str], list[list[Measurement]]] = {}
     for (case, _, arm), own in groups.items():
-        known = best.get((case, arm))
-        if known is None or median(own, goodput_tokens_per_s) > median(known, goodput_tokens_per_s):
-            best[case, arm] = own
-    bases = [base for base in BASES if any(arm == base for _, arm in best)]
-    has_cases = any(case for case, _ in best)
-    body = []
-    for (case, arm), own in best.items():
-        reached = median(own, goodput_tokens_per_s)
-        cells = [case, arm] if has_cases else [arm]
-        cells += [f"{reached:.1f}", str(own[0].concurrency)]
-        cells += [f"{median(own, lambda row: row.tpot_ms.p50):.1f}"]
-        for base in bases:
-            theirs = median(best[case, base], goodput_tokens_per_s) if (case, base) in best else 0.0
-            cells.append(f"{reached / theirs - 1:+.1%}" if theirs else "-")
-        body.append(cells)
+        loads.setdefault((case, arm), []).append(own)
+    bases = [base for base in BASES if any(arm == base for _, arm in loads)]
+    has_cases = any(case for case, _ in loads)
+    slo_ms = next(iter(groups.values()))[0].slo_tpot_ms or 0.0
     headings = ["case", "arm"] if has_cases else ["arm"]
-    slo = " or ".join(sorted({f"{own[0].slo_tpot_ms:g} ms" for own in groups.values()}))
+    headings += ["tokens/s within the SLO", "requests at once", "TPOT ms there"]
+    for tpot_ms in (slo_ms, 2 * slo_ms):
+        headings += [f"tokens/s at {tpot_ms:g} ms", *(f"against {base}" for base in bases)]
+    body = []
+    for (case, arm), own in loads.items():
+        best = max(own, key=lambda load: median(load, goodput_tokens_per_s))
+        cells = [case, arm] if has_cases else [arm]
+        cells += [f"{median(best, goodput_tokens_per_s):.1f}", str(best[0].concurrency)]
+        cells += [f"{median(best, lambda row: row.tpot_ms.p50):.1f}"]
+        for tpot_ms in (slo_ms, 2 * slo_ms):
+            ours = throughput_at(tpot_ms, own)
+            cells.append("-" if ours is None else f"{ours:.1f}")
+            for base in bases:
+                theirs = throughput_at(tpot_ms, loads.get((case, base), []))
+                cells.append(f"{ours / theirs - 1:+.1%}" if ours and theirs else "-")
+        body.append(cells)
     return MeasuredTable(
         title=rows[0].title,
-        caption=f"The concurrency with the most tokens per second of requests "
-        f"whose TPOT was within {slo}; medians of {_count(groups.values())} per concurrency.",
-        headings=headings
-        + ["tokens/s within the SLO", "requests at once", "TPOT ms there"]
-        + [f"against {base}" for base in bases],
+        caption=f"The concurrency with the most tokens per second of requests whose TPOT was "
+        f"within {slo_ms:g} ms (goodput). Beside it tokens per second at a TPOT of exactly that "
+        f"and of twice that, on the line between the two concurrencies around it. Medians of "
+        f"{_count(groups.values())} per concurrency.",
+        headings=headings,
         body=body,
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
+
+
+def throughput_at(tpot_ms: float, loads: list[list[Measurement]]) -> float | None:
+    """Tokens per second at a median TPOT, between two measured concurrencies.
+
+    Args:
+        loads: rows of each concurrency of one arm.
+    Returns:
+        None if every TPOT is above, or every one below, so that it was not reached.
+    """
+    points = sorted(
+        (median(own, lambda row: row.tpot_ms.p50), median(own, lambda row: row.tokens_per_s))
+        for own in loads
+    )
+    for (first_ms, first), (second_ms, second) in itertools.pairwise(points):
+        if first_ms <= tpot_ms < second_ms:
+            return first + (tpot_ms - first_ms) / (second_ms - first_ms) * (second - first)
+    return None
 
 
 def goodput_tokens_per_s(row: Measurement) -> float:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import machine, machine_cores, machine_file, machine_numbers, machine_servers
+from bench.predictions import NUMBERS, benchmark_model
 from bench.provenance import ROOT
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
@@ -136,24 +137,27 @@ def test_a_slow_repeat_does_not_count():
     assert found == machine_servers.of_servers(rows, bare(), PROFILE)
 
 
-def product_rows(time_us):
+def product_rows(time_us, dtype="bfloat16"):
     return [
-        {"part": "product", "commit": "c", "product": name, "tokens": tokens,
+        {"part": "product", "dtype": dtype, "commit": "c", "product": name, "tokens": tokens,
          "time_us": [time_us(height * width, tokens)] * 2}
         for name, (height, width) in machine_cores.PRODUCTS.items()
         for tokens in machine_cores.TOKENS
     ]  # fmt: skip
 
 
-def test_a_product_streams_and_then_computes():
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_a_product_streams_and_then_computes(dtype, width):
     """10 GB/s, 100 GFLOP/s, 60 % of the streaming exposed, all in us."""
 
     def time_us(weights, tokens):
-        stream = 2 * weights / 1e4
+        stream = width * weights / 1e4
         return max(stream, 0.6 * stream + 2 * weights * tokens / 1e5)
 
     copied = {"part": "copy", "commit": "c", "bytes": 9437184, "time_us": [1000.0, 1100.0]}
-    found = machine_numbers.of_cores([*product_rows(time_us), copied], PROFILE)
+    rows = [*product_rows(time_us, dtype), {**copied, "dtype": dtype}]
+    shape = PROFILE.shape.model_copy(update={"dtype": dtype})
+    found = machine_numbers.of_cores(rows, PROFILE.model_copy(update={"shape": shape}))
     assert found["memory_bandwidth"] * found["dense_streaming"] == pytest.approx(1e10)
     assert found["peak"] * found["dense_compute"] == pytest.approx(1e11, rel=0.01)
     assert found["dense_exposed"] == pytest.approx(0.6, rel=0.02)
@@ -194,19 +198,27 @@ def test_without_a_profile_nothing_is_measured(monkeypatch):
         machine.machine(write="gone")
 
 
-def test_cores_are_measured_in_the_units_of_the_rows(monkeypatch):
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_cores_are_measured_in_the_units_of_the_rows(dtype, width, monkeypatch):
     monkeypatch.setattr(machine_cores, "EXPERTS", 8)
     monkeypatch.setattr(machine_cores, "SECONDS", 0.0)
     monkeypatch.setattr(machine_cores, "EXPERT", (3, 64, 32))
     monkeypatch.setattr(machine_cores, "PRODUCTS", {"router": (128, 64)})
     monkeypatch.setattr(machine_cores, "TOKENS", (1, 8))
     waits = []
-    found = machine_cores._copies(lambda: waits.append(1))
-    assert found["bytes"] == 2 * 3 * 64 * 32 and found["copy"] > 0
-    assert set(machine_cores._products(lambda: waits.append(1))) == {"router 1", "router 8"}
+    found = machine_cores._copies(lambda: waits.append(1), dtype)
+    assert found["bytes"] == width * 3 * 64 * 32 and found["copy"] > 0
+    assert set(machine_cores._products(lambda: waits.append(1), dtype)) == {"router 1", "router 8"}
     assert len(waits) == 3
 
 
 def test_copies_go_all_over_the_buffers():
     places = {turn * machine_cores.STRIDE % machine_cores.EXPERTS for turn in range(100)}
     assert len(places) == machine_cores.EXPERTS
+
+
+def test_a_model_is_predicted_in_what_it_is_served_in():
+    half, full = (benchmark_model("qwen3-30b-a3b", 2, dtype) for dtype in NUMBERS)
+    assert (half.expert_number, full.expert_number) == ("float16", "float32")
+    assert full.weight_bytes == 2 * half.weight_bytes
+    assert full.cache_bytes_per_token == 2 * half.cache_bytes_per_token
