@@ -56,11 +56,6 @@ class Starter:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
 
 class Forked:
     """A forked server, with those methods of subprocess.Popen that tests use."""
