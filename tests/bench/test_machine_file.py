@@ -182,7 +182,8 @@ def test_newer_rows_replace_those_of_older_code():
 @pytest.mark.parametrize("missing", ["product", "copy", "server"])
 def test_missing_rows_are_named(missing):
     rows = [row for row in committed_rows() if row["part"] != missing]
-    with pytest.raises(BalancerError, match=rf"no {missing} rows .* `python -m bench\.machine`"):
+    advice = r"`python -m bench\.machine --dtype bfloat16`"
+    with pytest.raises(BalancerError, match=rf"no {missing} rows .* {advice}"):
         machine_file.document("x", rows, PROFILE)
 
 

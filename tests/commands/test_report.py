@@ -83,6 +83,7 @@ def page(request, browser, page_file):
     """The report on a screen; any error of its scripts and any request to elsewhere fails."""
     width, height = SCREENS[request.param]
     opened = browser.new_page(viewport={"width": width, "height": height})
+    opened.set_default_timeout(120_000)  # Servers of other tests may take both cores meanwhile.
     wrong: list[str] = []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
