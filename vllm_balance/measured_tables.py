@@ -128,13 +128,13 @@ def slo_table(rows: list[Measurement]) -> MeasuredTable:
     for tpot_ms in (slo_ms, 2 * slo_ms):
         headings += [f"tokens/s at {tpot_ms:g} ms", *(f"against {base}" for base in bases)]
     body = []
-    for (case, arm), own in loads.items():
-        best = max(own, key=lambda load: median(load, goodput_tokens_per_s))
+    for (case, arm), measured in loads.items():
+        best = max(measured, key=lambda load: median(load, goodput_tokens_per_s))
         cells = [case, arm] if has_cases else [arm]
         cells += [f"{median(best, goodput_tokens_per_s):.1f}", str(best[0].concurrency)]
         cells += [f"{median(best, lambda row: row.tpot_ms.p50):.1f}"]
         for tpot_ms in (slo_ms, 2 * slo_ms):
-            ours = throughput_at(tpot_ms, own)
+            ours = throughput_at(tpot_ms, measured)
             cells.append("-" if ours is None else f"{ours:.1f}")
             for base in bases:
                 theirs = throughput_at(tpot_ms, loads.get((case, base), []))
