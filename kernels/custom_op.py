@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.library import Library, register_fake
+from torch import library
 
 from .tensor_checks import require_out
 
 NAMESPACE = "vllm_balance"
-_library = Library(NAMESPACE, "FRAGMENT")
+_fragment = library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(
@@ -24,10 +24,10 @@ def register(
         fake: returns outputs with the right shapes and dtypes, without data.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _fragment.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        _fragment.impl(name, run, key)
+    library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_fragment)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
