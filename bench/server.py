@@ -19,6 +19,8 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from bench.starter import Forked, starter
+
 START_TIMEOUT_S = 300.0
 RANKS_NICE = 10
 
@@ -67,18 +69,12 @@ class Server:
         self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
             prefix=f"vllm-{arm.name}-", suffix=".log", delete=False
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     def __enter__(self) -> Self:
         # A run that is ended takes its server along.
         self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        self._process = subprocess.Popen(
-            self.arm.command(self.model, self.port),
-            env=environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer"),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self._process = self._start()
         try:
             wait_until_healthy(
                 self._process,
@@ -89,7 +85,7 @@ class Server:
         except BaseException:
             self.__exit__()
             raise
-        self._let_ranks_yield()
+        self._place_ranks()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -100,16 +96,37 @@ class Server:
         if not exception or exception[0] is None:
             Path(self._log.name).unlink(missing_ok=True)
 
-    def _let_ranks_yield(self) -> None:
-        """Client and API server get a core when they need one, as on machines with spare cores."""
+    def _start(self) -> subprocess.Popen[bytes] | Forked:
+        """Forked, unless it has several API servers, as data parallelism has by default."""
+        command = self.arm.command(self.model, self.port)
+        environ = environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer")
+        if self.arm.data_parallel == 1:
+            return starter().start(command, log=Path(self._log.name), environ=environ)
+        return subprocess.Popen(
+            command,
+            env=environ,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _place_ranks(self) -> None:
+        """One core for each rank, as vLLM binds the ranks of a CPU when it spawns them.
+
+        They yield: client and API server get a core when they need one, as on machines with cores
+        to spare.
+        """
         assert self._process is not None
         named = [(p, " ".join(p.cmdline())) for p in descendants(self._process.pid)]
         workers = [process for process, name in named if "VLLM::Worker" in name]
         # An engine of one rank has no worker process of its own.
         engines = [process for process, name in named if "VLLM::EngineCore" in name]
-        for process in workers or engines:
+        ranks = sorted(workers or engines, key=lambda process: process.cmdline())
+        for process, core in zip(ranks, cores_of(len(ranks)), strict=True):
             for thread in process.threads():
                 os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
+            if isinstance(self._process, Forked):
+                os.sched_setaffinity(process.pid, {core})
 
     @property
     def log(self) -> str:
@@ -157,7 +174,7 @@ class Server:
 
 
 def wait_until_healthy(
-    process: subprocess.Popen[bytes],
+    process: subprocess.Popen[bytes] | Forked,
     url: str,
     log: Path,
     *,
@@ -188,17 +205,20 @@ def tail(log: Path, num_lines: int = 60) -> str:
 
 def environment(num_ranks: int, **more: str) -> dict[str, str]:
     """The environment of a small CPU server: one core per rank, a small KV cache, no network."""
-    cores = sorted(os.sched_getaffinity(0))
     ours = {
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(
-            str(cores[rank % len(cores)]) for rank in range(num_ranks)
-        ),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores_of(num_ranks))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     return inherited | ours | more
+
+
+def cores_of(num_ranks: int) -> list[int]:
+    """The core of each rank; ranks beyond the number of cores share them."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[rank % len(cores)] for rank in range(num_ranks)]
 
 
 def free_port() -> int:
@@ -209,7 +229,7 @@ def free_port() -> int:
         return port
 
 
-def stop(process: subprocess.Popen[bytes], within_s: float = 20) -> None:
+def stop(process: subprocess.Popen[bytes] | Forked, within_s: float = 20) -> None:
     """Asks a server that leads its own session to end, then ends what is left of the session."""
     family = descendants(process.pid)
     if process.poll() is None:

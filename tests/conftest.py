@@ -69,6 +69,5 @@ if "bench" not in sys.modules:
 _load("cases", TESTS / "cases.py")
 _load("deployments", TESTS / "deployments.py")
 _load("measured", TESTS / "measured.py")
-_load("starter", TESTS / "server" / "starter.py")
 _load("serving", TESTS / "server" / "serving.py")
 _load("gloo", TESTS / "distributed" / "gloo.py")

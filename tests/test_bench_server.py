@@ -26,7 +26,10 @@ class Health(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 """
 arm = SimpleNamespace(
-    name="fake", num_ranks=1, command=lambda model, port: [sys.executable, "-c", HEALTHY, str(port)]
+    name="fake",
+    num_ranks=2,
+    data_parallel=2,  # Spawned, not forked from a process that has imported vLLM.
+    command=lambda model, port: [sys.executable, "-c", HEALTHY, str(port)],
 )
 with Server(arm, Path("model")) as server:
     print(server._process.pid, flush=True)

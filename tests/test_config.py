@@ -124,7 +124,7 @@ def test_an_unknown_key_of_a_table_in_a_table_gets_the_nearest_of_its_keys():
     settings = {"hot": {"expert": 1, "fraction": 0.5}}
     text = message(parse, {"name": "metro", "replay": settings})
     assert "Unknown key 'replay.hot.expert'. Did you mean 'replay.hot.experts'?" in text
-    assert "Allowed: replay.hot.experts, replay.hot.fraction, replay.hot.ranks." in text
+    assert "Allowed: replay.hot.experts, replay.hot.fraction, replay.hot.ranks, replay" in text
 
 
 def test_all_wrong_values_are_named_at_once():

@@ -112,6 +112,15 @@ def test_hot_experts_are_at_home_on_one_rank_which_changes_with_them() -> None:
     assert torch.equal(replay(0, hot=hot).rows(0, 0), replay(1, hot=hot).rows(0, 0))
 
 
+def test_fractions_follow_each_other_with_the_changes() -> None:
+    hot = {"experts": 6, "fraction": 0.9, "ranks": 4, "further_fractions": [0.5, 0.25]}
+    changing = replay(hot=hot, change_every=2)
+    for batch in range(12):
+        per_expert = counts(changing.rows(1, 4096))
+        shares = np.sort(per_expert)[-6:].sum() / per_expert.sum()
+        assert shares == pytest.approx([0.9, 0.5, 0.25][batch // 2 % 3], abs=0.02)
+
+
 @pytest.mark.parametrize(("experts", "ranks"), [(9, 4), (2, 5)])
 def test_hot_experts_that_no_rank_can_have_are_refused(experts: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="at home on one of"):
@@ -195,6 +204,7 @@ def test_traces_of_another_shape_and_broken_files_are_refused(trace: Path, tmp_p
         ({"zipf": 0.8, "chnge_every": 4}, "chnge_every"),
         ({"trace": "t.npz", "change_every": 4}, "change_every"),
         ({"hot": {"experts": 3, "fraction": 2}}, "less than or equal to 1"),
+        ({"hot": HOT | {"further_fractions": [0.5]}}, "need change_every"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -> None:

@@ -40,8 +40,11 @@ class Replay:
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self._settings = settings
         self._change_every = settings.change_every
-        self._drawn_LNK = draw(settings, num_layers, num_experts, top_k, rank)
-        self._rows_LNK = self._drawn_LNK.clone()
+        phases = settings.phases
+        self._drawn_PLNK = torch.stack(
+            [draw(phase, num_layers, num_experts, top_k, rank) for phase in phases]
+        )
+        self._rows_LNK = self._drawn_PLNK[0].clone()
         self._position_L = [0] * num_layers
         self._batches_L = [0] * num_layers
         if settings.trace is None:
@@ -62,13 +65,13 @@ class Replay:
 
     def to(self, device: torch.device) -> None:
         """Move the tables to `device`."""
-        self._drawn_LNK = self._drawn_LNK.to(device)
+        self._drawn_PLNK = self._drawn_PLNK.to(device)
         self._rows_LNK = self._rows_LNK.to(device)
 
     def _name_experts(self, layer: int, phase: int) -> None:
-        """Let other experts be the popular ones; the same on every rank."""
+        """Let other experts be the popular ones, and as popular; the same on every rank."""
         names_E = torch.from_numpy(name_experts(self._settings, self.num_experts, layer, phase))
-        drawn_NK = self._drawn_LNK[layer]
+        drawn_NK = self._drawn_PLNK[phase % len(self._drawn_PLNK), layer]
         self._rows_LNK[layer] = names_E.to(drawn_NK.device)[drawn_NK.long()]
 
 

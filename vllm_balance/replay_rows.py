@@ -1,7 +1,7 @@
 """The rows that routing replay hands out: drawn from a seeded skew, or from a recorded trace."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ class Hot(BaseModel):
     """`fraction` of all (token, expert) pairs goes to `experts` experts, evenly; the rest too.
 
     With `ranks`, the hot experts of a layer are all at home on one of that many ranks, drawn per
-    layer, if experts are placed linearly; without, they may be anywhere.
+    layer, if experts are placed linearly; without, they may be anywhere. `further_fractions`: with
+    each change of the hot experts the next of these takes the place of `fraction`, round and round.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     experts: int = Field(ge=1)
     fraction: float = Field(ge=0, le=1)
     ranks: int | None = Field(default=None, ge=1)
+    further_fractions: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
 
 
 class ReplaySettings(BaseModel):
@@ -54,14 +56,28 @@ class ReplaySettings(BaseModel):
             )
         if self.trace is not None and self.change_every is not None:
             raise ValueError("change_every goes with zipf or hot; a trace changes by itself")
+        if self.hot is not None and self.hot.further_fractions and self.change_every is None:
+            raise ValueError("hot.further_fractions need change_every")
         return self
+
+    @property
+    def phases(self) -> "tuple[ReplaySettings, ...]":
+        """These settings with one fraction of `hot` each, in the order in which they come."""
+        if self.hot is None or not self.hot.further_fractions:
+            return (self,)
+        fractions = (self.hot.fraction, *self.hot.further_fractions)
+        hots = [Hot(**self.hot.model_dump(include={"experts", "ranks"}), fraction=fraction)
+                for fraction in fractions]  # fmt: skip
+        return tuple(self.model_copy(update={"hot": hot}) for hot in hots)
 
 
 def draw(
     settings: ReplaySettings, num_layers: int, num_experts: int, top_k: int, rank: int
 ) -> torch.Tensor:
     """int32 [num_layers, rows, top_k], distinct within a row: experts numbered by popularity
-    (0 first), or the trace's own ids. Raises ValueError if the settings do not fit the model.
+    (0 first), or the trace's own ids; of the first of several phases.
+
+    Raises ValueError if the settings do not fit the model.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and {num_experts} experts, got {top_k}")

@@ -8,15 +8,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
-from starter import Forked, Starter
 
 from bench.server import environment, free_port, stop, tail, wait_until_healthy
+from bench.starter import Forked, starter
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTS_WITHIN_S = 400
@@ -125,12 +124,6 @@ class Server:
         return tail(self.log)
 
 
-@cache
-def starter() -> Starter:
-    """The one of this test process."""
-    return Starter()
-
-
 @contextmanager
 def serve(
     model: Path | str,
@@ -143,7 +136,7 @@ def serve(
     """Starts a server, waits until it is healthy, and leaves no process behind.
 
     Prompts of up to 512 tokens, 16 at once; more `arguments` win over these. It is forked from a
-    process that has imported vLLM (starter.py), or `spawned` as a user starts it.
+    process that has imported vLLM (bench/starter.py), or `spawned` as a user starts it.
     """
     port = free_port()
     command = [VLLM, "serve", str(model), "--port", str(port)]
@@ -161,7 +154,7 @@ def serve(
                 start_new_session=True,
             )
     else:
-        process = starter().start(command, log=log, environ=environ)
+        process = starter().start(command, log=log, environ=environ, folder=log.parent)
     server = Server(process, port, log)
     try:
         wait_until_healthy(process, server.url, log, within_s=STARTS_WITHIN_S)

@@ -182,7 +182,8 @@ def _check_replay(config: BalancerConfig, model_config: Any) -> None:
     assert config.replay is not None
     experts, top_k = model_config.get_num_experts(), model_config.get_num_experts_per_tok()
     try:
-        draw(config.replay, num_layers=1, num_experts=experts, top_k=top_k, rank=0)
+        for phase in config.replay.phases:
+            draw(phase, num_layers=1, num_experts=experts, top_k=top_k, rank=0)
     except ValueError as error:
         raise BalancerError(f"`replay` cannot drive {model_config.model}: {error}.") from error
 

@@ -4,11 +4,13 @@ On the CPU vLLM spawns its processes: API server, engine and workers import torc
 after the other, a minute per server on a slow core. Here one process imports them, and every server
 is forked from it, its own processes included, as vLLM does by itself on GPUs. Not for servers with
 more than one API server: these have to set up Prometheus before it is imported.
+
+A forked worker takes over the OpenMP library and the number of its threads, one. vLLM would bind
+that thread to a core by an environment that is read no more; `bench.server` binds it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +43,37 @@ class Starter:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": openmp()},
         )
 
-    def start(self, command: list[str], *, log: Path, environ: dict[str, str]) -> Forked:
+    def start(
+        self, command: list[str], *, log: Path, environ: dict[str, str], folder: Path | None = None
+    ) -> Forked:
         """Forks `vllm ...`, which leads a session of its own and prints to `log`."""
-        return Forked(self, self.ask(command=command, log=str(log), environ=environ))
+        where = str(folder or Path.cwd())
+        pid = self.ask(command=command, log=str(log), environ=environ, folder=where)
+        return Forked(self, pid)
 
     def ask(self, **request: Any) -> Any:
-        """The answer to one request: a process id to `command`, a status to `pid`."""
+        """The answer to one request: a process id to `command`, a status to `pid`.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that forks servers has ended; its error is above")
+        return json.loads(answer)
 
 
 class Forked:
-    """A forked server, with those methods of subprocess.Popen that tests use."""
+    """A forked server, with those methods of subprocess.Popen that are used."""
 
     def __init__(self, starter: Starter, pid: int) -> None:
         self._starter, self.pid = starter, pid
@@ -85,8 +100,23 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+@cache
+def starter() -> Starter:
+    """The one of this process."""
+    return Starter()
+
+
+def openmp() -> str:
+    """For LD_PRELOAD what vLLM's CPU platform preloads in its workers: torch's OpenMP library."""
+    folder = Path(find_spec("torch").origin).parent / "lib"
+    return ":".join(
+        [*filter(None, [os.environ.get("LD_PRELOAD")]), *map(str, folder.glob("libgomp*.so*"))]
+    )
+
+
 def main() -> int | None:
     """Serves requests until nobody asks any more. A forked child returns from here as `vllm`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Who asks ends its servers first.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What imports print is no answer.
     for name in IMPORTED:
@@ -110,11 +140,12 @@ def status_of(pid: int) -> int | None:
 def run(request: dict[str, Any]) -> int | None:
     """In the forked process: becomes `vllm ...`."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, of in enumerate((nothing, log, log)):
         os.dup2(of, descriptor)
-    os.chdir(Path(request["log"]).parent)
+    os.chdir(request["folder"])
     setproctitle.getproctitle()  # Finds the place of the title, which it cannot later.
     os.environ.clear()
     os.environ.update(request["environ"])
@@ -125,5 +156,4 @@ def run(request: dict[str, Any]) -> int | None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+    sys.exit(main())
