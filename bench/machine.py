@@ -78,7 +78,7 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
     model = real_size_model.ensure(num_layers=num_layers, dtype=dtype)
     flags = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", "4096"]
     flags += ["--dtype", dtype]
-    flags += ["--max-num-seqs", "32", "--no-enable-prefix-caching", "--stream-interval", "16"]
+    flags += ["--max-num-seqs", "32", "--no-enable-prefix-caching"]
     arm = Arm(
         name="static",
         balancer="static",

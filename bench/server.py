@@ -97,18 +97,9 @@ class Server:
             Path(self._log.name).unlink(missing_ok=True)
 
     def _start(self) -> subprocess.Popen[bytes] | Forked:
-        """Forked, unless it has several API servers, as data parallelism has by default."""
         command = self.arm.command(self.model, self.port)
         environ = environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer")
-        if self.arm.data_parallel == 1:
-            return starter().start(command, log=Path(self._log.name), environ=environ)
-        return subprocess.Popen(
-            command,
-            env=environ,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return starter().start(command, log=Path(self._log.name), environ=environ)
 
     def _place_ranks(self) -> None:
         """One core for each rank, as vLLM binds the ranks of a CPU when it spawns them.
@@ -125,8 +116,7 @@ class Server:
         for process, core in zip(ranks, cores_of(len(ranks)), strict=True):
             for thread in process.threads():
                 os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
-            if isinstance(self._process, Forked):
-                os.sched_setaffinity(process.pid, {core})
+            os.sched_setaffinity(process.pid, {core})
 
     @property
     def log(self) -> str:

@@ -2,8 +2,7 @@
 
 On the CPU vLLM spawns its processes: API server, engine and workers import torch and vLLM one
 after the other, a minute per server on a slow core. Here one process imports them, and every server
-is forked from it, its own processes included, as vLLM does by itself on GPUs. Not for servers with
-more than one API server: these have to set up Prometheus before it is imported.
+is forked from it, its own processes included, as vLLM does by itself on GPUs.
 
 A forked worker takes over the OpenMP library and the number of its threads, one. vLLM would bind
 that thread to a core by an environment that is read no more; `bench.server` binds it.
@@ -152,7 +151,21 @@ def run(request: dict[str, Any]) -> int | None:
     sys.argv = request["command"]
     get_context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: get_context(method and "fork")
+    let_api_servers_share_metrics()
     return import_module("vllm.entrypoints.cli.main").main()
+
+
+def let_api_servers_share_metrics() -> None:
+    """Several API servers keep metrics in files, which Prometheus decides when it is imported."""
+    serve = import_module("vllm.entrypoints.cli.serve")
+    values = import_module("prometheus_client.values")
+    set_up = serve.setup_multiprocess_prometheus
+
+    def set_up_and_decide_again() -> None:
+        set_up()
+        values.ValueClass = values.get_value_class()
+
+    serve.setup_multiprocess_prometheus = set_up_and_decide_again
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 SCRIPT = '''
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from bench.server import Server
@@ -25,13 +25,12 @@ class Health(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 """
-arm = SimpleNamespace(
-    name="fake",
-    num_ranks=2,
-    data_parallel=2,  # Spawned, not forked from a process that has imported vLLM.
-    command=lambda model, port: [sys.executable, "-c", HEALTHY, str(port)],
-)
-with Server(arm, Path("model")) as server:
+class Fake(Server):
+    def _start(self):
+        command = [sys.executable, "-c", HEALTHY, str(self.port)]
+        return subprocess.Popen(command, start_new_session=True)
+
+with Fake(SimpleNamespace(name="fake"), Path("model")) as server:
     print(server._process.pid, flush=True)
     time.sleep(600)
 '''

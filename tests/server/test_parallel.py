@@ -29,7 +29,9 @@ pytestmark = pytest.mark.timeout(900)
 LAYERS, TOP_K = 4, 4
 DIES_WITHIN_S = 60
 ONE_API_SERVER = ("--api-server-count", "1")
-"""Several, data parallelism's default, must be spawned; one layout is."""
+"""data-metro has two, data parallelism's default."""
+SPAWNED = ["tensor", "metro"]
+"""As a user starts it; the others are forked (bench/starter.py)."""
 SERVERS = {
     "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
     "tensor-eplb": (*TENSOR_PARALLEL, *balanced("eplb")),
@@ -56,7 +58,7 @@ def layout(request) -> list[str]:
 def server(layout, model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = (*SERVERS["-".join(layout)], *FLOAT32, *EAGER)
-    starting = {"num_ranks": 2, "spawned": layout == ["data", "metro"]}
+    starting = {"num_ranks": 2, "spawned": layout == SPAWNED}
     with serve(model, *arguments, log=log, **starting, VLLM_PLUGINS="moe_balancer") as running:
         yield running
 
