@@ -79,7 +79,7 @@ def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
     with probing(shape, kernel_isa(), cores_of(RANKS), local) as probe:
         fits = [
             fit([np.array(p.tokens_E) for p in points], np.array([p.time_us for p in points]))
-            for points in sample(probe, local, RANKS)
+            for points in sample(probe, local)
         ]
         cluster = Cluster(costs=tuple(found.model for found in fits))
         for kind, batch in BATCHES.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bench import markdown
 
 Row = dict[str, Any]
-SHOWN = {
-    "tpot_ms": "TPOT ms",
-    "ttft_ms": "TTFT ms",
+TIMES = {"tpot_ms": "TPOT ms", "ttft_ms": "TTFT ms"}
+PARTS = ("measured", "predicted", "error")
+COUNTS = {
     "activated_worst_rank": "experts on the worst rank",
     "tokens_worst_rank": "tokens on the worst rank",
 }
@@ -22,24 +23,17 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
         return hardware.get(row["machine"], row["machine"])
 
     if name == "measured":
-        own = [row for row in rows if row["kind"] == "measured"]
-        own.sort(key=lambda row: (file(row), row["run"], list(SHOWN).index(row["what"])))
-        head = ["machine", "run", "arm", "what", "measured", "predicted", "error"]
-        body = [
-            [file(row), row["run"], row["arm"], SHOWN[row["what"]], f"{row['reference']:.1f}",
-             f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
-            for row in own
-        ]  # fmt: skip
-        return markdown.table(head, body, left=4)
+        groups = _grouped(rows, "measured", file, lambda row: row["arm"])
+        head = ["machine", "run", "arm"]
+        head += [f"{what}: {part}" for what in TIMES.values() for part in PARTS]
+        head += [f"{what}: error" for what in COUNTS.values()]
+        body = [[*key, *_measured(group)] for key, group in groups.items()]
+        return markdown.table(head, body, left=3)
     if name == "pairs":
-        own = sorted((row for row in rows if row["kind"] == "pair"), key=file)
-        head = ["machine", "run", "arms", "measured", "predicted", "ranked"]
-        body = [
-            [file(row), row["run"], row["arm"], f"{row['reference']:+.1%}",
-             f"{row['predicted']:+.1%}",
-             ("right" if row["ranked"] else "wrong") if row["far_apart"] else "within 3 %"]
-            for row in own
-        ]  # fmt: skip
+        groups = _grouped(rows, "pair", file, lambda row: row.get("load") or "-")
+        head = ["machine", "run", "load", "pairs", "more than 3 % apart", "ranked right"]
+        head += ["wrong: measured, predicted"]
+        body = [[*key, *_ranked(group)] for key, group in groups.items()]
         return markdown.table(head, body, left=3)
     own = [row for row in rows if row["kind"].startswith("published") and row["paper"] == name]
     head = ["what", "published", "predicted", "remark"]
@@ -48,3 +42,41 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
         for row in own
     ]
     return markdown.table(head, body, left=1)
+
+
+def _grouped(
+    rows: list[Row], kind: str, file: Callable[[Row], str], last: Callable[[Row], str]
+) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows of a kind by machine, run and what `last` says, sorted by the first two."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (file(row), row.get("run", ""))):
+        if row["kind"] == kind:
+            groups.setdefault((file(row), row["run"], last(row)), []).append(row)
+    return groups
+
+
+def _measured(group: list[Row]) -> list[str]:
+    """Times with their errors, and errors of counts, of one arm; a dash for what it has not."""
+    found = {row["what"]: row for row in group}
+    cells = []
+    for what in TIMES:
+        row = found.get(what)
+        cells += (
+            [f"{row['reference']:.1f}", f"{row['predicted']:.1f}", f"{row['error']:+.1%}"]
+            if row
+            else ["-"] * len(PARTS)
+        )
+    return cells + [f"{found[what]['error']:+.1%}" for what in COUNTS]
+
+
+def _ranked(group: list[Row]) -> list[str]:
+    """How many pairs of arms there are and were ranked right, and which were not."""
+    apart = [row for row in group if row["far_apart"]]
+    wrong = [
+        f"{row['arm'].removeprefix(row.get('load', '')).strip()} "
+        f"{row['reference']:+.1%}, {row['predicted']:+.1%}"
+        for row in apart
+        if not row["ranked"]
+    ]
+    right = len(apart) - len(wrong)
+    return [str(len(group)), str(len(apart)), str(right), "; ".join(wrong) or "-"]

@@ -143,7 +143,20 @@ def test_tables_name_the_file_of_the_machine(tmp_path, asked):
             for arm in ("static", "metro")]  # fmt: skip
     made = points(tmp_path, rows)
     lines = validation_tables.table("measured", made, NAMES).splitlines()
-    assert lines[0].startswith("| machine | run | arm | what | measured |")
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 8 + ["| other"] * 8
+    assert lines[0].startswith("| machine | run | arm | TPOT ms: measured |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 2 + ["| other"] * 2
     pairs = validation_tables.table("pairs", made, {HERE: "here"}).splitlines()[2:]
-    assert sorted(line.split(" | ")[0] for line in pairs) == [f"| {OTHER}", "| here"]
+    assert [line.split(" | ")[0] for line in pairs] == [f"| {OTHER}", "| here"]
+
+
+def test_pairs_that_are_ranked_wrong_are_named():
+    pair = {"kind": "pair", "run": "r", "load": "batch 8", "machine": HERE, "far_apart": True}
+    apart = pair | {"reference": 0.1}
+    rows = [
+        {**apart, "arm": "batch 8 a against b", "predicted": -0.04, "ranked": False},
+        {**apart, "arm": "batch 8 c against b", "predicted": 0.2, "ranked": True},
+        {**apart, "arm": "batch 8 c against a", "predicted": -0.2, "ranked": False}
+        | {"reference": 0.01, "far_apart": False},
+    ]
+    (line,) = validation_tables.table("pairs", rows, {HERE: "here"}).splitlines()[2:]
+    assert line == "| here | r | batch 8 | 3 | 2 | 1 | a against b +10.0%, -4.0% |"

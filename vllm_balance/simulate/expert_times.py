@@ -28,6 +28,9 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _OUTLIER = 0.05
 _MANY = 8
 """Tokens of an expert from which they decide about its time, not its weights."""
+_EVEN = 0.1
+"""Beyond _MANY tokens, where points are few, a token that takes twice as long between two knots as
+between the two before counts as much as a point that is missed by this share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +120,28 @@ def _expert_times(rank: RankProfile) -> tuple[float, Array]:
     )
     time_us = np.array([point.time_us for point in rank.points])
     relative = design / time_us[:, None]
+    even, nothing = _evenness(knots_K, rank), np.zeros(max(0, len(knots_K) - 2))
     weight = np.ones(len(time_us))
     for _ in range(30):
-        found, _ = nnls(relative * weight[:, None], weight)
+        rows = np.concatenate([relative * weight[:, None], even])
+        found, _ = nnls(rows, np.concatenate([weight, nothing]))
         residual = relative @ found - 1
         weight = 1 / np.sqrt(1 + (residual / _OUTLIER) ** 2)
     table = _rises(np.arange(TABLE + 1), knots_K) @ found[:-1]
     table[0] = 0.0
     return float(found[-1]), table
+
+
+def _evenness(knots_K: Array, rank: RankProfile) -> Array:
+    """What the fit should make zero: by how much a token's time changes at each knot, as shares.
+
+    A row for each knot between two pieces, zero below _MANY; columns are the fit's: the first knot,
+    each piece, the fixed time.
+    """
+    token_us = min(point.time_us / sum(point.tokens_E) for point in rank.points)
+    share = np.diag(_EVEN / (np.diff(knots_K) * token_us))
+    change = np.diff(share, axis=0) * (knots_K[1:-1, None] >= _MANY)
+    return np.pad(change, ((0, 0), (1, 1)))
 
 
 def _rises(tokens_N: Array, knots_K: Array) -> Array:
