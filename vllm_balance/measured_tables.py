@@ -30,6 +30,7 @@ def waiting(row: Measurement) -> float:
 COLUMNS: tuple[tuple[str, str, Value], ...] = (
     ("TPOT ms", ".1f", lambda row: row.tpot_ms.p50),
     ("p99", ".1f", lambda row: row.tpot_ms.p99),
+    ("ITL p99 ms", ".1f", lambda row: row.itl_ms.p99),
     ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
     ("tokens/s", ".1f", lambda row: row.tokens_per_s),
     ("experts on the worst rank", ".1f", lambda row: row.activated_worst_rank),

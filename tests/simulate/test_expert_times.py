@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_balance.commands.profile import COARSE, MAX_TOKENS, grid
 from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
@@ -64,13 +65,18 @@ def test_moving_an_experts_tokens_to_its_copy_never_activates_more(tokens_P):
         assert of(TIMES, together)[0][0][0] <= of(TIMES, tokens_P)[0][0][0] + 1e-9
 
 
-def profile_of(time_of_one):
-    """A profile of a rank that serves one expert after the other."""
+def varied_batches():
+    """Many batches of many sizes."""
     random = np.random.default_rng(0)
     batches = [[n] * g for n in (1, 2, 4, 8, 16, 32, 64, 128) for g in (4, 16, 32)]
-    batches += [random.integers(1, 60, 24).tolist() for _ in range(6)]
+    return batches + [random.integers(1, 60, 24).tolist() for _ in range(6)]
+
+
+def profile_of(time_of_one, batches=None, disturbed=lambda batch: 1.0):
+    """A profile of a rank that serves one expert after the other."""
     points = [
-        Point(tokens_E=batch, time_us=sum(map(time_of_one, batch)), repeats=3) for batch in batches
+        Point(tokens_E=batch, time_us=disturbed(batch) * sum(map(time_of_one, batch)), repeats=3)
+        for batch in batches or varied_batches()
     ]
     found = fit(
         [np.array(point.tokens_E) for point in points], np.array([p.time_us for p in points])
@@ -120,3 +126,18 @@ def test_the_cpu_of_the_catalogue_is_described_well():
     rough = roofline(models.load("qwen3-30b-a3b"), machine)
     assert rough.stream_SN[0, 1] == pytest.approx(measured(profile).stream_SN[0, 1], rel=0.1)
     assert rough.stream_SN[0, 64] == pytest.approx(measured(profile).stream_SN[0, 64], rel=0.1)
+
+
+def test_the_few_points_with_hot_experts_do_not_make_a_token_free():
+    """As measured once: the batches with more than 100 tokens of an expert were a quarter fast."""
+
+    def time_of_one(tokens):
+        return max(1600.0, 600.0 + 250.0 * tokens)
+
+    batches = [[n] * 64 for n in COARSE if n * 64 <= MAX_TOKENS] + grid(64, 7.0)
+    times = measured(
+        profile_of(time_of_one, batches, lambda batch: 0.75 if max(batch) > 100 else 1.0)
+    )
+    for few, many in ((64, 128), (128, 512)):
+        slope = (times.stream_SN[0, many] - times.stream_SN[0, few]) / (many - few)
+        assert 125 < slope < 260

@@ -28,7 +28,7 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 _OUTLIER = 0.05
 _MANY = 8
 """Tokens of an expert from which they decide about its time, not its weights."""
-_EVEN = 0.1
+_EVEN = 0.3
 """Beyond _MANY tokens, where points are few, a token that takes twice as long between two knots as
 between the two before counts as much as a point that is missed by this share."""
 
