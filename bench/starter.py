@@ -10,6 +10,7 @@ that thread to a core by an environment that is read no more; `bench.server` bin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -64,8 +65,10 @@ class Starter:
             RuntimeError: the process has ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("the process that forks servers has ended; its error is above")
         return json.loads(answer)

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+
+from bench import starter
 
 SCRIPT = '''
 import subprocess, sys, time
@@ -52,3 +55,12 @@ def test_a_run_that_is_terminated_takes_its_server_along():
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the server outlived its run"
         time.sleep(0.05)
+
+
+def test_a_starter_that_has_ended_is_named(tmp_path, monkeypatch):
+    """Here because what it imports is not there."""
+    script = tmp_path / "starter.py"
+    script.write_text("import nothing_of_this_name")
+    monkeypatch.setattr(starter, "__file__", str(script))
+    with pytest.raises(RuntimeError, match="the process that forks servers has ended"):
+        starter.Starter().start(["vllm"], log=tmp_path / "log", environ={})
