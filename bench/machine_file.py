@@ -64,6 +64,9 @@ def document(name: str, rows: list[Row], profile: Profile) -> Tables:
         )
     tables = _without_fixed(name, rows[-1]["machine"], ranks, cores, profile)
     bare = Hardware.model_validate(tables)
+    share = machine_servers.served_experts(rows, bare, profile)
+    tables["efficiency"]["served_experts"] = _number(share, "1", "served")
+    bare = Hardware.model_validate(tables)
     return _with_fixed(tables, machine_servers.of_servers(rows, bare, profile))
 
 
@@ -95,7 +98,8 @@ def _number(value: float, unit: str, source: str) -> Tables:
 def _without_fixed(
     name: str, machine: str, ranks: int, cores: machine_numbers.Values, profile: Profile
 ) -> Tables:
-    """The file with fixed times of 0 and attention at the peak, which `of_servers` starts from."""
+    """The file with fixed times of 0, attention at the peak and experts as fast as in the profile,
+    which the formulas for servers start from."""
 
     def whole(value: int, source: str) -> Tables:
         return {"value": value, "unit": "1", "source": source}
@@ -129,6 +133,7 @@ def _without_fixed(
             "dense_compute": share("dense_compute", "products"),
             "attention_compute": _number(1, "1", "prompts"),
             "dense_exposed": share("dense_exposed", "products"),
+            "served_experts": _number(1, "1", "served"),
         },
         "tiles": {
             "compute_tokens": whole(1, "profile"),
@@ -158,6 +163,8 @@ def _without_fixed(
             "collective is a copy too, its latency is in the time of a layer",
             "servers": "`python -m bench.machine`: what is left of TPOT of servers of one and two "
             "layers beyond experts and products; time to decide by the servers' own clocks",
+            "served": "`python -m bench.machine`: predicted over measured time of the experts of "
+            "servers of one and two layers, median over loads",
             "bursts": "`python -m bench.machine`: what is left of TTFT of bursts of short prompts",
             "prompts": "`python -m bench.machine`: how much longer a prompt of 1,000 tokens takes "
             "than one of 500, beyond experts and products",

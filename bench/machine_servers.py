@@ -1,7 +1,8 @@
 """Constants of a CPU machine's hardware file that follow from servers, each by a formula.
 
-From the server rows of `bench.machine`, with L layers and n requests at once, by non-negative least
-squares; `predicted` is the simulator's, without fixed times::
+From the server rows of `bench.machine`, with L layers and n requests at once; `predicted` is the
+simulator's, without fixed times. How much of the profile's speed experts reach in a server is the
+median over loads of predicted over measured time. With that, by non-negative least squares::
 
     TPOT - experts measured - rest predicted = step + L * layer + n * token
     TTFT - first step predicted              = request + (n - 1) / 2 * request_ahead
@@ -71,6 +72,12 @@ class Served:
         experts_us, busy_us = self.made.stage_us["experts"], self.made.busy_us_N
         first_us = (self.experts_us - busy_us[1:].sum()) * experts_us[0] / busy_us[0]
         return float(self.ttft_us - first_us - (self.made.step_us_N[0] - experts_us[0]))
+
+
+def served_experts(rows: list[Row], machine: Hardware, profile: Profile) -> float:
+    """Share of the profile's speed that experts reach in a server; arguments as of `of_servers`."""
+    loads = served(part(rows, "server", profile.shape.dtype), machine, profile)
+    return statistics.median(float(each.made.busy_us_N.sum()) / each.experts_us for each in loads)
 
 
 def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:

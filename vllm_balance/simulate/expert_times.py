@@ -52,6 +52,14 @@ class ExpertTimes:
         tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
         return rank_times(tokens_LP, num_ranks, *tables)
 
+    def at(self, speed: float) -> ExpertTimes:
+        """The same at a share of the speed."""
+        return ExpertTimes(
+            fixed_S2=self.fixed_S2 / speed,
+            stream_SN=self.stream_SN / speed,
+            compute_SN=self.compute_SN / speed,
+        )
+
     @property
     def knee_tokens(self) -> float:
         """Tokens per active expert from which a rank computes: what a profile tells production.

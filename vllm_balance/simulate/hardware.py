@@ -50,6 +50,9 @@ class Efficiency(Document):
     dense_exposed: Share
     """Share of the time to stream weights that arithmetic cannot hide: 0 on a GPU; a CPU core
     unpacks weights before it multiplies."""
+    served_experts: Ratio | None = None
+    """Share of a profile's speed that experts reach in a server, where they have neither caches
+    nor memory for themselves; all of it if not said."""
 
 
 class Tiles(Document):

@@ -119,7 +119,8 @@ def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
 def expert_times(arm: Arm) -> ExpertTimes:
     """Measured times where the profile is of these experts, else the roofline."""
     if arm.profile is not None and _is_of(arm.profile, arm.model):
-        return measured(arm.profile)
+        served = arm.hardware.efficiency.served_experts
+        return measured(arm.profile).at(served.value if served else 1.0)
     return roofline(arm.model, arm.hardware)
 
 
