@@ -44,19 +44,21 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Names the group of an item, which xdist reads before items are modified."""
+    file = item.path.relative_to(TESTS)
+    group = TOGETHER if file.parts[0] == TOGETHER else file
+    item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts files by RUN_FIRST; the tests of a file keep their order, and one process."""
+    """Sorts files by RUN_FIRST; the tests of a file keep their order."""
 
     def turn(item: pytest.Item) -> int:
         found = (i for i, name in enumerate(RUN_FIRST) if item.path.is_relative_to(TESTS / name))
         return next(found, len(RUN_FIRST))
 
     items.sort(key=turn)
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        group = TOGETHER if file.parts[0] == TOGETHER else file
-        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 def _load(name: str, file: Path) -> None:
