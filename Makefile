@@ -29,9 +29,9 @@ help:  ## list the targets
 
 env: $(VENV)/.installed  ## create the environment and install everything (only what changed)
 
-# Files run in the groups and in the order of tests/conftest.py, not by their number of tests.
+# Files run in the order of tests/conftest.py, not by their number of tests.
 test: env $(VENV)/.browser  ## run the whole test suite, two files at a time
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: env  ## serve the demo model on two ranks and compare static, eplb and metro
 	$(BIN)/python -m bench.demo $(ARGS)

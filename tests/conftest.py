@@ -17,18 +17,18 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 RUN_FIRST = (
     "test_demo_model.py",
-    "distributed/test_slot_ranks.py",
-    "server",
     "distributed",
     "kernels",
     "placement",
+    "server/test_parallel.py",
+    "server/test_harmoeny.py",
+    "server/test_variants.py",
+    "server/test_online.py",
+    "server",
 )
 """Files and folders in the order in which they are run, before all others. The first may train the
-demo model, on one core, and the second does without it. Then the longest come first: a worker that
-begins a long file when the other has nothing left to do costs minutes."""
-TOGETHER = "server"
-"""Tests of this folder are run by one process: the ranks of two servers on two cores would wait for
-each other's time slices in every collective."""
+demo model, on one core, and what follows does without it. Then the longest files come first: a
+worker that starts its last server when the other has nothing left to do costs a minute."""
 
 # Read when torch loads OpenMP. Two test processes with two threads each on two cores would spend
 # more than half of the time spinning until the threads of the other give way. A server's ranks
@@ -42,13 +42,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Names the group of an item, which xdist reads before items are modified."""
-    file = item.path.relative_to(TESTS)
-    group = TOGETHER if file.parts[0] == TOGETHER else file
-    item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
