@@ -113,7 +113,7 @@ class Server:
         # An engine of one rank has no worker process of its own.
         engines = [process for process, name in named if "VLLM::EngineCore" in name]
         ranks = sorted(workers or engines, key=lambda process: process.cmdline())
-        for process, core in zip(ranks, cores_of(len(ranks)), strict=True):
+        for process, core in zip(ranks, rank_cores(len(ranks)), strict=True):
             for thread in process.threads():
                 os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
             os.sched_setaffinity(process.pid, {core})
@@ -196,7 +196,7 @@ def tail(log: Path, num_lines: int = 60) -> str:
 def environment(num_ranks: int, **more: str) -> dict[str, str]:
     """The environment of a small CPU server: one core per rank, a small KV cache, no network."""
     ours = {
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores_of(num_ranks))),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, rank_cores(num_ranks))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -205,7 +205,7 @@ def environment(num_ranks: int, **more: str) -> dict[str, str]:
     return inherited | ours | more
 
 
-def cores_of(num_ranks: int) -> list[int]:
+def rank_cores(num_ranks: int) -> list[int]:
     """The core of each rank; ranks beyond the number of cores share them."""
     cores = sorted(os.sched_getaffinity(0))
     return [cores[rank % len(cores)] for rank in range(num_ranks)]

@@ -128,11 +128,11 @@ def _expert_times(rank: RankProfile) -> tuple[float, Array]:
     )
     time_us = np.array([point.time_us for point in rank.points])
     relative = design / time_us[:, None]
-    even, nothing = _evenness(knots_K, rank), np.zeros(max(0, len(knots_K) - 2))
+    even = _evenness(knots_K, rank)
     weight = np.ones(len(time_us))
     for _ in range(30):
         rows = np.concatenate([relative * weight[:, None], even])
-        found, _ = nnls(rows, np.concatenate([weight, nothing]))
+        found, _ = nnls(rows, np.concatenate([weight, np.zeros(len(even))]))
         residual = relative @ found - 1
         weight = 1 / np.sqrt(1 + (residual / _OUTLIER) ** 2)
     table = _rises(np.arange(TABLE + 1), knots_K) @ found[:-1]
