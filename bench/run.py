@@ -1,8 +1,9 @@
 """Runs tables: `python -m bench.run configs/runs/decode.toml ...`.
 
 Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the machine hits all
-alike. An arm is measured only if it answers like one dense rank (bench/gate.py), and a row is
-refused if the ranks disagree or if the policy did not run. Rows are JSON lines in bench/results/
+alike; with `in_turns` load by load, on servers that are up together (bench/turn.py). An arm is
+measured only if it answers like one dense rank (bench/gate.py), and a row is refused if the ranks
+disagree or if the policy did not run. Rows are JSON lines in bench/results/
 (vllm_balance/measurement.py); a run that was ended continues behind its last row.
 
 What a run file may hold is in docs/benchmarks.md. A trace is looked for in the folder that --traces
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +31,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import counters, gate, real_size_model, waiting
-from bench.load import Load, send, timed
-from bench.placed import SLOW_RANK, Placed, prepared
+from bench import real_size_model
+from bench.placed import Placed, prepared
 from bench.provenance import ROOT, config_hash, provenance, sources
-from bench.server import Server
-from bench.slow_rank import slowed
-from bench.starts import Cell, Start, arm_of, plan
+from bench.starts import Cell, Start, plan
+from bench.turn import Turn
 from vllm_balance.measurement import Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
@@ -72,8 +71,9 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
         placed = prepared(settings, model, traces, origin["config_hash"])
         if placed is not None:
             console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
-        for start in (start for start in starts if left[start.position]):
-            for measured in _measure(start, left[start.position], model, placed, say):
+        missing = [start for start in starts if left[start.position]]
+        for _, group in itertools.groupby(missing, lambda start: start.group):
+            for measured in _measure([*group], left, model, placed, say):
                 row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
                 _append(results, row)
                 advance()
@@ -97,60 +97,26 @@ def _append(results: Path, row: Measurement) -> None:
 
 
 def _measure(
-    start: Start, left: list[Cell], model: Path, placed: Placed | None, say: Callable[[str], None]
+    group: Sequence[Start],
+    left: Mapping[int, Sequence[Cell]],
+    model: Path,
+    placed: Placed | None,
+    say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Fields of the rows that are left of one start, from one fresh and warm server."""
-    arm, seed = arm_of(start, placed), start.settings["seed"]
-    where = " ".join(filter(None, (start.case, start.arm)))
-    proof = gate.prove(arm, start.settings["arms"][start.arm].get("gate", {}), say)
-    say(f"{where}: starting the server")
-    with Server(arm, model) as server:
-        if "warm" in start.settings:
-            say(f"{where}: warming up")
-            _warm(Load(**start.settings["warm"]), server, model, seed)
-        for (factor, name), cells in itertools.groupby(left, lambda cell: (cell.slow, cell.load)):
-            load = start.loads[name]
-            if load.replay is not None:
-                server.replay({**load.replay, "seed": seed})
-            with _slow(server, factor):
-                if load.warming is not None:
-                    say(f"{where}: warming up for {name}")
-                    _warm(load.warming, server, model, seed)
-                for cell in cells:
-                    say(f"{where}: {name or 'measuring'}, {cell.repeat + 1} of {load.repeats}")
-                    yield {
-                        **{"arm": start.arm, "case": start.case, "position": start.position},
-                        **{"load": name, "repeat": cell.repeat, "seed": seed, "gate": proof},
-                        **({"slow": factor, "slow_shown": placed.shown_slowdown[factor]}
-                           if placed is not None else {}),
-                        **_measure_once(load, server, model, seed + cell.repeat),
-                    }  # fmt: skip
-
-
-def _warm(load: Load, server: Server, model: Path, seed: int) -> None:
-    for _ in range(2):
-        send(load, server.url, model, seed)
-
-
-def _slow(server: Server, factor: float) -> contextlib.AbstractContextManager[None]:
-    """The slow rank slowed, if at all: other layouts name their workers otherwise."""
-    return slowed(server.worker(SLOW_RANK), factor) if factor > 1 else contextlib.nullcontext()
-
-
-def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
-    """Fields of a row: one load, what the client timed and what the counters say."""
-    server.reset()
-    answered = send(load, server.url, model, seed)
-    ranks = server.status(per_layer=True)
-    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
-    return {
-        **timed(load, answered),
-        **counters.counted(ranks),
-        **waiting.shares(ranks),
-        "memory_bytes": server.memory_bytes(),
-        "samples": counters.samples(answered),
-        "layers": counters.heat(answered),
-    }
+    """Fields of the rows that are left of servers that are up together, each fresh and warm."""
+    with contextlib.ExitStack() as up:
+        turns: list[Turn] = []
+        for start in group:
+            turn = Turn(start, left[start.position], model, placed, say)
+            turns.append(up.enter_context(turn.up()))
+        cells = sorted({cell for turn in turns for cell in turn.left}, key=group[0].cells.index)
+        for (factor, name), same in itertools.groupby(cells, lambda cell: (cell.slow, cell.load)):
+            for turn in turns:
+                turn.get_ready(factor, name)
+            for cell in same:
+                for turn in turns if cell.repeat % 2 == 0 else reversed(turns):
+                    if cell in turn.left:
+                        yield turn.measure(cell)
 
 
 def _line(row: Measurement) -> str:

@@ -90,6 +90,7 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         assert self._process is not None
+        self.resume()
         stop(self._process)
         signal.signal(signal.SIGTERM, self._before)
         self._log.close()
@@ -152,6 +153,20 @@ class Server:
         if len(found) != 1:
             raise RuntimeError(f"{len(found)} processes are named {name}")
         return found[0]
+
+    def suspend(self) -> None:
+        """Stops all its processes where they are: it takes no time of a core, but its memory."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets a suspended server go on; nothing to one that runs."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        for pid in (self._process.pid, *(p.pid for p in descendants(self._process.pid))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def reset(self) -> None:
         """Sets the counters to zero."""

@@ -27,6 +27,8 @@ class Start:
     """One start of a server."""
 
     position: int
+    group: int
+    """Servers of one group are up together."""
     arm: str
     case: str
     settings: dict[str, Any]
@@ -48,23 +50,31 @@ class Start:
 def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
     """The starts of a run file in order: all arms of all cases forth, then back, ``rounds`` times.
 
-    A table of a case replaces the run file's table of that name. An arm whose map depends on how
-    much a rank is slowed has a start for each factor.
+    With `in_turns` there is no way back: the arms of a case are up together. A table of a case
+    replaces the run file's table of that name. An arm whose map depends on how much a rank is
+    slowed has a start for each factor.
+
+    Raises:
+        ValueError: several rounds of a run whose loads are in turn anyway.
     """
     cases = settings.get("cases", {"": {}})
     shared = settings.get("load", {})
     loads = {name: Load(**shared | own) for name, own in settings.get("loads", {"": {}}).items()}
     factors = tuple(float(factor) for factor in settings.get("slow", [1.0]))
+    in_turns = settings.get("in_turns", False)
+    if in_turns and rounds > 1:
+        raise ValueError("A run with `in_turns` has `repeats` of its loads, and no rounds.")
     units = [
         (arm, case, own)
         for case in cases
         for arm in settings["arms"]
         for own in factors_of(settings["arms"][arm], factors)
     ]
-    order = [*units, *reversed(units)] * rounds
+    order = (units if in_turns else [*units, *reversed(units)]) * rounds
     return [
         Start(
             position=position,
+            group=[*cases].index(case) if in_turns else position,
             arm=arm,
             case=case,
             settings=settings | cases[case],

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import psutil
 import pytest
 
@@ -55,6 +57,21 @@ def test_a_run_that_is_terminated_takes_its_server_along():
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the server outlived its run"
         time.sleep(0.05)
+
+
+def test_a_suspended_server_takes_no_time_and_goes_on():
+    folder = {"__name__": "fake"}
+    exec(SCRIPT[: SCRIPT.index("with Fake")], folder)
+    with folder["Fake"](SimpleNamespace(name="fake"), Path("model")) as server:
+        server.suspend()
+        process = psutil.Process(server._process.pid)
+        assert process.status() == psutil.STATUS_STOPPED
+        with pytest.raises(httpx.TimeoutException):
+            httpx.get(f"{server.url}/health", timeout=0.5)
+        server.resume()
+        assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+        server.suspend()
+    assert not process.is_running(), "a suspended server ends like any other"
 
 
 def test_a_starter_that_has_ended_is_named(tmp_path, monkeypatch):

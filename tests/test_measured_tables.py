@@ -26,6 +26,23 @@ def test_a_line_per_arm_with_medians_and_ratios():
     assert table.command == "python -m bench.run configs/runs/decode.toml"
 
 
+def test_loads_in_turn_are_compared_with_their_neighbours():
+    # The machine gets slower; metro is 10, 20, 30 and 40 % ahead.
+    drift = [(100.0, 90.0), (200.0, 160.0), (300.0, 210.0), (400.0, 240.0)]
+    measured = [
+        row(arm, tpot_ms=tpot_ms, repeat=repeat, in_turns=True)
+        for repeat, pair in enumerate(drift)
+        for arm, tpot_ms in zip(("static", "metro"), pair, strict=True)
+    ]
+    table = arms_table(measured)
+    assert column(table, "TPOT against static") == [
+        "+0.0% (+0.0 to +0.0)",
+        "-25.0% (-32.5 to -17.5)",
+    ]
+    assert table.caption.endswith("Ratios are of loads in turn, with quartiles.")
+    assert column(arms_table(measured[:4]), "TPOT against static") == ["+0.0%", "-16.7%"]
+
+
 def test_with_few_tokens_the_first_one_is_compared():
     few = [
         row("static", output_tokens=2),

@@ -1,7 +1,8 @@
 """Tables from measurements, the same for README.md, docs/ and `vllm-balance report`.
 
 A cell is the median over all repeats of all starts of a server; ratios compare medians within one
-run, one case and one load.
+run, one case and one load. Of loads that were sent in turn each is compared with its neighbour, and
+the ratio is the median of those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ BASES = ("static", "eplb")
 """Arms that the others are compared with, where a run has them."""
 FEW_TOKENS = 8
 """With so few tokens per request a load is about the first one."""
+
+FEW_PAIRS = 3
+"""Fewer have no quartiles."""
 
 Value = Callable[[Measurement], float]
 
@@ -70,17 +74,14 @@ def slow_table(rows: list[Measurement]) -> MeasuredTable:
     body = []
     for load, slow in dict.fromkeys((row.load, row.slow) for row in rows):
         here = [row for row in rows if (row.load, row.slow) == (load, slow)]
-        e2e_ms = {
-            arm: median([row for row in here if row.arm == arm], lambda row: row.e2e_ms.p50)
-            for arm in arms
-        }
+        own = {arm: [row for row in here if row.arm == arm] for arm in arms}
         cells = [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
-        cells += [f"{time_ms:.0f}" for time_ms in e2e_ms.values()]
-        body.append(cells + [f"{e2e_ms[arm] / e2e_ms[base] - 1:+.1%}" for arm, base in pairs])
+        cells += [f"{median(own[arm], _e2e_ms):.0f}" for arm in arms]
+        body.append(cells + [_ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
     headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
     return MeasuredTable(
         title=rows[0].title,
-        caption="End-to-end latency of a request, medians.",
+        caption=f"End-to-end latency of a request, medians.{_in_turn(rows)}",
         headings=headings + [f"{arm} against {base}" for arm, base in pairs],
         body=body,
         origin=origin(rows),
@@ -100,13 +101,13 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
-        cells += [_ratio(groups, key, base) for base in bases]
+        cells += [_ratio(own, groups.get((*key[:2], base), []), _time_ms) for base in bases]
         body.append(cells + [format(median(own, value), spec) for _, spec, value in COLUMNS])
     headings = [*(heading for heading, _ in varied), "arm"]
     headings += [f"{_compared(rows)} against {base}" for base in bases]
     return MeasuredTable(
         title=rows[0].title,
-        caption=f"Medians of {_count(groups.values())} per line.",
+        caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}",
         headings=headings + [heading for heading, _, _ in COLUMNS],
         body=body,
         origin=origin(rows),
@@ -201,20 +202,29 @@ def origin(rows: list[Measurement]) -> str:
     return f"Measured on {last.machine}; commit {commits}"
 
 
-def _ratio(
-    groups: dict[tuple[str, str, str], list[Measurement]], key: tuple[str, str, str], base: str
-) -> str:
-    """Time against that of a base in the same case and load."""
-    case, load, _ = key
-    theirs = groups.get((case, load, base))
-    if theirs is None:
+def _ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> str:
+    """Against a base in the same case and load; of loads in turn with quartiles."""
+    if not theirs:
         return "-"
-    return f"{median(groups[key], _time_ms) / median(theirs, _time_ms) - 1:+.1%}"
+    bases = {row.repeat: value(row) for row in theirs if row.in_turns}
+    ratios = [value(row) / bases[row.repeat] - 1 for row in own if row.repeat in bases]
+    if len(ratios) < FEW_PAIRS:
+        return f"{median(own, value) / median(theirs, value) - 1:+.1%}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _time_ms(row: Measurement) -> float:
     """What a load is about: time per token, or the first token where there are few."""
     return row.ttft_ms.p50 if row.output_tokens <= FEW_TOKENS else row.tpot_ms.p50
+
+
+def _e2e_ms(row: Measurement) -> float:
+    return row.e2e_ms.p50
+
+
+def _in_turn(rows: list[Measurement]) -> str:
+    return " Ratios are of loads in turn, with quartiles." if rows[0].in_turns else ""
 
 
 def _compared(rows: list[Measurement]) -> str:

@@ -68,6 +68,8 @@ class Measurement(Document):
     """The factor that the profile's kernels showed."""
     position: int
     """Place in the order in which servers were started."""
+    in_turns: bool = False
+    """The servers of all arms were up, and their loads were sent in turn."""
     repeat: int
     seed: int
     config_hash: str

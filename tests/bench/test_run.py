@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from measured import row
 
-from bench import run
+from bench import run, turn
 from bench.load import Load
 from bench.provenance import ROOT
 from bench.starts import arm_of, plan
@@ -76,7 +76,8 @@ class Killed(BaseException):
 @pytest.fixture
 def measuring(monkeypatch, tmp_path):
     """`run_file` with servers that answer at once, which can be killed before the n-th row."""
-    starts: list[tuple[str, str]] = []
+    starts: list[str] = []
+    running: set[str] = set()
     rows_left = [1000]
 
     class Server:
@@ -90,15 +91,23 @@ def measuring(monkeypatch, tmp_path):
         def __exit__(self, *exception):
             pass
 
+        def suspend(self):
+            running.discard(self.arm.name)
+
+        def resume(self):
+            running.add(self.arm.name)
+
     def measure_once(load, server, model, seed):
         rows_left[0] -= 1
         if rows_left[0] < 0:
             raise Killed
+        assert running in (set(), {server.arm.name})
         made = row(server.arm.name)
         known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
         known |= {
             "slow",
             "slow_shown",
+            "in_turns",
             "config_hash",
             "sources",
             "versions",
@@ -109,10 +118,10 @@ def measuring(monkeypatch, tmp_path):
         return {name: getattr(made, name) for name in type(made).model_fields if name not in known}
 
     monkeypatch.setattr(run.real_size_model, "ensure", lambda **shape: tmp_path)
-    monkeypatch.setattr(run.gate, "prove", lambda arm, gate, say: f"proof of {arm.name}")
-    monkeypatch.setattr(run, "Server", Server)
-    monkeypatch.setattr(run, "send", lambda *asked: None)
-    monkeypatch.setattr(run, "_measure_once", measure_once)
+    monkeypatch.setattr(turn.gate, "prove", lambda arm, gate, say: f"proof of {arm.name}")
+    monkeypatch.setattr(turn, "Server", Server)
+    monkeypatch.setattr(turn, "send", lambda *asked: None)
+    monkeypatch.setattr(turn, "_measure_once", measure_once)
     file = tmp_path / "test.toml"
     file.write_text(FILE)
     results = tmp_path / "results" / "test.jsonl"
@@ -152,6 +161,34 @@ def test_a_killed_run_continues_behind_its_last_row(measuring):
     assert keys(measuring()) == whole
     # Four rows per start: the second was half done, the first is not started again.
     assert measuring.starts == ["metro", "static", "metro", "metro", "static", "metro", "static"]
+
+
+IN_TURNS = FILE.replace("seed = 3", "seed = 3\nin_turns = true").replace(
+    "repeats = 2", "repeats = 3"
+)
+
+
+def test_loads_go_forth_and_back_over_servers_that_are_up_together(measuring):
+    measuring.file.write_text(IN_TURNS)
+    rows = measuring()
+    assert measuring.starts == ["static", "metro", "static", "metro"]
+    assert all(row.in_turns for row in rows)
+    first = [(row.arm, row.repeat) for row in rows if (row.case, row.load) == ("even", "one")]
+    there, back = [("static", 0), ("metro", 0)], [("metro", 1), ("static", 1)]
+    assert first == [*there, *back, ("static", 2), ("metro", 2)]
+    assert [row.case for row in rows] == ["even"] * 12 + ["skewed"] * 12
+    with pytest.raises(ValueError, match="repeats"):
+        plan(tomllib.loads(IN_TURNS), rounds=2)
+
+
+def test_a_killed_run_in_turns_continues_behind_its_last_row(measuring):
+    measuring.file.write_text(IN_TURNS)
+    whole = keys(measuring())
+    measuring.results.unlink()
+    with pytest.raises(Killed):
+        measuring(rows=15)
+    assert keys(measuring()) == whole
+    assert measuring.starts == ["static", "metro"]
 
 
 def test_a_finished_run_starts_nothing(measuring):

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(900)
 FILE = """
 title = "A small run"
 seed = 5
+in_turns = true
 [model]
 num_layers = 2
 num_experts = 16
@@ -46,17 +47,18 @@ window_size = 8
 step_interval = 40
 [arms.metro]
 redundancy = 1.5
+[arms.static]
 """  # noqa: E501
 
 
 @pytest.fixture(scope="module")
 def measured(dense, tmp_path_factory):
-    """The row of one start; the second start counts as measured already."""
+    """The row of `metro`, whose server is suspended until its turn; `static` counts as measured."""
     folder = tmp_path_factory.mktemp("run")
     file, results = folder / "small.toml", folder / "small.jsonl"
     file.write_text(FILE)
     known = {"config_hash": config_hash(tomllib.loads(FILE)), "machine": machine()}
-    done = row("metro", position=1, run="small", sources=sources(), **known)
+    done = row("static", position=1, run="small", sources=sources(), **known)
     results.write_text(done.model_dump_json() + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "PROMPTS", PROMPTS)
@@ -74,6 +76,7 @@ def measured(dense, tmp_path_factory):
 def test_the_client_measured_what_was_asked(measured):
     (found,) = measured
     assert (found.arm, found.position, found.repeat, found.seed) == ("metro", 0, 0, 5)
+    assert found.in_turns
     assert (found.requests, found.concurrency, found.output_tokens) == (8, 4, 200)
     assert found.tokens_per_s == pytest.approx(8 * 200 / found.duration_s)
     assert found.goodput_per_s == pytest.approx(found.requests_per_s)

@@ -1,0 +1,107 @@
+"""One server of a run: started, proven, warmed up, and measured load by load.
+
+Servers that are up together take turns: while one is measured, the processes of the others are
+stopped. So arms are compared within seconds, not minutes, on a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from bench import counters, gate, waiting
+from bench.load import Load, send, timed
+from bench.placed import SLOW_RANK, Placed
+from bench.server import Server
+from bench.slow_rank import slowed
+from bench.starts import Cell, Start, arm_of
+
+
+class Turn:
+    """One server of those that are up together; while another has its turn, it is stopped."""
+
+    def __init__(
+        self,
+        start: Start,
+        left: Sequence[Cell],
+        model: Path,
+        placed: Placed | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.left = left
+        self._start, self._model, self._placed, self._say = start, model, placed, say
+        self._alone = not start.settings.get("in_turns", False)
+        self._seed: int = start.settings["seed"]
+        self._where = " ".join(filter(None, (start.case, start.arm)))
+
+    @contextmanager
+    def up(self) -> Iterator[Self]:
+        """The server is up inside, proven and warm; suspended until its turn, if it has company."""
+        arm = arm_of(self._start, self._placed)
+        own = self._start.settings["arms"][self._start.arm]
+        self._proof = gate.prove(arm, own.get("gate", {}), self._say)
+        self._say(f"{self._where}: starting the server")
+        with Server(arm, self._model) as self._server:
+            if "warm" in self._start.settings:
+                self._say(f"{self._where}: warming up")
+                self._warm(Load(**self._start.settings["warm"]))
+            if not self._alone:
+                self._server.suspend()
+            yield self
+
+    def get_ready(self, factor: float, name: str) -> None:
+        """Changes to the routing of a load, if it has its own, and warms up for it."""
+        load = self._start.loads[name]
+        with self._running(factor):
+            if load.replay is not None:
+                self._server.replay({**load.replay, "seed": self._seed})
+            if load.warming is not None:
+                self._say(f"{self._where}: warming up for {name}")
+                self._warm(load.warming)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Fields of a row."""
+        start, load = self._start, self._start.loads[cell.load]
+        what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
+        self._say(f"{self._where}: {what}")
+        with self._running(cell.slow):
+            measured = _measure_once(load, self._server, self._model, self._seed + cell.repeat)
+        fields = {"arm": start.arm, "case": start.case, "position": start.position}
+        fields |= {"load": cell.load, "repeat": cell.repeat, "seed": self._seed}
+        if self._placed is not None:
+            fields |= {"slow": cell.slow, "slow_shown": self._placed.shown_slowdown[cell.slow]}
+        return fields | {"gate": self._proof, "in_turns": not self._alone} | measured
+
+    def _warm(self, load: Load) -> None:
+        for _ in range(2):
+            send(load, self._server.url, self._model, self._seed)
+
+    @contextmanager
+    def _running(self, factor: float) -> Iterator[None]:
+        """It runs inside, its slow rank slowed, if at all: other layouts name workers otherwise."""
+        if not self._alone:
+            self._server.resume()
+        slow = slowed(self._server.worker(SLOW_RANK), factor) if factor > 1 else None
+        with slow or contextlib.nullcontext():
+            yield
+        if not self._alone:
+            self._server.suspend()
+
+
+def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
+    """Fields of a row: one load, what the client timed and what the counters say."""
+    server.reset()
+    answered = send(load, server.url, model, seed)
+    ranks = server.status(per_layer=True)
+    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
+    return {
+        **timed(load, answered),
+        **counters.counted(ranks),
+        **waiting.shares(ranks),
+        "memory_bytes": server.memory_bytes(),
+        "samples": counters.samples(answered),
+        "layers": counters.heat(answered),
+    }
