@@ -4,13 +4,13 @@ Ranks are processes of one core each that run vLLM's own expert kernel. Their cu
 `vllm-balance profile` does; then batches of recorded traces are measured under several placements,
 one step after another and the placements of a step in turn, ROUNDS times there and back, so that a
 drift of the machine hits all alike. A placement's time is the sum over steps of the slowest rank's,
-the median of the rounds or modelled. Rounds there and rounds back are two measurements: pairs of
-placements that differ by less than the same placement does from itself cannot be ranked by anybody,
-and are counted apart.
+the median of the rounds or modelled. Nobody can rank two placements whose rounds do not show which
+is faster (Wilcoxon's signed-rank test, 5 %); such pairs are counted apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Iterator
@@ -20,13 +20,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from scipy.stats import wilcoxon
 
 from bench import markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.profile import cores_of, sample
-from vllm_balance.cost import fit, ranked_pairs
+from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import PLACEMENT, Cluster, score_L
 from vllm_balance.seams.device import kernel_isa
@@ -38,6 +39,7 @@ PAGE = ROOT / "docs" / "placement.md"
 BATCHES = {"decode": 32, "prefill": 512}
 ROUNDS = {"decode": 16, "prefill": 6}
 STEPS, RANDOM_PLACEMENTS, RANKS, SEED = 6, 5, 2, 0
+SIGNIFICANT = 0.05
 console = Console()
 
 
@@ -103,11 +105,8 @@ def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
                 "seed": SEED,
                 "fit_error": max(found.median_relative_error for found in fits),
                 "knee_tokens": [found.model.knee_tokens for found in fits],
-                "measured_us": _summed(times_RNK, slots),
-                "repeated_us": {
-                    "first": _summed(times_RNK[::2], slots),
-                    "second": _summed(times_RNK[1::2], slots),
-                },
+                "measured_us": _by_name(slots, np.median(times_RNK, axis=0).sum(0)),
+                "rounds_us": _by_name(slots, times_RNK.sum(1).T),
                 "modelled_us": modelled,
             }
 
@@ -140,34 +139,30 @@ def _measured(probe: Probe, steps_NE: Array, slots_KP: Array, rounds: int) -> Ar
     return times_RNK
 
 
-def _summed(times_RNK: Array, names: Iterable[str]) -> dict[str, float]:
-    """Sum over steps of the median round, by placement."""
-    return dict(zip(names, np.median(times_RNK, axis=0).sum(0).tolist(), strict=True))
+def _by_name(names: Iterable[str], values_K: Array) -> dict[str, Any]:
+    return dict(zip(names, values_K.tolist(), strict=True))
 
 
 def agreement(rows: list[Row]) -> tuple[int, int, int]:
-    """(pairs of placements ranked as measured, pairs that can be ranked, pairs in all).
-
-    A pair can be ranked if its two placements differ by more than the median placement of the row
-    differs from its own repetition.
-    """
+    """(pairs of placements ranked as measured, pairs that can be ranked, pairs in all)."""
     right = rankable = total = 0
     for row in rows:
-        first, second = row["repeated_us"]["first"], row["repeated_us"]["second"]
-        noise = statistics.median(abs(first[name] / second[name] - 1) for name in first)
-        modelled_N, measured_N = (
-            np.array(list(row[key].values())) for key in ("modelled_us", "measured_us")
-        )
-        agreed, ordered = ranked_pairs(modelled_N, measured_N, noise)
-        right, rankable = right + agreed, rankable + ordered
-        total += len(measured_N) * (len(measured_N) - 1) // 2
+        for one, other in itertools.combinations(row["rounds_us"], 2):
+            total += 1
+            longer_R = np.subtract(row["rounds_us"][one], row["rounds_us"][other])
+            if not longer_R.any() or wilcoxon(longer_R).pvalue >= SIGNIFICANT:
+                continue
+            rankable += 1
+            modelled = row["modelled_us"][one] - row["modelled_us"][other]
+            right += bool(np.sign(modelled) == np.sign(np.median(longer_R)))
     return right, rankable, total
 
 
 def _table(_: str) -> str:
     """A table for each machine and type of weights, the newest first."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in map(json.loads, reversed(RESULTS.read_text().splitlines())):
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    for row in (row for row in reversed(rows) if "rounds_us" in row):
         groups.setdefault((row["machine"], row.get("dtype", "bfloat16")), []).append(row)
     return "\n\n".join(_group(*key, rows) for key, rows in groups.items())
 
