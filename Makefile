@@ -77,9 +77,12 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Two pips at once: unpacking and compiling keep a core busy each.
+LARGE := ^\(torch\|triton\|ray\|sympy\|playwright\|plotly\)==
 $(VENV)/.locked: $(VENV)/.python configs/cpu.lock
-	@echo "Installing the packages of configs/cpu.lock into $(VENV): about a minute, 3.5 GB."
-	$(PIP) -r configs/cpu.lock
+	@echo "Installing the packages of configs/cpu.lock into $(VENV): about two minutes, 3.5 GB."
+	@grep '$(LARGE)' configs/cpu.lock | $(PIP) -r /dev/stdin & large=$$!; \
+	grep -v '$(LARGE)' configs/cpu.lock | $(PIP) -r /dev/stdin && wait $$large
 	@touch $@
 
 # Without build isolation, because the lock holds the build back-end too.
