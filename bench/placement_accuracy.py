@@ -27,7 +27,7 @@ from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.profile import cores_of, sample
-from vllm_balance.cost import fit
+from vllm_balance.commands.rank_curves import curves
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import PLACEMENT, Cluster, score_L
 from vllm_balance.seams.device import kernel_isa
@@ -79,10 +79,7 @@ def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
     layer = trace.num_layers // 2
     fitted, held_out = trace.split(SEED)
     with probing(shape, kernel_isa(), cores_of(RANKS), local) as probe:
-        fits = [
-            fit([np.array(p.tokens_E) for p in points], np.array([p.time_us for p in points]))
-            for points in sample(probe, local)
-        ]
+        fits = curves(sample(probe, local))
         cluster = Cluster(costs=tuple(found.model for found in fits))
         for kind, batch in BATCHES.items():
             draw = {"decode": "steps", "prefill": "prefill_steps"}[kind]

@@ -1,6 +1,7 @@
 """`place`, `trace info` and the parts of `profile` that need no measuring."""
 
 import json
+import sys
 from collections import Counter
 from datetime import UTC, datetime
 
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 
 from vllm_balance import commands, documents, maps, profiles, traces
 from vllm_balance.commands.expert_probe import Timing
-from vllm_balance.commands.profile import MAX_TOKENS, deviations, grid, sample
-from vllm_balance.cost import CostModel, fit
+from vllm_balance.commands.profile import MAX_TOKENS, deviations, grid, ranks_of, sample
+from vllm_balance.commands.rank_curves import curves, fastest, slowness
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import Cluster, score_L
@@ -34,53 +36,74 @@ CURVES = (
 
 
 class Instrument:
-    """Answers as ranks with known curves would, disturbed but for every third time."""
+    """Answers as ranks with known curves would; in each round all are slower by another factor.
 
-    def __init__(self):
+    `disturbed` slows one rank of one round.
+    """
+
+    def __init__(self, curves=CURVES, disturbed=None):
+        self.curves, self.disturbed = curves, disturbed
         self.measured = Counter()
 
     def measure(self, tokens_E):
         self.measured[tuple(tokens_E)] += 1
-        slower = 1.0 if self.measured[tuple(tokens_E)] % 3 == 0 else 1.4
-        times = [slower * curve.of_experts(np.array(tokens_E)) for curve in CURVES]
+        turn = self.measured[tuple(tokens_E)]
+        slower = 1.0 if turn == 3 else 1.4
+        times = [slower * curve.of_experts(np.array(tokens_E)) for curve in self.curves]
+        if self.disturbed is not None and turn == self.disturbed[0]:
+            times[self.disturbed[1]] *= 1.3
         return [Timing(time_us=time_us, repeats=3) for time_us in times]
 
 
-def test_the_fastest_of_three_rounds_counts():
+def test_every_batch_is_measured_in_every_round_and_the_fastest_counts():
     instrument = Instrument()
-    points_SN = sample(instrument, local=8)
-    assert set(instrument.measured.values()) == {3}
-    for curve, points in zip(CURVES, points_SN, strict=True):
+    points_RSN = sample(instrument, local=8)
+    assert set(instrument.measured.values()) == {len(points_RSN)} == {6}
+    for curve, points in zip(CURVES, fastest(points_RSN), strict=True):
         assert len(points) == len(instrument.measured)
         for point in points:
             assert point.time_us == pytest.approx(curve.of_experts(np.array(point.tokens_E)))
+
+
+def test_no_round_is_begun_late_beyond_three(monkeypatch):
+    monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
+    assert len(sample(Instrument(), local=8)) == 3
+
+
+def test_a_rank_is_slow_if_the_rounds_agree_and_not_if_one_was_disturbed():
+    alike = CURVES[:1] * 2
+    slow = (CURVES[0], CURVES[0].slowed(1.08))
+    assert slowness(sample(Instrument(slow), local=8)) == pytest.approx([1 / 1.04, 1.08 / 1.04])
+    assert slowness(sample(Instrument(alike, disturbed=(2, 1)), local=8)).tolist() == [1, 1]
+    first, second = (found.model for found in curves(sample(Instrument(slow), local=8)))
+    assert second.b_us / first.b_us == pytest.approx(1.08)
+    assert (second.tile_tokens, second.free_tokens) == (first.tile_tokens, first.free_tokens)
+
+
+def test_another_kind_of_device_has_a_curve_of_its_own():
+    other = CostModel(a_us=300, b_us=40, c_us=900, beta_us=1)
+    kinds = (CURVES[0], other)
+    points_RSN = sample(Instrument(kinds), local=8)
+    for found, true, points in zip(curves(points_RSN), kinds, fastest(points_RSN), strict=True):
+        assert found.median_relative_error < 0.02
+        for point in points:
+            tokens_E = np.array(point.tokens_E)
+            assert found.model.of_experts(tokens_E) == pytest.approx(
+                true.of_experts(tokens_E), rel=0.1
+            )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A profile and a trace of one model."""
     path = tmp_path_factory.mktemp("files")
-    points_SN = sample(Instrument(), local=8)
     measured = profiles.Profile(
         units=profiles.Units(),
         created=datetime.now(UTC),
         device="d",
         versions={},
         shape=SHAPE,
-        ranks=[
-            profiles.RankProfile(
-                rank=rank,
-                place=f"core {rank}",
-                curve=profiles.Curve.of(
-                    fit(
-                        [np.array(p.tokens_E) for p in points],
-                        np.array([p.time_us for p in points]),
-                    )
-                ),
-                points=points,
-            )
-            for rank, points in enumerate(points_SN)
-        ],
+        ranks=ranks_of(sample(Instrument(), local=8), ["core 0", "core 1"]),
     )
     documents.write(path / "p.json", measured)
     noise = np.random.default_rng(0).gumbel(size=(600, 3, 8)) - np.log(np.arange(1, 9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands.expert_probe import Probe, probing
-from vllm_balance.cost import CostModel, fit
+from vllm_balance.commands.rank_curves import curves, fastest
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
@@ -29,9 +31,10 @@ AROUND_KNEE = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 """Further samples, as multiples of the knee found."""
 MAX_TOKENS = 6144
 """Pairs of the largest sample on one rank."""
-ROUNDS = 3
-"""Times that every batch is measured, far apart; the fastest counts, because what else runs on a
-machine only ever adds time."""
+ROUNDS = (3, 6)
+"""Times that every batch is measured, far apart: at least, and at most if SECONDS leave time."""
+SECONDS = 70.0
+"""After which no round is begun beyond the least."""
 GOOD_FIT = 0.08
 """Median relative error from which on a profile comes with a warning."""
 TOLERANCE = 0.10
@@ -58,14 +61,14 @@ def profile(
     cores, isa = cores_of(ranks), kernel_isa()
     local = experts or min(-(-shape.num_experts // ranks), 64)
     with probing(shape, isa, cores, local) as probe:
-        points_SN = sample(probe, local)
+        points_RSN = sample(probe, local)
     measured = Profile(
         units=Units(),
         created=datetime.now(UTC),
         device=device_name(),
         versions={name: version(name) for name in profiles.BOUND_VERSIONS},
         shape=shape,
-        ranks=[_rank(i, core, points_SN[i]) for i, core in enumerate(cores)],
+        ranks=ranks_of(points_RSN, [f"core {core}" for core in cores]),
     )
     documents.write(output, measured)
     _print(measured)
@@ -88,9 +91,12 @@ def cores_of(ranks: int) -> list[int]:
     return cores[:ranks]
 
 
-def sample(probe: Probe, local: int) -> list[list[Point]]:
-    """Points of each rank: few far from the knee, many around it, and skewed batches."""
+def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
+    """Points of each round and rank, the same batches in each: few far from the knee, many around
+    it, and skewed ones.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    begun = time.monotonic()
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("finding the knee", total=None)
 
@@ -102,18 +108,15 @@ def sample(probe: Probe, local: int) -> list[list[Point]]:
 
         points_NS = [measure([n] * local) for n in COARSE if n * local <= MAX_TOKENS]
         batches = grid(local, _knee([points_S[0] for points_S in points_NS]))
-        total = ROUNDS * (len(points_NS) + len(batches))
-        bar.update(task, description="around the knee", total=total)
-        points_NS += [measure(tokens_E) for tokens_E in batches]
-        for again in range(1, ROUNDS):
-            bar.update(task, description=f"round {again + 1} of {ROUNDS}")
-            points_NS = [_fastest(old_S, measure(old_S[0].tokens_E)) for old_S in points_NS]
-    return [list(points_N) for points_N in zip(*points_NS, strict=True)]
-
-
-def _fastest(one_S: Sequence[Point], other_S: Sequence[Point]) -> list[Point]:
-    """The faster measurement of each rank."""
-    return [min(pair, key=lambda point: point.time_us) for pair in zip(one_S, other_S, strict=True)]
+        least, most = ROUNDS
+        each = len(points_NS) + len(batches)
+        bar.update(task, description="around the knee", total=least * each)
+        rounds = [points_NS + [measure(tokens_E) for tokens_E in batches]]
+        while len(rounds) < least or (len(rounds) < most and time.monotonic() - begun < SECONDS):
+            total = each * max(least, len(rounds) + 1)
+            bar.update(task, description=f"round {len(rounds) + 1}", total=total)
+            rounds.append([measure(points_S[0].tokens_E) for points_S in rounds[0]])
+    return [[list(points_N) for points_N in zip(*points_NS, strict=True)] for points_NS in rounds]
 
 
 def grid(local: int, knee: float) -> list[list[int]]:
@@ -140,11 +143,15 @@ def _knee(points: Sequence[Point]) -> float:
     return float(np.clip(knee, 1, 128))
 
 
-def _rank(rank: int, core: int, points: list[Point]) -> RankProfile:
-    found = fit(
-        [np.array(point.tokens_E) for point in points], np.array([p.time_us for p in points])
-    )
-    return RankProfile(rank=rank, place=f"core {core}", curve=Curve.of(found), points=points)
+def ranks_of(
+    points_RSN: Sequence[Sequence[Sequence[Point]]], places: Sequence[str]
+) -> list[RankProfile]:
+    """The entries of the file, from the points of each round and rank."""
+    per_rank = zip(places, curves(points_RSN), fastest(points_RSN), strict=True)
+    return [
+        RankProfile(rank=rank, place=place, curve=Curve.of(found), points=points)
+        for rank, (place, found, points) in enumerate(per_rank)
+    ]
 
 
 def _print(measured: Profile) -> None:
