@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kendalltau
 
 from vllm_balance.cost import (
     IN_TURN,
@@ -11,8 +12,6 @@ from vllm_balance.cost import (
     CostModel,
     fit,
     knee_of,
-    ranked_pairs,
-    ranking_agreement,
 )
 from vllm_balance.errors import BalancerError
 
@@ -69,7 +68,8 @@ def test_noise_and_outliers_move_the_curve_little(seed):
     found = fit(GRID, noisy, forms=(PLAIN,))
     assert np.median(np.abs(times(found.model) / times(TRUE) - 1)) < 0.05
     assert found.median_relative_error < 0.08
-    assert ranking_agreement(times(found.model), times(TRUE)) > 0.93
+    # 93 % of the pairs in the right order.
+    assert kendalltau(times(found.model), times(TRUE)).statistic > 2 * 0.93 - 1
 
 
 def test_the_tile_term_is_found_where_it_matters_and_left_out_elsewhere():
@@ -87,13 +87,6 @@ def test_the_form_of_the_machine_is_found_again():
         assert (found.model.tile_tokens, found.model.free_tokens) in forms
         assert found.median_relative_error < 1e-3
         assert found.model.knee_tokens == pytest.approx(true.knee_tokens, rel=0.02)
-
-
-def test_ranking_agreement_counts_ordered_pairs():
-    assert ranking_agreement(np.array([1.0, 2, 3]), np.array([1.0, 2, 3])) == 1
-    assert ranking_agreement(np.array([3.0, 2, 1]), np.array([1.0, 2, 3])) == 0
-    assert ranking_agreement(np.array([1.0, 3, 2]), np.array([1.0, 2, 3])) == pytest.approx(2 / 3)
-    assert ranking_agreement(np.array([1.0, 3]), np.array([2.0, 2.0])) == 1
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
@@ -119,9 +112,3 @@ def test_any_positive_times_give_a_usable_curve(measured):
     model = fit(GRID, np.array(measured), forms=(PLAIN,)).model
     values = np.array([model.a_us, model.b_us, model.c_us, model.beta_us, model.tile_us])
     assert np.isfinite(values).all() and (values >= 0).all()
-
-
-def test_pairs_within_the_noise_have_no_order_and_a_tie_of_the_model_is_no_ranking():
-    measured, modelled = np.array([100.0, 101.0, 120.0]), np.array([5.0, 4.0, 5.0])
-    assert ranked_pairs(modelled, measured, noise=0.05) == (1, 2)
-    assert ranked_pairs(modelled, measured) == (1, 3)

@@ -142,8 +142,12 @@ def fit(tokens_NE: Sequence[Array], time_us_N: Array, forms: Sequence[Form] = FO
     _check(tokens_NE, time_us_N)
     candidates = [_fit_form(tokens_NE, time_us_N, form) for form in forms]
     _, model = min(candidates, key=lambda candidate: candidate[0])
-    modelled_N = np.array([model.of_experts(tokens_E) for tokens_E in tokens_NE])
-    residual_N = modelled_N - time_us_N
+    return describe(model, tokens_NE, time_us_N)
+
+
+def describe(model: CostModel, tokens_NE: Sequence[Array], time_us_N: Array) -> Fit:
+    """How well a curve describes measured points, which are as in `fit`."""
+    residual_N = np.array([model.of_experts(tokens_E) for tokens_E in tokens_NE]) - time_us_N
     spread = ((time_us_N - time_us_N.mean()) ** 2).sum()
     return Fit(
         model=model,
@@ -151,27 +155,6 @@ def fit(tokens_NE: Sequence[Array], time_us_N: Array, forms: Sequence[Form] = FO
         r2=float(1 - (residual_N**2).sum() / spread),
         median_relative_error=float(np.median(np.abs(residual_N) / time_us_N)),
     )
-
-
-def ranked_pairs(modelled_N: Array, measured_N: Array, noise: float = 0.0) -> tuple[int, int]:
-    """(pairs of points that the model orders as the measurement does, pairs that have an order).
-
-    A pair has an order if its measured times differ by more than `noise`, a relative difference.
-    """
-    first, second = np.triu_indices(len(measured_N), 1)
-    difference = measured_N[first] - measured_N[second]
-    ordered = np.abs(difference) > noise * np.abs(measured_N[second])
-    right = np.sign(difference) == np.sign(modelled_N[first] - modelled_N[second])
-    return int((right & ordered).sum()), int(ordered.sum())
-
-
-def ranking_agreement(modelled_N: Array, measured_N: Array) -> float:
-    """Share of pairs of points that the model orders as the measurement does, 0 to 1.
-
-    Pairs with equal measured times do not count; 1.0 if no pair does.
-    """
-    right, ordered = ranked_pairs(modelled_N, measured_N)
-    return right / ordered if ordered else 1.0
 
 
 def _check(tokens_NE: Sequence[Array], time_us_N: Array) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from vllm_balance.cost import CostModel, Fit, fit
+from vllm_balance.cost import Fit, describe, fit
 from vllm_balance.profiles import Point
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -71,20 +71,8 @@ def curves(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> list[Fit]:
         time_us_N = np.array([point.time_us for point in points])
         own, shared = (
             fit(tokens_NE, time_us_N),
-            described(common.slowed(slow), tokens_NE, time_us_N),
+            describe(common.slowed(slow), tokens_NE, time_us_N),
         )
         is_another = own.median_relative_error < OWN_CURVE * shared.median_relative_error
         found.append(own if is_another else shared)
     return found
-
-
-def described(model: CostModel, tokens_NE: Sequence[Array], time_us_N: Array) -> Fit:
-    """How well a curve describes measured points."""
-    residual_N = np.array([model.of_experts(tokens_E) for tokens_E in tokens_NE]) - time_us_N
-    spread = ((time_us_N - time_us_N.mean()) ** 2).sum()
-    return Fit(
-        model=model,
-        residual_us_N=tuple(residual_N.tolist()),
-        r2=float(1 - (residual_N**2).sum() / spread),
-        median_relative_error=float(np.median(np.abs(residual_N) / time_us_N)),
-    )
