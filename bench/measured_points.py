@@ -19,7 +19,15 @@ from vllm_balance.measurement import Measurement, newest_by_machine, read_measur
 from vllm_balance.simulate import Outcome, hardware
 from vllm_balance.simulate.catalogue import names
 
-RUNS = ("decode", "prefill", "batch", "redundancy", "harmoeny-short", "harmoeny-moe-heavy")
+RUNS = (
+    "decode",
+    "decode-float32",
+    "prefill",
+    "batch",
+    "redundancy",
+    "harmoeny-short",
+    "harmoeny-moe-heavy",
+)
 RUNS += ("harmoeny-qwen3", "harmoeny-top1")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
