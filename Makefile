@@ -82,7 +82,7 @@ LARGE := ^\(torch\|triton\|ray\|sympy\|playwright\|plotly\)==
 $(VENV)/.locked: $(VENV)/.python configs/cpu.lock
 	@echo "Installing the packages of configs/cpu.lock into $(VENV): about two minutes, 3.5 GB."
 	@grep '$(LARGE)' configs/cpu.lock | $(PIP) -r /dev/stdin & large=$$!; \
-	grep -v '$(LARGE)' configs/cpu.lock | $(PIP) -r /dev/stdin && wait $$large
+	grep -v '$(LARGE)' configs/cpu.lock | $(PIP) -r /dev/stdin; small=$$?; wait $$large && exit $$small
 	@touch $@
 
 # Without build isolation, because the lock holds the build back-end too.

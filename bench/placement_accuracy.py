@@ -160,7 +160,7 @@ def _table(_: str) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     for row in (row for row in reversed(rows) if "rounds_us" in row):
-        groups.setdefault((row["machine"], row.get("dtype", "bfloat16")), []).append(row)
+        groups.setdefault((row["machine"], row["dtype"]), []).append(row)
     return "\n\n".join(_group(*key, rows) for key, rows in groups.items())
 
 

@@ -37,13 +37,11 @@ def slowness(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> Array:
     """Time of each rank over that of the mean rank, [S]; 1 for all if the rounds do not agree.
 
     Per round the median over batches, of which every rank has the same; then Student's t over
-    rounds, for each rank.
+    rounds, at least two, for each rank.
     """
     time_RSN = np.array([[[p.time_us for p in rank] for rank in ranks] for ranks in points_RSN])
     log_RS = np.median(np.log(time_RSN / time_RSN.mean(1, keepdims=True)), axis=2)
     rounds = len(log_RS)
-    if rounds < 2:
-        return np.ones(log_RS.shape[1])
     error_S = log_RS.std(0, ddof=1) / np.sqrt(rounds)
     certain_S = np.abs(log_RS.mean(0)) > student.ppf((1 + CERTAIN) / 2, rounds - 1) * error_S
     slowness_S = np.exp(np.where(certain_S, log_RS.mean(0), 0.0))
