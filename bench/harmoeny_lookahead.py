@@ -48,9 +48,9 @@ class Tally:
 
 
 def judge(counts_NE: np.ndarray, predict: Predictor, num_ranks: int, num_dynamic: int,
-          threshold: int) -> Tally:  # fmt: skip
+          rules: Rules) -> Tally:  # fmt: skip
     """All batches with one predictor."""
-    rules, tally = Rules(threshold_tokens=threshold), Tally()
+    tally = Tally()
     slots = DynamicSlots.empty(
         num_logical=counts_NE.shape[1], num_ranks=num_ranks, num_dynamic=num_dynamic
     )
@@ -102,7 +102,7 @@ def predictors(
 
 
 def lookahead_rows(folder: Path, ranks: tuple[int, ...], dynamic: tuple[int, ...],
-                   threshold: int, seed: int) -> Iterator[dict[str, Any]]:  # fmt: skip
+                   rules: Rules, seed: int) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row per trace, ranks and slots: every predictor on the middle layer."""
     for path in sorted(folder.glob("*.npz")):
         trace = traces.load(path)
@@ -120,7 +120,7 @@ def lookahead_rows(folder: Path, ranks: tuple[int, ...], dynamic: tuple[int, ...
                 row: dict[str, Any] = {"kind": "lookahead", "load": trace.name, "S": num_ranks,
                                        "D": num_dynamic, "E": trace.num_experts}  # fmt: skip
                 for name, predict in guesses.items():
-                    tally = judge(steps_NLE[:, layer], predict, num_ranks, num_dynamic, threshold)
+                    tally = judge(steps_NLE[:, layer], predict, num_ranks, num_dynamic, rules)
                     row[name] = {key: getattr(tally, key)
                                  for key in ("wanted", "late", "early", "wasted")}  # fmt: skip
                 yield row

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from vllm_balance.types import Demand, DynamicSlots, Outcome, Schedule
 RESULTS = ROOT / "bench/results/harmoeny_schedule.jsonl"
 RANKS = (2, 4, 8, 16)
 DYNAMIC = (2, 4, 8)
-THRESHOLD = 64
-"""q of all schedules here, near that of bfloat16 experts on a CPU core with AMX."""
+RULES = Rules(threshold_tokens=64, fetch_tokens=64)
+"""Of all schedules here: a fetch costs its rank q tokens' time, as in a server. q is near that of
+bfloat16 experts on a CPU core with AMX."""
 TOKENS = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
 """Ranks whose time is their number of tokens."""
 TIMED_SLOTS = 4
@@ -123,10 +125,9 @@ def quality_row(load: Load, num_ranks: int, num_dynamic: int) -> Row:
     }
     eplb_P = PLACEMENT["eplb"]().place(load.fit_NE[:, None], cluster)[0]
     row["eplb"] = stay(step_times(load.counts_NE, eplb_P, cluster))
-    rules = Rules(threshold_tokens=THRESHOLD)
-    first = Rules(threshold_tokens=THRESHOLD, eviction=Eviction.FIRST)
+    first = replace(RULES, eviction=Eviction.FIRST)
     for name in FETCHING:
-        row[name] = play(name, rules, load, num_ranks, num_dynamic)
+        row[name] = play(name, RULES, load, num_ranks, num_dynamic)
     for name in ("harmoeny", "harmoeny_paper"):  # the paper's eviction
         row[f"{name}, first"] = play(name, first, load, num_ranks, num_dynamic)
     return row
@@ -163,7 +164,7 @@ def _sweep(num_experts: int, num_ranks: int, alpha: float, repetitions: int) -> 
     by_source = Demand(tokens_E=whole.tokens_E, tokens_SE=torch.from_numpy(tokens_SE))
     runs = {}
     for name in FETCHING:
-        policy = FETCHING[name](Rules(threshold_tokens=THRESHOLD))
+        policy = FETCHING[name](RULES)
         slots = DynamicSlots.empty(
             num_logical=num_experts, num_ranks=num_ranks, num_dynamic=TIMED_SLOTS
         )
@@ -192,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
                 for num_dynamic in (slots for slots in DYNAMIC if slots <= foreign):
                     yield fixed | quality_row(load, num_ranks, num_dynamic)
     if arguments.only in (None, "lookahead") and arguments.traces:
-        yield from lookahead_rows(arguments.traces, RANKS, DYNAMIC, THRESHOLD, arguments.seed)
+        yield from lookahead_rows(arguments.traces, RANKS, DYNAMIC, RULES, arguments.seed)
 
 
 def main() -> None:
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
     if not arguments.render:
-        settings = {"ranks": RANKS, "dynamic": DYNAMIC, "threshold": THRESHOLD,
+        settings = {"ranks": RANKS, "dynamic": DYNAMIC, "rules": asdict(RULES),
                     "batches": [BATCHES, BATCH_TOKENS], "seed": arguments.seed}  # fmt: skip
         origin = {"seed": arguments.seed, "config_hash": config_hash(settings),
                   **provenance("numpy", "scipy")}  # fmt: skip

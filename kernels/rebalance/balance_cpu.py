@@ -156,7 +156,7 @@ def balance(tokens_E, num_ranks, num_dynamic, q, cost, tolerance, head_E, next_X
             found = _least(candidate, goal, target, precision, work)
             if candidate == HELD or target - found >= gain:
                 target, way = found, candidate
-    return _settle(target, way, mean, work), False
+    return _settle(target, way, mean, fetches_S, work), False
 
 
 @jit
@@ -174,13 +174,13 @@ def _least(way, goal, high, precision, work):
 
 
 @jit
-def _settle(target, way, mean, work):
+def _settle(target, way, mean, fetches_S, work):
     """Moves for a lower target, down to the mean, if that takes no more fetches; else for the
-    target. The last fill counts."""
-    most = fill(target, way, *work)
-    moves = most
+    target. The last fill counts; ``fetches_S`` is the one in ``work``."""
+    moves = fill(target, way, *work)
+    most = fetches_S.sum()
     for quarter in range(5):
         moves = fill(mean + (target - mean) * quarter // 4, way, *work)
-        if quarter == 4 or (moves >= 0 and (way == HELD or moves <= most)):
+        if moves >= 0 and fetches_S.sum() <= most:
             break
     return moves

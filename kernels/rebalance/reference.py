@@ -56,7 +56,7 @@ class Filling:
         self.content_SD, self.target, self.q, self.cost = content_SD, target, q, cost
         self.home_S = tokens_E.reshape(len(content_SD), -1).sum(1).tolist()
         self.load_S, self.used_S = list(self.home_S), [0] * len(content_SD)
-        self.fetching: set[int] = set()
+        self.fetches_S = [0] * len(content_SD)
         self.moves: list[Move] = []
 
     def run(self, way: str) -> list[Move] | None:
@@ -83,7 +83,7 @@ class Filling:
 
     def _start(self, rank: int, *, fetch: bool) -> int:
         """When a rank could begin with further tokens: a first fetch arrives after q - cost."""
-        is_first = fetch and rank not in self.fetching
+        is_first = fetch and self.fetches_S[rank] == 0
         return max(self.load_S[rank], self.q - self.cost) if is_first else self.load_S[rank]
 
     def _receiver(self, allowed: list[int], limit: int, *, fetch: bool) -> int | None:
@@ -114,7 +114,7 @@ class Filling:
             if receiver is None:
                 return
             self.load_S[receiver] = self._start(receiver, fetch=True) + self.cost
-            self.fetching.add(receiver)
+            self.fetches_S[receiver] += 1
             excess = max(self.load_S[donor] - self.target, self.q)
             room = self.target - self.load_S[receiver]
             self._move(expert, donor, receiver, min(self.left_E[expert], excess, room))
@@ -132,8 +132,11 @@ def balance(
 ) -> tuple[list[Move], bool]:
     """The improved schedule: (moves, whether the home ranks are even enough as they are)."""
 
-    def fill(target: int, way: str) -> list[Move] | None:
-        return Filling(tokens_E, content_SD, target, q, cost).run(way)
+    def fill(target: int, way: str) -> tuple[list[Move], int] | None:
+        """The moves and how many of them are fetches; None if a rank stays above the target."""
+        filling = Filling(tokens_E, content_SD, target, q, cost)
+        moves = filling.run(way)
+        return None if moves is None else (moves, sum(filling.fetches_S))
 
     home_S = tokens_E.reshape(len(content_SD), -1).sum(1)
     mean = -(-int(tokens_E.sum()) // len(content_SD))
@@ -147,11 +150,11 @@ def balance(
             found = _least(lambda at, c=candidate: fill(at, c) is not None, goal, target, precision)
             if candidate == "held" or target - found >= gain:
                 target, way = found, candidate
-    moves = fill(target, way) or []
+    moves, fetches = fill(target, way) or ([], 0)
     for quarter in range(4):
         lower = fill(mean + (target - mean) * quarter // 4, way)
-        if lower is not None and (way == "held" or len(lower) <= len(moves)):
-            return lower, False
+        if lower is not None and lower[1] <= fetches:
+            return lower[0], False
     return moves, False
 
 

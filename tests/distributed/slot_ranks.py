@@ -36,6 +36,7 @@ WAYS = ("replicated", "after_gather", "all_reduce")
 NUM_EXPERTS, TOP_K, HIDDEN, NUM_DYNAMIC = 12, 3, 6, 2
 INNER = 5
 BATCHES = 10
+KINDS = ("memory_bound_batches", "compute_bound_batches", "empty_batches")
 
 
 class Layer:
@@ -96,7 +97,7 @@ class Model:
             num_experts=NUM_EXPERTS,
             rank=rank,
             num_ranks=world_size,
-            all_reduce=link.all_reduce,
+            all_reduce=first.sum_guess,
             min_pairs=30.0,
         )
 
@@ -137,7 +138,7 @@ class Model:
         )
         made = SlotBalancer(
             layer_name=f"layer {index}",
-            policy=FETCHING[policy](Rules(threshold_tokens=2, knee_tokens=1.0)),
+            policy=FETCHING[policy](Rules(threshold_tokens=2, fetch_tokens=2, knee_tokens=1.0)),
             tables=tables,
             way=self.way,
             rank=self.rank,
@@ -154,7 +155,9 @@ class Model:
         mine = batches.rows(self.rank)
         if self.way == "replicated":
             hidden, weights = batches.hidden_GD, batches.weights_GK
-            slots_GK = balancer.after_gather(balancer.in_router(batches.ids_GK.clone(), None))
+            differs = link.world_size > 2
+            ids_GK = ranks.near_ties(batches.ids_GK, self.rank) if differs else batches.ids_GK
+            slots_GK = balancer.after_gather(balancer.in_router(ids_GK.clone(), None))
         else:
             ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
             parts = [batches.hidden_GD[mine], batches.weights_GK[mine], ids_TK]
@@ -224,6 +227,7 @@ def main() -> None:
                 findings[f"{policy} | {way} | {copies}"] = {
                     "slots": slots,
                     "content": [b.dynamic.state.content_SD.tolist() for b in model.balancers],
+                    "batches": [[layer[name] for name in KINDS] for layer in status],
                     "collectives": link.calls,
                     "fetches": sum(layer["fetches"] for layer in status),
                     "early_fetches": sum(layer["early_fetches"] for layer in status),

@@ -25,7 +25,7 @@ def test_every_policy_way_and_copy_was_run(findings):
     assert all(found.keys() == cases for found in findings)
 
 
-@pytest.mark.parametrize("what", ["slots", "content", "collectives"])
+@pytest.mark.parametrize("what", ["slots", "content", "batches", "collectives"])
 def test_all_ranks_decide_the_same(findings, what):
     for case in findings[0]:
         assert all(found[case][what] == findings[0][case][what] for found in findings), case
@@ -41,7 +41,7 @@ def test_how_a_copy_runs_changes_no_decision(findings):
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "harmoeny_paper"])
 def test_the_way_of_exchange_changes_no_decision(findings, policy):
     """The paper's schedule is left out: it tells sources apart, where a way knows them."""
-    for what in ("slots", "content"):
+    for what in ("slots", "content", "batches"):
         found = [findings[0][f"{policy} | {way} | async"][what] for way in WAYS]
         assert found[0] == found[1] == found[2]
 

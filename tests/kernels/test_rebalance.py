@@ -42,9 +42,11 @@ def random_tokens(rng: np.random.Generator, F: int, E: int) -> np.ndarray:
 
 
 def random_rules(rng: np.random.Generator) -> Rules:
+    """Fetches that are hidden, that cost a little, and that cost as long as q, as in a server."""
+    threshold = int(rng.choice([1, 3, 20, 300]))
     return Rules(
-        threshold_tokens=int(rng.choice([1, 3, 20, 300])),
-        fetch_tokens=int(rng.choice([0, 0, 5])),
+        threshold_tokens=threshold,
+        fetch_tokens=int(rng.choice([0, 5, threshold])),
         tolerance=float(rng.choice([0.0, 0.02, 0.2])),
         eviction=Eviction(int(rng.integers(2))),
     )

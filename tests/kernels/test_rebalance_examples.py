@@ -126,6 +126,23 @@ def test_small_held_experts_do_not_block_the_slot_of_a_large_one():
     assert loads(found) == [500, 500]
 
 
+@pytest.mark.parametrize("fetch_tokens", [0, 10])
+def test_tokens_are_divided_further_only_while_that_needs_no_more_fetches(fetch_tokens):
+    """Rank 2 holds experts 0 and 1. At 1100, the target, it takes 550 tokens of expert 0 and 100 of
+    expert 1, and rank 3 fetches expert 1. At 1000 or 1025 it is full after expert 0, so rank 3
+    would fetch both: as many moves, one fetch more. At 1050 one fetch is enough."""
+    tokens_FE = one_source(1650, 1600, 450, 300)
+    slots = held(4, [-1, -1], [-1, -1], [0, 1], [-1, -1])
+    rules = Rules(threshold_tokens=10, fetch_tokens=fetch_tokens, tolerance=0.1)
+    found = schedule(tokens_FE, slots, rules)
+    assert loads(found) == [1050, 1050, 1050, 850]
+    assert found.plan.fetch_SD.tolist() == [[-1, -1], [-1, -1], [-1, -1], [1, -1]]
+    moves, _ = reference.balance(
+        tokens_FE[0].numpy(), slots.content_SD.numpy(), 10, fetch_tokens, 0.1
+    )
+    assert moves == [(0, 2, 600), (1, 3, 550)]
+
+
 def test_memory_bound_batches_use_what_is_there_and_fetch_nothing():
     """Six active experts, four of them on rank 0; one is on rank 1 too, so both serve three."""
     slots = held(8, [-1], [2])

@@ -14,6 +14,9 @@ from vllm_balance.metrics import add_plan
 from vllm_balance.routing import FETCHING, ROUTING
 from vllm_balance.types import Demand, DynamicSlots, Outcome
 
+COSTS = st.sampled_from([0, 5, 4])
+"""Time of a fetch in tokens; a server's is the threshold, 4 here."""
+
 
 def batches(seed: int, num_experts: int, number: int) -> list[torch.Tensor]:
     """Ids [T, K] whose popular experts change from batch to batch."""
@@ -32,10 +35,10 @@ def test_policies_are_found_by_their_names_and_are_not_those_without_slots():
 
 
 @pytest.mark.parametrize("name", FETCHING)
-@given(st.integers(0, 2**32 - 1))
+@given(st.integers(0, 2**32 - 1), COSTS)
 @settings(max_examples=25)
-def test_every_pair_goes_to_a_slot_that_holds_its_expert_batch_after_batch(name, seed):
-    policy = FETCHING[name](Rules(threshold_tokens=4, knee_tokens=2.0))
+def test_every_pair_goes_to_a_slot_that_holds_its_expert_batch_after_batch(name, seed, cost):
+    policy = FETCHING[name](Rules(threshold_tokens=4, fetch_tokens=cost, knee_tokens=2.0))
     slots = DynamicSlots.empty(num_logical=12, num_ranks=3, num_dynamic=2)
     for ids_TK in batches(seed, 12, 6):
         demand = Demand(tokens_E=count(ids_TK, 12))
@@ -55,11 +58,11 @@ def test_every_pair_goes_to_a_slot_that_holds_its_expert_batch_after_batch(name,
 
 
 @pytest.mark.parametrize("name", FETCHING)
-@given(st.integers(0, 2**32 - 1))
+@given(st.integers(0, 2**32 - 1), COSTS)
 @settings(max_examples=25)
-def test_ranks_that_see_their_own_tokens_agree_with_the_whole_batch(name, seed):
+def test_ranks_that_see_their_own_tokens_agree_with_the_whole_batch(name, seed, cost):
     """Data parallel: each rank maps its part by the same schedule and the tokens before it."""
-    policy = FETCHING[name](Rules(threshold_tokens=4))
+    policy = FETCHING[name](Rules(threshold_tokens=4, fetch_tokens=cost))
     slots = DynamicSlots.empty(num_logical=12, num_ranks=3, num_dynamic=2)
     parts = batches(seed, 12, 3)
     tokens_SE = torch.stack([count(part, 12) for part in parts])
