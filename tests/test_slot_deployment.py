@@ -80,6 +80,14 @@ def test_memory_on_cpu_is_that_of_the_ranks_and_one_store(expert_bytes, slots):
     assert f"need {needed:,} bytes" in text and f"{64 * 3 * expert_bytes:,} bytes of" in text
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_what_is_free_beside_ranks_that_hold_their_memory_is_no_reason(on_cpu):
+    config = BalancerConfig(name="harmoeny", dynamic_slots=8)
+    none = {"free_bytes": 0, "free_host_bytes": 0, "on_cpu": on_cpu, "is_eager": True}
+    assert "can be used" in refused(deployment(**none), dynamic_slots=8)
+    assert num_dynamic_slots(config, deployment(**none, ranks_hold_memory=True)) == 8
+
+
 def test_memory_on_a_device_is_apart_from_the_store():
     device = {"on_cpu": False, "is_eager": True, "ranks_sharing_memory": 1, "num_experts": 64}
     config = BalancerConfig(name="harmoeny", dynamic_slots=8)

@@ -69,6 +69,8 @@ def _check_beside_slots(config: BalancerConfig, redundant: int) -> None:
 
 
 def _check_slots_memory(slots: int, deployment: Deployment) -> None:
+    if deployment.ranks_hold_memory:
+        return
     home = deployment.num_experts // deployment.num_ranks
     per_rank = (home + slots) * deployment.num_moe_layers * deployment.expert_bytes
     in_ranks = per_rank * deployment.ranks_sharing_memory

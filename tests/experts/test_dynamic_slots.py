@@ -70,7 +70,12 @@ def check(found: list[Rank], plan) -> None:
 def test_no_double_booking_and_no_lost_expert(seed, shape, method, eviction):
     rng = np.random.default_rng(seed)
     found = ranks_of(*shape)
-    rules = Rules(threshold_tokens=3, knee_tokens=float(rng.choice([0, 4])), eviction=eviction)
+    rules = Rules(
+        threshold_tokens=3,
+        fetch_tokens=int(rng.choice([0, 5, 3])),
+        knee_tokens=float(rng.choice([0, 4])),
+        eviction=eviction,
+    )
     for _ in range(12):
         counts_FE = skewed(rng, shape[0])
         for is_guess in (True, False) if rng.random() < 0.4 else (False,):
@@ -98,9 +103,10 @@ def one_hot(expert: int, num_experts: int = 8, tokens: int = 1000) -> torch.Tens
     return counts
 
 
-def test_a_hot_expert_is_fetched_once_and_a_wrong_guess_is_wasted_bytes():
+@pytest.mark.parametrize("fetch_tokens", [0, 5])
+def test_a_hot_expert_is_fetched_once_and_a_wrong_guess_is_wasted_bytes(fetch_tokens):
     rank = ranks_of(8, 2, 2)[1]
-    rules = Rules(threshold_tokens=5)
+    rules = Rules(threshold_tokens=5, fetch_tokens=fetch_tokens)
 
     def follow(counts_FE: torch.Tensor, *, is_guess: bool = False) -> None:
         rank.slots.follow(schedule(counts_FE, rank.slots.state, rules), is_guess=is_guess)
@@ -114,13 +120,18 @@ def test_a_hot_expert_is_fetched_once_and_a_wrong_guess_is_wasted_bytes():
     status = rank.slots.status()
     assert (status["fetches"], status["early_fetches"], status["early_hits"]) == (1, 1, 1)
     assert status["wasted_bytes"] == 0
+    # The guesses bring experts 2 and 3 in place of 0 and 1, which were computed with.
     follow(one_hot(2), is_guess=True)
     follow(one_hot(3), is_guess=True)
     follow(one_hot(2, tokens=10), is_guess=False)
-    assert rank.slots.status()["wasted_bytes"] in (0, BYTES)
+    assert rank.rows[4:] == [2, 3]
+    assert rank.slots.status()["wasted_bytes"] == 0, "both may still be of use"
+    # Experts 0 and 1 overwrite them unused; from then on each fetch is for the batch itself.
     for expert in (0, 1, 2, 3) * 2:
         follow(one_hot(expert))
-    assert rank.slots.status()["wasted_bytes"] >= BYTES
+    status = rank.slots.status()
+    assert (status["fetches"], status["early_fetches"]) == (1 + 8, 1 + 2)
+    assert status["wasted_bytes"] == 2 * BYTES
     rank.slots.reset()
     assert not any(Counter(rank.slots.status()).values())
     assert sum(expert >= 0 for expert in rank.rows[4:]) == 2, "slots stay as they are"

@@ -1,10 +1,12 @@
 """The host store: every tensor of an expert comes back bit by bit, from any process, and goes."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -100,21 +102,106 @@ def test_another_process_sees_the_memory_and_keeps_it_after_the_owner_closed_its
     assert child.returncode == 0
 
 
-def test_nothing_is_left_when_the_owner_is_killed():
-    """There is no name in /dev/shm at any time, so nothing to clean up."""
-    before = set(os.listdir("/dev/shm"))
-    code = (
-        "import time\nfrom vllm_balance.experts.shared_memory import SharedMemory\n"
-        "s = SharedMemory.allocate(1 << 26)\ns.bytes_N.fill_(1)\n"
-        "print('full', flush=True)\ntime.sleep(60)"
+OWNER = """
+import time
+from vllm_balance.experts.shared_memory import SharedMemory
+shared = SharedMemory.allocate(1 << 24)
+shared.bytes_N.fill_(77)
+print(shared.address.descriptor, flush=True)
+time.sleep(60)
+"""
+READER = """
+import sys, time
+from vllm_balance.experts.shared_memory import Address, SharedMemory, machine
+pid, descriptor = map(int, sys.argv[1:])
+shared = SharedMemory.open(
+    Address(machine=machine(), pid=pid, descriptor=descriptor, size_bytes=1 << 24))
+shared.seal()
+assert shared.bytes_N[-1] == 77
+print("mapped", flush=True)
+time.sleep(60)
+"""
+
+
+def holders(inode: int) -> set[int]:
+    """Processes that map the memory file or have it open: Linux frees it with the last of them."""
+    name, found = "/memfd:moe_balancer_experts", set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # Processes of others, and some that have just ended.
+            lines = [line for line in (folder / "maps").read_text().splitlines() if name in line]
+            files = [file for file in (folder / "fd").iterdir() if name in os.readlink(file)]
+            if inode in (*(int(line.split()[4]) for line in lines), *map(inode_of, files)):
+                found.add(int(folder.name))
+    return found
+
+
+def inode_of(file: Path) -> int:
+    return file.stat().st_ino
+
+
+def test_memory_is_freed_when_all_that_map_it_are_killed():
+    def start(code: str, *arguments: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    with start(OWNER) as owner:
+        descriptor = int(owner.stdout.readline())
+        inode = inode_of(Path(f"/proc/{owner.pid}/fd/{descriptor}"))
+        assert holders(inode) == {owner.pid}
+        with start(READER, owner.pid, descriptor) as reader:
+            assert reader.stdout.readline() == "mapped\n"
+            assert holders(inode) == {owner.pid, reader.pid}
+            owner.kill()
+            owner.wait()
+            assert holders(inode) == {reader.pid}, "the other ranks keep what they map"
+            reader.kill()
+            reader.wait()
+    assert holders(inode) == set()
+
+
+MANY_CORES = """
+import os, torch
+from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
+from vllm_balance.experts.prefetch import Copy, ThreadPrefetch
+torch.set_num_threads(3)
+tensors = [torch.arange(2 << 22, dtype=torch.int32).view(2, -1)]
+alone = Machine(rank=0, share=lambda mine: [mine])
+store = HostStore.shared(ExpertLayout.of(tensors), num_layers=1, num_experts=2, machine=alone)
+store.write(0, 0, 0, tensors)
+before = len(os.listdir("/proc/self/task"))
+prefetch = ThreadPrefetch(lambda copy: store.read(copy.layer, copy.expert, copy.slot, tensors))
+prefetch.start([Copy(layer=0, expert=0, slot=1)])
+prefetch.wait(0)
+print(len(os.listdir("/proc/self/task")) - before)
+assert torch.equal(tensors[0][0], tensors[0][1])
+"""
+
+
+def test_a_copy_beside_the_computation_takes_one_thread_on_a_rank_with_several_cores():
+    """A second team of threads would fight for the cores with the one that computes."""
+    command = [sys.executable, "-c", MANY_CORES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_store_is_pinned_as_a_whole_or_the_refusal_is_named(status, monkeypatch):
+    asked = []
+
+    def register(*arguments: int) -> int:
+        asked.append(arguments)
+        return status
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    store = HostStore.shared(
+        ExpertLayout(sizes_bytes=(100,)), num_layers=2, num_experts=3, machine=ALONE
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout.readline() == "full\n"
-    assert set(os.listdir("/dev/shm")) <= before
-    owner.kill()
-    owner.wait()
-    assert not psutil.pid_exists(owner.pid)
-    assert set(os.listdir("/dev/shm")) <= before
+    if status:
+        with pytest.raises(BalancerError, match=r"cannot pin the 768 bytes .* \(error 1\)"):
+            store.pin()
+    else:
+        store.pin()
+    assert asked == [(store._rows_LEB.data_ptr(), 2 * 3 * 128, 0)]
 
 
 def test_an_owner_that_is_gone_or_elsewhere_is_named():

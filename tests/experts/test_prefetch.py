@@ -1,12 +1,19 @@
 """Copies beside the computation: in order, waited for, never taken for done when they failed."""
 
-import os
 import threading
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
+from vllm_balance.experts.prefetch import (
+    Copy,
+    FetchError,
+    StreamPrefetch,
+    SyncPrefetch,
+    ThreadPrefetch,
+)
 
 
 def copies(*slots: int, layer: int = 0) -> list[Copy]:
@@ -18,8 +25,8 @@ def thread():
     """Makes a prefetch whose thread is ended behind the test."""
     made = []
 
-    def make(run, **options) -> ThreadPrefetch:
-        made.append(ThreadPrefetch(run, **options))
+    def make(run) -> ThreadPrefetch:
+        made.append(ThreadPrefetch(run))
         return made[-1]
 
     yield make
@@ -66,11 +73,27 @@ def test_a_copy_that_fails_is_an_error_where_it_is_waited_for(thread, error):
 
     prefetch = thread(run)
     prefetch.start(copies(0, 1, 2))
-    with pytest.raises(BalancerError, match=r"Expert 11 of MoE layer 0 .* slot 1") as raised:
+    with pytest.raises(FetchError, match=r"Expert 11 of MoE layer 0 .* slot 1") as raised:
         prefetch.wait(0)
-    assert raised.value.__cause__ is error
-    with pytest.raises(BalancerError, match="Expert 11"):
+    assert raised.value.__cause__ is error and isinstance(raised.value, BalancerError)
+    with pytest.raises(FetchError, match="Expert 11"):
         SyncPrefetch(run).start(copies(0, 1, 2))
+
+
+def test_who_waits_again_for_a_failed_copy_is_told_again(thread):
+    def run(copy: Copy) -> None:
+        if copy.slot == 1:
+            raise RuntimeError("no")
+
+    prefetch = thread(run)
+    prefetch.start([*copies(0, 1, 2), *copies(0, layer=3)])
+    for _ in range(2):
+        with pytest.raises(FetchError, match="slot 1"):
+            prefetch.wait(0)
+    prefetch.wait(3)  # All copies of layer 0 have ended before.
+    assert prefetch.pending(0) == {1}
+    with pytest.raises(FetchError, match="slot 1"):
+        prefetch.wait(0)
 
 
 def test_a_failed_copy_stays_pending_so_that_its_slot_is_never_computed_with(thread):
@@ -90,18 +113,6 @@ def test_a_failed_copy_stays_pending_so_that_its_slot_is_never_computed_with(thr
     assert prefetch.pending(0) == {0}
 
 
-def test_the_thread_runs_where_it_is_told_and_else_where_its_rank_runs(thread):
-    found = []
-    own = os.sched_getaffinity(0)
-    core = {max(own)}
-    for cores in (None, core):
-        prefetch = thread(lambda copy: found.append(os.sched_getaffinity(0)), cores=cores)
-        prefetch.start(copies(0))
-        prefetch.wait(0)
-    assert found == [own, core]
-    assert os.sched_getaffinity(0) == own
-
-
 def test_synchronous_copies_are_done_when_started():
     done = []
     prefetch = SyncPrefetch(done.append)
@@ -109,3 +120,74 @@ def test_synchronous_copies_are_done_when_started():
     assert done == copies(0, 1) and prefetch.pending(0) == set()
     prefetch.wait(0)
     prefetch.close()
+
+
+class FakeStream:
+    """Writes down what a CUDA stream is asked for; its events are numbered."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said, self.events = name, said, 0
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.events += 1
+        self.said.append(f"{self.name} records {self.events}")
+        return f"event {self.events}"
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"{self.name} waits for {event}")
+
+    def synchronize(self) -> None:
+        self.said.append(f"{self.name} ends")
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What the streams were asked for, in order."""
+    lines: list[str] = []
+    computing = FakeStream("computing", lines)
+
+    @contextmanager
+    def on(stream: FakeStream):
+        lines.append(f"on {stream.name}")
+        yield
+        lines.append(f"off {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream("copying", lines))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return lines
+
+
+def test_a_stream_copies_behind_what_computes_and_what_computes_waits_for_its_event(said):
+    prefetch = StreamPrefetch(lambda copy: said.append(f"copy {copy.layer} {copy.slot}"))
+    prefetch.start([*copies(0, 1), *copies(1, layer=1)])
+    assert said == [
+        "copying waits for computing",
+        "on copying",
+        "copy 0 0",
+        "copy 0 1",
+        "copy 1 1",
+        "copying records 1",
+        "copying records 2",
+        "off copying",
+    ]
+    said.clear()
+    assert prefetch.pending(0) == set()
+    prefetch.wait(0)
+    prefetch.wait(0)
+    prefetch.wait(2)
+    assert said == ["computing waits for event 1"], "once, and for its own layer only"
+    prefetch.wait(1)
+    prefetch.close()
+    assert said[1:] == ["computing waits for event 2", "copying ends"]
+
+
+def test_a_copy_that_a_stream_refuses_is_an_error_at_once(said):
+    def run(copy: Copy) -> None:
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(FetchError, match="no kernel image"):
+        StreamPrefetch(run).start(copies(0))

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.platforms import current_platform
 
 from vllm_balance.config import BalancerConfig
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
 from vllm_balance.seams import slots
+from vllm_balance.seams.router import require_balanceable
 from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.worker import BalancedWorker
 
@@ -35,6 +38,7 @@ def runner(seed: int, *, hidden: int = 8, gate=None):
     return SimpleNamespace(
         layer_name=f"layer {seed}",
         gate=gate,
+        router=CPURouter(top_k=2, global_num_experts=NUM_EXPERTS),
         tensors=tensors,
         get_expert_weights=lambda: tensors,
         routed_experts=SimpleNamespace(),
@@ -85,11 +89,13 @@ def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
     assert torch.equal(shared._tensors_L[0][0][:NUM_EXPERTS], home), "measured in a dynamic slot"
 
 
-def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
-    def layer():
-        tables, all_reduce = SimpleNamespace(num_ranks=1), lambda tensor: tensor
-        return SimpleNamespace(experts=None, rank=0, tables=tables, all_reduce=all_reduce)
+def layer():
+    """The balancer of a layer, as far as look-ahead is about it."""
+    tables, sum_guess = SimpleNamespace(num_ranks=1), lambda seen_E: seen_E
+    return SimpleNamespace(experts=None, rank=0, tables=tables, sum_guess=sum_guess)
 
+
+def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
     shared = model_slots(group, [runner(0), runner(1)], look_ahead="router")
     with pytest.raises(BalancerError, match="layer 1 does not tell vLLM where its router is"):
         shared.connect([layer(), layer()], 2.0)
@@ -99,9 +105,60 @@ def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
     layers = [layer(), layer()]
     shared.connect(layers, 2.0)
     assert layers[0].following is layers[1] and not hasattr(layers[1], "following")
+    assert layers[0].look_ahead.all_reduce is layers[0].sum_guess, "a guess is counted"
     guess = layers[0].look_ahead.guess(torch.randn(50, 8))
     assert int(guess.sum()) == 100
     assert layers[0].look_ahead.guess(torch.randn(4, 8)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}, "grouped top-k"),
+        ({"custom_routing_function": torch.topk}, "a routing function of its own"),
+        ({"e_score_correction_bias": torch.ones(NUM_EXPERTS)}, "a correction bias"),
+        ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus scores"),
+    ],
+)
+def test_a_router_that_takes_others_than_the_largest_logits_is_not_asked_early(
+    group, changes, reason
+):
+    runners = [runner(0), runner(1, gate=lambda rows_ND: (rows_ND, None))]
+    runners[1].router = CPURouter(top_k=2, global_num_experts=NUM_EXPERTS, **changes)
+    shared = model_slots(group, runners, look_ahead="router")
+    with pytest.raises(BalancerError, match=rf"layer 1 chooses otherwise \({reason}\)"):
+        shared.connect([layer(), layer()], 2.0)
+    runners[1].router = SimpleNamespace()
+    with pytest.raises(BalancerError, match="unknown scores"):
+        shared.connect([layer(), layer()], 2.0)
+
+
+def built_layer(*names: str):
+    """A layer while its model is built, with these parameters and modular experts."""
+    experts = torch.nn.Module()
+    experts.quant_method = SimpleNamespace(is_monolithic=False)
+    for name in names:
+        experts.register_parameter(name, torch.nn.Parameter(torch.ones(NUM_EXPERTS)))
+    return SimpleNamespace(layer_name="layer 0", routed_experts=experts)
+
+
+@pytest.mark.parametrize(
+    "name", ["w13_input_scale", "w2_input_scale", "w13_input_global_scale", "w2_input_scale_2"]
+)
+def test_scales_that_all_slots_share_are_refused_where_slots_are_empty(name, monkeypatch):
+    def served_with(balancer: str | None) -> None:
+        settings = {} if balancer is None else {"moe_balancer": balancer}
+        config = SimpleNamespace(additional_config=settings)
+        monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
+
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    served_with("harmoeny")
+    require_balanceable(built_layer("w13_weight", "w13_weight_scale"))
+    with pytest.raises(BalancerError, match=rf"layer 0 has static scales .* \({name}\)"):
+        require_balanceable(built_layer("w13_weight", name))
+    for fetches_nothing in ("metro", None):
+        served_with(fetches_nothing)
+        require_balanceable(built_layer("w13_weight", name))
 
 
 def worker(name: str) -> BalancedWorker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,18 +98,19 @@ class HostStore:
         for part_N, rows_EN in zip(self._parts(layer, expert), map(as_bytes, tensors), strict=True):
             part_N.copy_(rows_EN[slot])
 
-    def read(
-        self,
-        layer: int,
-        expert: int,
-        slot: int,
-        tensors: Sequence[torch.Tensor],
-        *,
-        non_blocking: bool = False,
-    ) -> None:
-        """Overwrites row ``slot`` of the layer's tensors with this expert; nothing is saved."""
+    def read(self, layer: int, expert: int, slot: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrites row ``slot`` of the layer's tensors with this expert; nothing is saved.
+
+        On CPU in the calling thread alone and without the GIL: for a large copy PyTorch would wake
+        a team of threads, beside the one that computes. On a device the copy is queued.
+        """
         for part_N, rows_EN in zip(self._parts(layer, expert), map(as_bytes, tensors), strict=True):
-            rows_EN[slot].copy_(part_N, non_blocking=non_blocking)
+            row_N = rows_EN[slot]
+            if not row_N.is_cpu:
+                row_N.copy_(part_N, non_blocking=True)
+                continue
+            assert row_N.is_contiguous() and row_N.shape == part_N.shape
+            ctypes.memmove(row_N.data_ptr(), part_N.data_ptr(), part_N.nbytes)
 
     def pin(self) -> None:
         """Registers the memory with CUDA, so that copies from it run asynchronously.

@@ -6,12 +6,10 @@ raised there: a slot whose copy did not end well is never read.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
@@ -35,8 +33,6 @@ RunCopy = Callable[[Copy], None]
 class Prefetch(Protocol):
     """Runs copies in the order in which they were started."""
 
-    kind: ClassVar[str]
-
     def start(self, copies: Sequence[Copy]) -> None:
         """Begins copies; their slots must not be computed with at this moment."""
         ...
@@ -49,7 +45,7 @@ class Prefetch(Protocol):
         """Returns when all started copies of this layer are in place.
 
         Raises:
-            BalancerError: one of them failed.
+            FetchError: one of them failed, now or before.
         """
         ...
 
@@ -58,9 +54,13 @@ class Prefetch(Protocol):
         ...
 
 
-def failed(copy: Copy, error: BaseException) -> BalancerError:
-    """What a rank says when it cannot get an expert. It must end: its peers count on it."""
-    return BalancerError(
+class FetchError(BalancerError):
+    """A rank could not get an expert while serving. It must end: its peers count on it."""
+
+
+def failed(copy: Copy, error: BaseException) -> FetchError:
+    """What a rank says when it cannot get an expert."""
+    return FetchError(
         f"Expert {copy.expert} of MoE layer {copy.layer} could not be copied into slot "
         f"{copy.slot} of this rank ({type(error).__name__}: {error}), so its tokens cannot be "
         f"computed. Restart the server; `prefetch` = 'sync' tells a broken copy from a broken "
@@ -70,8 +70,6 @@ def failed(copy: Copy, error: BaseException) -> BalancerError:
 
 class SyncPrefetch:
     """Copies at once, in the thread that asks: for comparison."""
-
-    kind: ClassVar[str] = "sync"
 
     def __init__(self, run: RunCopy) -> None:
         self._run = run
@@ -94,21 +92,14 @@ class SyncPrefetch:
 
 
 class ThreadPrefetch:
-    """One thread that copies; PyTorch gives up the GIL meanwhile.
+    """One thread that copies, where its rank runs; a copy must give up the GIL meanwhile."""
 
-    Args:
-        cores: where the thread may run; None: where its rank runs.
-    """
-
-    kind: ClassVar[str] = "async"
-
-    def __init__(self, run: RunCopy, *, cores: set[int] | None = None) -> None:
+    def __init__(self, run: RunCopy) -> None:
         self._run = run
         self._started: dict[int, list[tuple[Copy, Future[None]]]] = {}
-        """Copies of each layer that nobody has waited for; touched by the rank's thread only."""
-        self._thread = ThreadPoolExecutor(
-            1, "expert-prefetch", initializer=_run_on, initargs=(cores,)
-        )
+        """Copies of each layer that nobody has waited for, and all of a layer with one that failed;
+        touched by the rank's thread only."""
+        self._thread = ThreadPoolExecutor(1, "expert-prefetch")
 
     def start(self, copies: Sequence[Copy]) -> None:
         for copy in copies:
@@ -125,19 +116,15 @@ class ThreadPrefetch:
         return {copy.slot for copy, _ in started}
 
     def wait(self, layer: int) -> None:
-        for copy, future in self._started.pop(layer, ()):
+        for copy, future in self._started.get(layer, ()):
             try:
                 future.result()
             except (OSError, RuntimeError, ValueError) as error:
                 raise failed(copy, error) from error
+        self._started.pop(layer, None)
 
     def close(self) -> None:
         self._thread.shutdown()
-
-
-def _run_on(cores: set[int] | None) -> None:
-    if cores is not None:
-        os.sched_setaffinity(threading.get_native_id(), cores)
 
 
 class StreamPrefetch:
@@ -146,8 +133,6 @@ class StreamPrefetch:
     Every copy waits for what the computing stream was given before :meth:`start`, so for all
     earlier uses of the slot; :meth:`wait` makes the computing stream wait, not the host.
     """
-
-    kind: ClassVar[str] = "async"
 
     def __init__(self, run: RunCopy) -> None:
         self._run = run

@@ -15,6 +15,7 @@ from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.fetch_failure import for_executor
 from vllm_balance.seams.layer_binding import bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
@@ -79,7 +80,7 @@ class BalancedWorker(RecordingWorker):
             for runner in runners:
                 layer = bind_layer(runner, make, self.balancer_config, self.loading)
                 self.worker_balancer.layers.append(layer)
-        warm_up(self.worker_balancer.layers[0])
+        warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
             vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
         )
@@ -91,11 +92,20 @@ class BalancedWorker(RecordingWorker):
                 self.worker_balancer.layers,
             )
 
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's; what was routed up to its end was no request's."""
+        times = super().compile_or_warm_up_model()
+        self.worker_balancer.start_serving()
+        return times
+
     def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
 
         config = self.balancer_config
         shared = ModelSlots(runners, config, get_ep_group())
+        shared.prefetch = for_executor(
+            shared.prefetch, vllm_config.parallel_config.distributed_executor_backend
+        )
         knee_tokens, _ = regime_of(config)
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)
