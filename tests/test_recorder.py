@@ -97,6 +97,7 @@ def test_padding_and_what_dummy_batches_left_do_not_count(tmp_path):
     for layer in range(LAYERS):
         chosen.add(layer, ids_LTK[layer], None)
     ids_LTK[:, 3:] = -1
+    ids_LTK[:, 4:] = -2 - 5  # As padding of expert 5 comes on GPUs.
     run(chosen, 0, ids_LTK)
     chosen.begin_step()
     for layer in range(LAYERS):
@@ -186,6 +187,24 @@ def test_a_disk_that_fails_ends_the_recording_and_not_the_server(tmp_path, monke
     assert chosen.status()["state"] == "failed"
     assert "No space left" in lines[0]
     run(chosen, 1, random_ids(3, 0))
+
+
+def test_any_failure_of_the_writing_thread_ends_the_recording_with_its_reason(
+    tmp_path, monkeypatch
+):
+    def lost_device(self, block, stream):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(step_writer.StepWriter, "_chunk", lost_device)
+    lines = []
+    chosen = recorder(log=lines.append)
+    chosen.start(settings(tmp_path))
+    assert chosen.status()["reason"] is None
+    run(chosen, 0, random_ids(3, 0))
+    chosen.stop()
+    assert not chosen.is_recording and chosen.status()["state"] == "failed"
+    assert chosen.status()["reason"] == "could not be written (RuntimeError: the device is lost)"
+    assert len(lines) == 1 and chosen.status()["reason"] in lines[0]
 
 
 def test_one_recording_at_a_time_into_a_new_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import tomllib
 from pathlib import Path
@@ -68,6 +69,30 @@ def write(path: Path, document: Document) -> None:
         Path(file.name).replace(path)
     except OSError as error:
         raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def folder_problem(path: Path) -> str | None:
+    """Why no file can be made at `path`, as far as its folder says; None if one can."""
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"the folder {path.parent} cannot be written to"
+    return None
+
+
+def require_writable(path: Path) -> None:
+    """Returns if a file can be put at `path`, in place of one if there is one; for a look before
+    long work.
+
+    Raises:
+        BalancerError: the folder is missing or cannot be written to, or `path` is a folder.
+    """
+    problem = f"{path} is a folder" if path.is_dir() else folder_problem(path)
+    if problem is not None:
+        raise BalancerError(
+            f"The result was to be written to {path}, but {problem}. Name a file in a folder that "
+            f"exists and can be written to."
+        )
 
 
 def explain(error: ValidationError) -> str:

@@ -31,7 +31,7 @@ class Point(Document):
     tokens_E: list[int] = Field(min_length=1)
     """Tokens of each activated expert, each at least 1."""
     time_us: float = Field(gt=0)
-    """Median over the repeats."""
+    """Median over the repeats, in the fastest of the rounds."""
     repeats: int = Field(ge=1)
 
     @model_validator(mode="after")

@@ -21,7 +21,6 @@ members by the headers in front of them, and a chunk that is not whole ends the 
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Mapping
 from enum import IntEnum
@@ -31,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_balance.documents import folder_problem
 from vllm_balance.errors import BalancerError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -132,11 +132,7 @@ def require_new(path: Path, num_files: int) -> None:
     Raises:
         BalancerError: a file exists, or the folder is missing or cannot be written to.
     """
-    problem = None
-    if not path.parent.is_dir():
-        problem = f"the folder {path.parent} does not exist"
-    elif not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f"the folder {path.parent} cannot be written to"
+    problem = folder_problem(path)
     for rank in range(num_files):
         if path_of_rank(path, rank).exists():
             problem = f"{path_of_rank(path, rank)} exists, and recordings are never overwritten"

@@ -87,6 +87,7 @@ class StepWriter:
         self.settings = settings
         self._log = log
         self._state: Literal["recording", "stopped", "full", "failed"] = "recording"
+        self._reason: str | None = None
         self._num_steps = self._num_tokens = self._dropped_steps = 0
         self._num_bytes = file.num_bytes
         self._writing_ns = 0
@@ -122,9 +123,10 @@ class StepWriter:
         self._thread.join()
 
     def status(self) -> dict[str, Any]:
-        """State, and what is in the file so far."""
+        """State, why it is full or failed, and what is in the file so far."""
         return {
             "state": self._state,
+            "reason": self._reason,
             "file": str(self.settings.file),
             "what": self.settings.what,
             "steps": self._num_steps,
@@ -145,10 +147,10 @@ class StepWriter:
         return True
 
     def _write(self, file: RecordingFile, device: torch.device) -> None:
-        stream = None
-        if device.type == "cuda":
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
+            stream: torch.cuda.Stream | None = None
+            if device.type == "cuda":
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             while (block := self._next_block()) is not None:
                 if not file.append(self._chunk(block, stream)):
                     self._end("full", f"reached its limit of {self.settings.max_bytes:,} bytes")
@@ -161,8 +163,8 @@ class StepWriter:
                     block.clear()
                     self._free.append(block)
             file.close()
-        except OSError as error:
-            self._end("failed", f"could not be written ({error})")
+        except Exception as error:  # noqa: BLE001 - the thread ends: nobody else would say why.
+            self._end("failed", f"could not be written ({type(error).__name__}: {error})")
 
     def _next_block(self) -> _Block | None:
         """The next block with steps in it; None when the recording has ended."""
@@ -195,7 +197,7 @@ class StepWriter:
 
     def _end(self, state: Literal["full", "failed"], why: str) -> None:
         with self._changed:
-            self._state = state
+            self._state, self._reason = state, why
         self._log(f"The recording {self.settings.file} {why}; recording stopped.")
 
 

@@ -95,8 +95,8 @@ class Trace:
 
         Requests are put one behind the other in random order, the row is turned by a random
         number of tokens and cut into batches of `batch` consecutive tokens; again, with another
-        order, until there are enough. A trace of counts is thinned as in `steps`, from steps of
-        prefill if there are any.
+        order, until there are enough; if there are not more tokens than `batch`, each batch is all
+        of them. A trace of counts is thinned as in `steps`, from steps of prefill if there are any.
         """
         random = np.random.default_rng(seed)
         if self.topk_ids_TLK is None:

@@ -11,7 +11,14 @@ from typer.testing import CliRunner
 
 from vllm_balance import commands, documents, maps, profiles, traces
 from vllm_balance.commands.expert_probe import Timing
-from vllm_balance.commands.profile import MAX_TOKENS, deviations, grid, ranks_of, sample
+from vllm_balance.commands.profile import (
+    MAX_TOKENS,
+    deviations,
+    grid,
+    measure_again,
+    ranks_of,
+    sample,
+)
 from vllm_balance.commands.rank_curves import curves, fastest, slowness
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
@@ -29,6 +36,14 @@ SHAPE = ModelShape(
     inner=32,
     dtype="bfloat16",
 )
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 128,
+    "moe_intermediate_size": 64,
+}
 CURVES = (
     CostModel(a_us=50, b_us=400, c_us=100, beta_us=20),
     CostModel(a_us=50, b_us=500, c_us=100, beta_us=25),
@@ -150,6 +165,19 @@ def test_deviations_are_medians_per_rank(folder):
     assert deviations(stored, [0, 1, 2], slower) == pytest.approx([1.0, 1.5])
 
 
+def test_a_check_takes_the_fastest_of_three_rounds_as_a_profile_does(folder):
+    """The instrument is slower by 40 % in the first two rounds, as a disturbed machine is."""
+    stored = profiles.load(folder / "p.json")
+    batches = [stored.ranks[0].points[i].tokens_E for i in (0, 5, 9)]
+    instrument = Instrument()
+    again = measure_again(instrument, batches)
+    assert [instrument.measured[tuple(batch)] for batch in batches] == [3, 3, 3]
+    assert again == [
+        [pytest.approx(curve.of_experts(np.array(batch))) for curve in CURVES] for batch in batches
+    ]
+    assert deviations(stored, [0, 5, 9], again) == pytest.approx([1.0, 1.0])
+
+
 @pytest.mark.parametrize("policy", ["linear", "round_robin", "gem", "gem_r", "exflow"])
 def test_place_writes_a_map_that_fits_the_model(folder, policy):
     output = folder / f"{policy}.json"
@@ -212,6 +240,40 @@ def test_place_refuses_with_the_reason(folder, changed, reason):
     assert not (folder / "no.json").exists()
 
 
+def test_place_looks_at_the_folder_of_the_map_before_anything_else(folder):
+    done = run("place", "--profile", "lost.json", "--trace", "lost.npz", "--ranks", 2,
+               "-o", folder / "lost" / "m.json")  # fmt: skip
+    assert isinstance(done.exception, BalancerError)
+    assert f"the folder {folder / 'lost'} does not exist" in str(done.exception)
+
+
+def test_place_refuses_batches_of_prefill_that_are_all_the_same(folder):
+    """A half of the trace holds 300 tokens."""
+    arguments = ("place", "--profile", folder / "p.json", "--trace", folder / "t.npz", "--ranks", 2,
+                 "-o", folder / "prefill.json", "--steps", 4, "--prefill", "--batch")  # fmt: skip
+    for batch in (300, 5000):
+        refused = run(*arguments, batch).exception
+        assert isinstance(refused, BalancerError)
+        assert f"--batch {batch} " in str(refused) and "holds 300" in str(refused)
+    assert not (folder / "prefill.json").exists()
+    assert run(*arguments, 299).exit_code == 0
+
+
+def test_a_profile_is_not_begun_if_its_results_have_no_place(tmp_path, monkeypatch):
+    def begun(*_):
+        raise AssertionError("the profile was begun")
+
+    monkeypatch.setattr(sys.modules[sample.__module__], "probing", begun)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    lost, there = tmp_path / "lost" / "p", tmp_path / "p"
+    for arguments in (("-o", lost), ("-o", there, "--plot", lost), ("-o", tmp_path)):
+        refused = run("profile", tmp_path, "--ranks", 1, *arguments).exception
+        assert isinstance(refused, BalancerError) and "was to be written to" in str(refused)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused = run("profile", tmp_path, "--ranks", 1, "-o", there, "--plot", there).exception
+    assert isinstance(refused, BalancerError) and "--plot needs matplotlib" in str(refused)
+
+
 def test_the_command_prints_refusals_without_a_traceback(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["vllm-balance", "trace", "info", "missing.npz"])
     with pytest.raises(SystemExit) as end:
@@ -225,6 +287,8 @@ def test_trace_info_prints_a_row_per_layer_and_draws(folder):
     done = run("trace", "info", folder / "t.npz", "--batch", 50, "--plot", picture)
     assert done.exit_code == 0, done.output
     assert "600 tokens, 12 steps of 50" in done.output
+    assert "600 tokens, 1 steps of 600" in run("trace", "info", folder / "t.npz", "--batch",
+                                               5000).output  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -239,15 +303,7 @@ def test_a_profile_is_drawn(folder):
 
 def test_the_kernel_is_measured_on_real_ranks(tmp_path):
     """One rank, experts of toy size: a file with positive times that loads again."""
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_hidden_layers": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "hidden_size": 128,
-        "moe_intermediate_size": 64,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     done = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p.json")
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")

@@ -1,6 +1,8 @@
 """The choice between candidates, and what keeps an SLO."""
 
+import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from vllm_balance.simulate.advice import (
     _cheapest_of_the_best,
     advise,
     candidates,
+    most_within,
 )
 
 MODEL = models.load("gpt-oss-20b")
@@ -71,6 +74,54 @@ def test_more_requests_fit_into_a_looser_slo():
     assert 0 < tight.concurrency < loose.concurrency
     assert tight.outcome.tpot_us <= 6e3 and loose.outcome.tpot_us <= 9e3
     assert tight.tokens_per_s < loose.tokens_per_s
+
+
+class Curve:
+    """A TPOT in us that rises steeply while experts become active, then straight."""
+
+    def __init__(self):
+        self.tried = []
+
+    def __call__(self, concurrency):
+        self.tried.append(concurrency)
+        return SimpleNamespace(tpot_us=self.tpot_us(concurrency))
+
+    @staticmethod
+    def tpot_us(concurrency):
+        return 1e4 * (2 - math.exp(-concurrency / 50)) + 5 * concurrency
+
+
+@pytest.mark.parametrize("near", [0, 1, 900, 4096])
+@pytest.mark.parametrize("slo_us", [10_500, 16_000, 25_000, 40_000])
+def test_the_largest_concurrency_within_an_slo_is_found_to_one_percent_in_few_tries(slo_us, near):
+    at = Curve()
+    found, made = most_within(slo_us, 4096, at, near)
+    assert at.tpot_us(found) <= slo_us < at.tpot_us(found + max(1, found // 100))
+    assert made.tpot_us == at.tpot_us(found)
+    assert len(set(at.tried)) == len(at.tried) <= 12
+
+
+@pytest.mark.parametrize(
+    ("slo_us", "most", "found"), [(5e4, 4096, 4096), (1e4, 4096, 0), (1, 0, 0)]
+)
+def test_an_slo_that_every_concurrency_keeps_or_none(slo_us, most, found):
+    at = Curve()
+    assert most_within(slo_us, most, at)[0] == found
+    assert len(at.tried) <= 4
+
+
+def test_more_requests_than_fit_are_refused_with_how_many_do():
+    reason = r"1,000,000 requests in flight were asked for; [\d,]+ of 128 tokens fit on 8 ranks of"
+    for slo_us in (None, 9e3):
+        with pytest.raises(BalancerError, match=reason):
+            advise(question(concurrency=10**6, slo_tpot_us=slo_us), error=0.0)
+
+
+def test_an_slo_that_is_missed_names_the_requests_asked_for():
+    with pytest.raises(BalancerError, match="misses the SLO at 64 requests in flight even without"):
+        advise(question(concurrency=64, slo_tpot_us=1.0), error=0.0)
+    with pytest.raises(BalancerError, match="with the least batch"):
+        advise(question(slo_tpot_us=1.0), error=0.0)
 
 
 def test_a_question_needs_a_concurrency_or_an_slo():

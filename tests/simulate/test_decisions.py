@@ -68,6 +68,22 @@ def test_a_trace_serves_its_own_tokens():
     assert any((ids_TLK[start : start + 10, 0] == prompt).all() for start in range(0, 90, 10))
 
 
+@pytest.mark.parametrize("number", [lambda n: n, lambda n: n * 2**58 - 2**60])
+def test_prompts_come_in_the_same_random_order_whatever_numbers_requests_have(number):
+    """Expert of layer 0 marks the request of ten tokens."""
+    request_T = np.arange(90) // 10
+    model = MODEL.with_counts(top_k=1)
+    trace = Trace(
+        name="t", num_experts=128, top_k=1, layer_index_L=np.arange(1),
+        topk_ids_TLK=request_T.astype(np.uint8)[:, None, None], request_id_T=number(request_T),
+    )  # fmt: skip
+    made = recorded(trace, model, 1, seed=3, rows=90)
+    random = np.random.default_rng(3)
+    random.choice(np.arange(90), 90)
+    expected = np.repeat(random.permutation(np.arange(9)), 10)
+    assert made.prefill_LNK[0, :, 0].tolist() == expected.tolist()
+
+
 def test_unusable_traces_are_refused():
     counts = Trace(name="c", num_experts=128, top_k=8, layer_index_L=np.arange(1),
                    counts_NLE=np.ones((2, 1, 128), np.int64))  # fmt: skip

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
-from vllm_balance.simulate.sweep import Cell, compute, read, sweep
+import pytest
+
+from vllm_balance.simulate.sweep import Cell, compute, missing, read, sweep
 
 CELLS = [
     Cell(
@@ -53,6 +55,38 @@ def test_a_killed_sweep_resumes(tmp_path):
     for cell in CELLS[::67]:
         assert by_key[cell.key] == {**compute(cell), "commit": "test"}
     assert sweep(CELLS, results, {"commit": "test"}) == 0
+
+
+def test_rows_that_other_code_decided_do_not_count(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    rows = [{"key": CELLS[0].key, "decided_by": "old"}, {"key": CELLS[1].key, "decided_by": "new"}]
+    rows.append({"key": CELLS[2].key})
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert missing(CELLS[:4], results, lambda cell: "new") == [CELLS[0], *CELLS[2:4]]
+    assert missing(CELLS[:4], results) == [*CELLS[:2], CELLS[3]]
+
+
+def test_a_row_says_what_decided_it_and_is_computed_again_when_that_changes(monkeypatch, tmp_path):
+    def computed(chunks, address):
+        return ([{"key": cell.key} for cell in chunk] for chunk in chunks)
+
+    monkeypatch.setattr("vllm_balance.simulate.sweep._computed", computed)
+    results, origin = tmp_path / "rows.jsonl", {"commit": "test"}
+    for digest, added in (("old", 3), ("old", 0), ("new", 3), ("new", 0)):
+        assert sweep(CELLS[:3], results, origin, decided_by=lambda _, d=digest: d) == added
+    assert [(row["key"], row["decided_by"]) for row in read(results)] == [
+        (cell.key, digest) for digest in ("old", "new") for cell in CELLS[:3]
+    ]
+
+
+@pytest.mark.parametrize("end", [b"", b'{"key": "half a li'])
+def test_reading_cuts_an_unfinished_end_and_writes_nothing_else(tmp_path, end):
+    results = tmp_path / "rows.jsonl"
+    results.write_bytes(b'{"key": "1"}\n' + end)
+    os.utime(results, ns=(0, 0))
+    assert read(results) == [{"key": "1"}]
+    assert results.read_bytes() == b'{"key": "1"}\n'
+    assert (results.stat().st_mtime_ns == 0) == (not end)
 
 
 def test_keys_differ_where_cells_do():

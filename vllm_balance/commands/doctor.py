@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from platform import machine
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_balance.config import plugins_allowed
+from vllm_balance.commands import installed
 from vllm_balance.seams import Seam
 
 
@@ -104,15 +105,19 @@ def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
 
 def examine() -> Findings:
     """Looks at the installed packages, the plugin and every seam; changes nothing."""
+    packages = {name: _version(name) for name in ("vllm-balance", "torch", "triton", "numba")}
+    if not installed.has_vllm():
+        return Findings(
+            vllm="not installed",
+            platform=machine(),
+            packages=packages,
+            problems=[installed.MISSING],
+        )
     from vllm.platforms import current_platform
 
     from vllm_balance.seams.versions import installed_version, unsupported_version
 
-    findings = Findings(
-        vllm=installed_version(),
-        platform=_platform_name(),
-        packages={name: _version(name) for name in ("vllm-balance", "torch", "triton", "numba")},
-    )
+    findings = Findings(vllm=installed_version(), platform=_platform_name(), packages=packages)
     if (problem := unsupported_version()) is not None:
         findings.problems.append(problem)
     findings.problems += _plugin_problems()
@@ -128,6 +133,8 @@ def _examine_seam(seam: Seam) -> SeamFinding:
 
 
 def _plugin_problems() -> list[str]:
+    from vllm_balance.config import plugins_allowed
+
     if not any(
         point.name == "moe_balancer" for point in entry_points(group="vllm.general_plugins")
     ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_balance import documents
 from vllm_balance.errors import BalancerError
 from vllm_balance.profiles import Profile
 from vllm_balance.trace_summary import TraceSummary
@@ -14,6 +15,15 @@ from vllm_balance.traces import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def require_drawable(path: Path) -> None:
+    """Returns if a picture can be put at `path`; for a look before long work.
+
+    Raises BalancerError without matplotlib, or as `documents.require_writable` does.
+    """
+    _figure(1, 1)
+    documents.require_writable(path)
 
 
 def draw_profile(profile: Profile, path: Path) -> None:

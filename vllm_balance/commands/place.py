@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_balance import maps, profiles, traces
+from vllm_balance import documents, maps, profiles, traces
+from vllm_balance.commands.installed import require_vllm
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import (
@@ -51,6 +52,8 @@ def place(
 
     Half of the trace decides, the other half gives the scores that are printed.
     """
+    require_vllm("place")
+    documents.require_writable(output)
     if routing not in ("even", "one"):
         raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
     split: Split = "even" if routing == "even" else "one"
@@ -117,7 +120,18 @@ def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
 
 
 def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed: int) -> np.ndarray:
-    """Pairs of each expert in `steps` batches, [N, L, E]: of decode or of prefill."""
+    """Pairs of each expert in `steps` batches, [N, L, E]: of decode or of prefill.
+
+    Raises:
+        BalancerError: a batch of prefill would be all tokens of the trace, every time.
+    """
+    held = None if trace.topk_ids_TLK is None else len(trace.topk_ids_TLK)
+    if prefill and held is not None and batch >= held:
+        raise BalancerError(
+            f"--prefill with --batch {batch} asks for that many consecutive tokens, and a half of "
+            f"trace {trace.name} holds {held}, so that all batches would be one and the same. "
+            f"Allowed are fewer than {held}: lower --batch, or record more."
+        )
     draw = trace.prefill_steps if prefill else trace.steps
     return draw(batch, steps, seed)
 

@@ -5,28 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_balance import traces
+from vllm_balance.commands.installed import require_vllm
 from vllm_balance.errors import BalancerError
-from vllm_balance.replay_rows import ReplaySettings
-from vllm_balance.simulate import (
-    Layout,
-    Traffic,
-    advice,
-    hardware,
-    models,
-    recorded,
-    skewed,
-    validity,
-)
-from vllm_balance.simulate.advice import Advice, Question
-from vllm_balance.simulate.layout import Dispatch
-from vllm_balance.simulate.models import Model
+
+if TYPE_CHECKING:  # The simulator imports torch, which need not be there for other commands.
+    from vllm_balance.simulate import Layout, Traffic
+    from vllm_balance.simulate.advice import Advice, Candidate, Question
+    from vllm_balance.simulate.models import Model
 
 MOST_LAYERS = 4
 """Simulated layers, which stand for all."""
@@ -56,6 +48,9 @@ def plan(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Simulate every balancer and redundancy, and say whether to turn one on. Modelled times."""
+    require_vllm("plan")
+    from vllm_balance.simulate import advice, hardware, models, validity
+
     shape = models.load(model)
     found, profile = hardware.load(machine)
     layout = layout_of(tensor, data, dispatch, found.ranks_per_node.value)
@@ -63,7 +58,7 @@ def plan(
         raise BalancerError("Give a --trace of this model, or a skew such as --zipf 0.8.")
     if concurrency is None and slo_tpot is None:
         concurrency = 32 * layout.num_ranks
-    question = Question(
+    question = advice.Question(
         model=shape,
         hardware=found,
         profile=profile,
@@ -80,6 +75,8 @@ def plan(
 def layout_of(tensor: int | None, data: int | None, dispatch: str, ranks: int) -> Layout:
     """The layout asked for; by default one node with data-parallel attention, or tensor-parallel
     where a node has only two ranks. Raises BalancerError for an unknown dispatch."""
+    from vllm_balance.simulate.layout import Dispatch, Layout
+
     for known in get_args(Dispatch):
         if dispatch == known:
             if tensor is None and data is None:
@@ -100,6 +97,9 @@ def traffic_of(
     shape: Model, trace: Path | None, zipf: float, seed: int
 ) -> Callable[[], tuple[Traffic, Traffic]]:
     """What makes fresh traffic: of a trace, half to serve and half to place experts by."""
+    from vllm_balance.replay_rows import ReplaySettings
+    from vllm_balance.simulate import recorded, skewed
+
     layers = min(MOST_LAYERS, shape.num_moe_layers)
     if trace is None:
         served = placed_by = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
@@ -134,7 +134,7 @@ def report(question: Question, found: Advice) -> None:
     Console().print(answer(question, found), soft_wrap=True)
 
 
-def _cells(question: Question, each: advice.Candidate, base: float) -> list[str]:
+def _cells(question: Question, each: Candidate, base: float) -> list[str]:
     if each.outcome is None:
         return ["none", *["-"] * 7]
     made = each.outcome

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_balance import traces
+from vllm_balance.commands import pictures
 from vllm_balance.recording import Phase
 from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, TraceSummary, summarise
 
@@ -20,13 +21,13 @@ def info(
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. trace.png.")] = None,
 ) -> None:
     """Print skew, consistent and temporal experts, co-activation groups and drift per layer."""
+    if plot is not None:
+        pictures.require_drawable(plot)
     trace = traces.load(file)
     summary = summarise(trace, batch)
     _print(trace, summary, batch)
     if plot is not None:
-        from vllm_balance.commands.pictures import draw_trace
-
-        draw_trace(trace, summary, plot)
+        pictures.draw_trace(trace, summary, plot)
         Console().print(f"Wrote {plot}.")
 
 
@@ -35,7 +36,8 @@ def _print(trace: traces.Trace, summary: TraceSummary, batch: int) -> None:
     steps = (
         f"{summary.num_steps} recorded steps"
         if summary.num_tokens is None
-        else f"{summary.num_tokens} tokens, {summary.num_steps} steps of {batch} consecutive ones"
+        else f"{summary.num_tokens} tokens, {summary.num_steps} steps of "
+        f"{min(batch, summary.num_tokens)} consecutive ones"
     )
     console.print(
         f"{trace.name}: {trace.num_layers} layers, {trace.num_experts} experts, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.profiles import Profile
@@ -25,8 +26,8 @@ FETCHING_CANDIDATES = (("harmoeny", 1.125), ("harmoeny", 1.25))
 """Where experts can be fetched from host memory; the ratio counts dynamic slots."""
 STEPS = 16
 """Simulated steps per candidate and concurrency."""
-TRIES = 7
-"""Concurrencies tried to find the largest that keeps an SLO."""
+CLOSE = 100
+"""The largest concurrency that keeps an SLO is known to one part in so many."""
 ALIKE = 0.01
 """Relative throughput up to which memory decides."""
 MOST = 4096
@@ -57,7 +58,7 @@ class Candidate:
     balancer: str
     redundancy: float
     concurrency: int
-    """0: it does not fit in memory, or misses the SLO with the least batch."""
+    """0: there is no room for what was asked for, or it misses the SLO."""
     outcome: Outcome | None
 
     @property
@@ -89,17 +90,18 @@ class Advice:
 
 
 def advise(question: Question, error: float) -> Advice:
-    """Simulates every candidate.
+    """Simulates every candidate; where an SLO is searched, the others from where static met it.
 
     Raises:
         BalancerError: neither a concurrency nor an SLO was given, or not even static can serve.
     """
     if question.concurrency is None and question.slo_tpot_us is None:
         raise BalancerError("Give the requests in flight, or an SLO for TPOT, or both.")
-    found = tuple(_candidate(question, *each) for each in candidates(question))
-    base = found[0]
+    static, *others = candidates(question)
+    base = _candidate(question, *static)
     if base.outcome is None:
         raise BalancerError(_cannot_serve(question))
+    found = (base, *(_candidate(question, *each, near=base.concurrency) for each in others))
     best = _cheapest_of_the_best(found)
     gain = best.tokens_per_s / base.tokens_per_s - 1
     return Advice(candidates=found, best=best, gain=gain, error=error)
@@ -121,22 +123,41 @@ def candidates(question: Question) -> tuple[tuple[str, float], ...]:
 
 
 def _cannot_serve(question: Question) -> str:
-    fits = _fits(question, "static", 1.0)
-    ranks, name = question.layout.num_ranks, question.hardware.name
+    """Why not even static can."""
+    fits, asked = _fits(question, "static", 1.0), question.concurrency
+    name = question.model.name
+    where = f"{question.layout.num_ranks} ranks of {question.hardware.name}"
     if not fits:
         return (
-            f"{question.model.name} takes {question.model.weight_bytes / 1e9:.0f} GB, which do not "
-            f"fit on {ranks} ranks of {name}. Use more ranks or a smaller number format."
+            f"{name} takes {question.model.weight_bytes / 1e9:.0f} GB, which do not fit on "
+            f"{where}. Use more ranks or a smaller number format."
+        )
+    if asked is None:
+        return (
+            f"{name} on {where} misses the SLO even without balancing and with the least batch "
+            f"(room for {fits:,} requests). Relax it or use faster hardware."
+        )
+    if asked > fits:
+        return (
+            f"{asked:,} requests in flight were asked for; {fits:,} of {_tokens(question):,} "
+            f"tokens fit on {where} beside the weights of {name}. Ask for fewer or shorter ones, "
+            f"or use more ranks."
         )
     return (
-        f"{question.model.name} on {ranks} ranks of {name} misses the SLO even without balancing "
-        f"and with the least batch (room for {fits} requests). Relax it or use faster hardware."
+        f"{name} on {where} misses the SLO at {asked:,} requests in flight even without balancing. "
+        f"Ask for fewer, relax the SLO, or use faster hardware."
     )
 
 
+def _tokens(question: Question) -> int:
+    """Of a request when it ends."""
+    return question.prompt_tokens + question.output_tokens
+
+
 def _fits(question: Question, balancer: str, redundancy: float) -> int:
-    tokens = question.prompt_tokens + question.output_tokens
+    """Requests that a candidate has room for."""
     redundant = _arm(question, balancer, redundancy, 1).num_redundant
+    tokens = _tokens(question)
     return most_requests(question.model, question.hardware, question.layout, redundant, tokens)
 
 
@@ -158,31 +179,67 @@ def _arm(question: Question, balancer: str, redundancy: float, concurrency: int)
     )
 
 
-def _candidate(question: Question, balancer: str, redundancy: float) -> Candidate:
-    """At the concurrency asked for, or at the largest that keeps the SLO."""
+def _candidate(question: Question, balancer: str, redundancy: float, near: int = 0) -> Candidate:
+    """At the concurrency asked for, or at the largest that keeps the SLO, `near` a first guess."""
 
-    def at(concurrency: int) -> Candidate:
-        arm = _arm(question, balancer, redundancy, concurrency)
-        made = simulate(arm, *question.traffic())
-        late = question.slo_tpot_us is not None and made.tpot_us > question.slo_tpot_us
-        return replace(none, concurrency=concurrency, outcome=None if late else made)
+    def at(concurrency: int) -> Outcome:
+        return simulate(_arm(question, balancer, redundancy, concurrency), *question.traffic())
 
-    none = Candidate(balancer=balancer, redundancy=redundancy, concurrency=0, outcome=None)
-    room = _fits(question, balancer, redundancy)
-    if question.concurrency is not None:
-        return at(question.concurrency) if question.concurrency <= room else none
-    high, best = min(room, MOST), none
-    if high < 1:
-        return none
-    low = 0
-    tried = high
-    for _ in range(TRIES):
-        found = at(tried)
-        if found.outcome is None:
-            high = tried
+    room, asked = _fits(question, balancer, redundancy), question.concurrency
+    slo_us = math.inf if question.slo_tpot_us is None else question.slo_tpot_us
+    if asked is None:
+        concurrency, made = most_within(slo_us, min(room, MOST), at, near)
+    else:
+        made = at(asked) if asked <= room else None
+        if made is not None and made.tpot_us > slo_us:
+            made = None
+        concurrency = 0 if made is None else asked
+    return Candidate(
+        balancer=balancer, redundancy=redundancy, concurrency=concurrency, outcome=made
+    )
+
+
+def most_within(
+    slo_us: float, most: int, at: Callable[[int], Outcome], near: int = 0
+) -> tuple[int, Outcome | None]:
+    """The largest concurrency whose TPOT keeps an SLO, and its outcome; (0, None): not even 1 does.
+
+    It is `most`, or another that is larger by at most one or 1 % misses the SLO.
+
+    Args:
+        slo_us: largest TPOT, microseconds.
+        most: largest concurrency that there is room for.
+        at: simulates a concurrency.
+        near: tried after `most`, e.g. what another candidate reaches; 0: nothing is known.
+    """
+    low, high = 0, most + 1
+    best: Outcome | None = None
+    tried: list[tuple[int, float]] = []
+    while high - low > max(1, low // CLOSE):
+        concurrency = _next(tried, low, high, slo_us, near) if tried else most
+        made = at(concurrency)
+        tried.append((concurrency, made.tpot_us))
+        if made.tpot_us > slo_us:
+            high = concurrency
         else:
-            low, best = tried, found
-        if low >= high or high - low <= 1:
-            break
-        tried = max(low + 1, round((max(low, 1) * high) ** 0.5))
-    return best
+            low, best = concurrency, made
+    return low, best
+
+
+def _next(tried: list[tuple[int, float]], low: int, high: int, slo_us: float, near: int) -> int:
+    """The concurrency to try after those with these TPOTs: between `low`, which keeps the SLO, and
+    `high`, which misses it.
+
+    TPOT bends little, so it is where a line through the last two meets the SLO, but as far inside
+    as the answer need be known: that ends the search once the line is right. Where TPOT does bend,
+    every third try takes the geometric mean.
+    """
+    guess = math.sqrt(max(low, 1) * high)
+    if len(tried) == 1 and near:
+        guess = near
+    elif len(tried) % 3 != 1:
+        (first, first_us), (second, second_us) = tried[-2:]
+        if first_us != second_us:
+            guess = second + (slo_us - second_us) * (second - first) / (second_us - first_us)
+    step = max(1, (low or high) // CLOSE)
+    return max(low + step, min(round(guess), high - step))

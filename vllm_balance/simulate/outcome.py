@@ -82,12 +82,6 @@ class Outcome:
         """W."""
         return float(1 - self.busy_us_N.sum() / self.stage_us["experts"].sum())
 
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of each stage in the time."""
-        total = self.step_us_N.sum()
-        return {stage: float(self.stage_us[stage].sum() / total) for stage in STAGES}
-
 
 def _ahead(arrived_R: Array) -> Array:
     """How many requests before this one, in the order given, arrived in the same step, [R]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -92,11 +93,25 @@ def _rows(model: str, zipf: float, layers: int, seed: int) -> Traffic:
     return skewed(ReplaySettings(zipf=zipf, seed=seed), models.load(model), layers)
 
 
+def missing(
+    cells: Iterable[Cell], results: Path, decided_by: Callable[[Cell], str | None] = lambda _: None
+) -> list[Cell]:
+    """The cells without a row in `results` that the same code and files decided.
+
+    Args:
+        decided_by: digest of what decides a cell's row beside its values, as rows have it; None
+            for rows that say nothing of it.
+    """
+    done = {(row["key"], row.get("decided_by")) for row in read(results)}
+    return [cell for cell in cells if (cell.key, decided_by(cell)) not in done]
+
+
 def sweep(
     cells: Iterable[Cell],
     results: Path,
     origin: Row,
     *,
+    decided_by: Callable[[Cell], str | None] = lambda _: None,
     address: str | None = None,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> int:
@@ -104,18 +119,22 @@ def sweep(
 
     Args:
         origin: put into every row, e.g. versions and commit.
+        decided_by: as in `missing`; put into the rows, except None.
         address: of a Ray cluster; None: the cores of this machine.
         on_rows: told how many rows were added, as they are.
 
     Raises:
         BalancerError: Ray is not installed, or a cell is impossible.
     """
-    done = {row["key"] for row in read(results)}
-    left = [cell for cell in cells if cell.key not in done]
+    left = missing(cells, results, decided_by)
+    digests = {cell.key: decided_by(cell) for cell in left}
     chunks = [left[start : start + CHUNK] for start in range(0, len(left), CHUNK)]
     for rows in _computed(chunks, address):
         with results.open("a") as file:
-            file.write("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
+            for row in rows:
+                digest = digests[row["key"]]
+                own = {} if digest is None else {"decided_by": digest}
+                file.write(json.dumps({**row, **own, **origin}) + "\n")
         on_rows(len(rows))
     return len(left)
 
@@ -127,7 +146,7 @@ def read(results: Path) -> list[Row]:
     content = results.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        results.write_bytes(whole)
+        os.truncate(results, len(whole))
     return [json.loads(line) for line in whole.splitlines()]
 
 

