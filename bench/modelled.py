@@ -1,7 +1,8 @@
 """Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase`.
 
 Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
-rows. `python -m bench.modelled docs` writes the tables anew.
+rows, but for those that other code or other files of model and hardware decided.
+`python -m bench.modelled docs` writes the tables anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import markdown
-from bench.provenance import ROOT, provenance
-from vllm_balance.simulate.sweep import Cell, compute, read, sweep
+from bench.provenance import ROOT, code, commit, digest_of
+from vllm_balance.measured_tables import rate_at
+from vllm_balance.simulate.sweep import Cell, compute, missing, sweep
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "simulator.md"
@@ -35,6 +38,12 @@ H20 = replace(DEEPSEEK, hardware="h20", concurrency=32, output_tokens=1024)
 CASES = {"qwen": QWEN, "deepseek": DEEPSEEK, "h20": H20}
 SLOS_MS = (20, 30, 40, 60)
 BALANCERS = ("eplb", "first_copy", "metro")
+CODE = ("vllm_balance/simulate", "vllm_balance/routing", "vllm_balance/placement", "kernels")
+CODE += tuple(f"vllm_balance/{name}.py" for name in ("cost", "fetch_cost", "types"))
+CODE += tuple(f"vllm_balance/{name}.py" for name in ("replay", "replay_rows"))
+"""What decides a cell's row, beside its values and its files."""
+COMMANDS = {"modelled": "tables", "slo": "slo", "phase": "phase"}
+"""The command that makes each file of rows."""
 app = typer.Typer(no_args_is_help=True)
 Row = dict[str, Any]
 
@@ -111,13 +120,28 @@ def docs() -> None:
 def _run(name: str, cells: list[Cell], results: Path | None = None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     path = results or RESULTS / f"{name}.jsonl"
+    left = missing(cells, path, decided_by)
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=len(cells), completed=0)
-        done = {row["key"] for row in read(path)}
-        bar.advance(task, sum(cell.key in done for cell in cells))
+        task = bar.add_task(name, total=len(cells), completed=len(cells) - len(left))
         sweep(
-            cells, path, {"commit": provenance()["commit"]}, on_rows=lambda n: bar.advance(task, n)
+            left,
+            path,
+            {"commit": commit()},
+            decided_by=decided_by,
+            on_rows=lambda n: bar.advance(task, n),
         )
+
+
+def decided_by(cell: Cell) -> str:
+    """Digest of the code and of the files of model and hardware that decide a cell's row."""
+    return _decided_by(cell.model, cell.hardware)
+
+
+@cache
+def _decided_by(model: str, hardware: str) -> str:
+    configs = ROOT / "configs"
+    files = (configs / "hardware").glob(f"{hardware}.*")  # With the profile, if there is one.
+    return digest_of([*code(*CODE), *files, configs / "models" / f"{model}.toml"])
 
 
 def _table(name: str) -> str:
@@ -144,16 +168,27 @@ def _table(name: str) -> str:
             f"{row['tokens_per_s']:,.0f}", f"{row['activated_worst_rank']:,.0f}",
             f"{row['waiting_share']:.0%}", f"{row['redundant_bytes'] / 1e9:.1f}",
         ])  # fmt: skip
-    return markdown.table(head, body, left=2)
+    return _with_origin("modelled", markdown.table(head, body, left=2), own)
 
 
 def _newest(name: str) -> list[Row]:
+    """The last row of each cell."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
     return list({row["key"]: row for row in rows}.values())
 
 
+def _with_origin(name: str, table: str, rows: list[Row]) -> str:
+    """A table, and beneath it where its rows are from and how many of them are of older code."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    text = f"Modelled; commit {commits}; `python -m bench.modelled {COMMANDS[name]}`."
+    old = sum(row.get("decided_by") != _decided_by(row["model"], row["hardware"]) for row in rows)
+    if old:
+        text += f" Of older code: {old:,} of {len(rows):,} rows; the command computes them anew."
+    return f"{table}\n\n{text}"
+
+
 def _slo_table() -> str:
-    """Most tokens per second of each arm within an SLO."""
+    """Tokens per second of each arm at a TPOT of exactly the SLO."""
     rows = _newest("slo")
     head = ["model", "balancer", "redundancy", *(f"{slo} ms" for slo in SLOS_MS)]
     groups: dict[tuple[str, str, float], list[Row]] = {}
@@ -164,10 +199,10 @@ def _slo_table() -> str:
     for (model, balancer, redundancy), own in groups.items():
         cells = []
         for limit in SLOS_MS:
-            rates = [r["tokens_per_s"] for r in own if r["tpot_us"] <= 1e3 * limit]
-            cells.append(f"{max(rates):,.0f}" if rates else "missed")
+            rate = rate_at(limit, ((r["tpot_us"] / 1e3, r["tokens_per_s"]) for r in own))
+            cells.append("-" if rate is None else f"{rate:,.0f}")
         body.append([model, balancer, f"{redundancy:g}", *cells])
-    return markdown.table(head, body, left=2)
+    return _with_origin("slo", markdown.table(head, body, left=2), rows)
 
 
 def _phase_table() -> str:
@@ -188,7 +223,7 @@ def _phase_table() -> str:
             name = f"{best['balancer']} {best['redundancy']:g}"
             cells.append("none" if gain > -0.005 else f"{name}: {gain:+.0%}")
         body.append([str(group[0]), f"{group[1]:g}", *cells])
-    return markdown.table(head, body, left=2)
+    return _with_origin("phase", markdown.table(head, body, left=2), rows)
 
 
 if __name__ == "__main__":

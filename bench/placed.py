@@ -18,6 +18,7 @@ import numpy as np
 import typer
 
 from bench import demo_trace
+from bench.provenance import config_hash, sources, versions
 from bench.slow_rank import slowed
 from vllm_balance import documents, profiles, traces
 from vllm_balance.commands.expert_probe import probing
@@ -135,7 +136,16 @@ class Placed:
 def prepared(
     settings: dict[str, Any], model: Path, folder: Path | None, digest: str
 ) -> Placed | None:
-    """The files of arms with a placement, made and verified; None if the run has no such arm."""
+    """The files of arms with a placement, made and verified; None if the run has no such arm.
+
+    Args:
+        folder: of the recorded traces.
+        digest: of the run's settings.
+
+    Raises:
+        typer.BadParameter: the run replays a recorded trace, and no folder is named.
+        RuntimeError: the profile's kernels show another slowdown than was asked for.
+    """
     if "place" not in settings:
         return None
     name = settings["replay"]["trace"]
@@ -144,13 +154,19 @@ def prepared(
     placed = Placed(
         model=model,
         trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
-        folder=Path(tempfile.gettempdir()) / f"vllm-balance-run-{digest}",
+        folder=_folder(digest),
         num_ranks=settings["serve"].get("tensor_parallel", 1),
         settings=settings["place"],
         seed=settings["seed"],
     )
     placed.prepare(settings.get("slow", [1.0]))
     return placed
+
+
+def _folder(digest: str) -> Path:
+    """Where the files of a run are kept: others for other settings, code or packages."""
+    key = config_hash({"run": digest, "sources": sources(), "versions": versions()})
+    return Path(tempfile.gettempdir()) / f"vllm-balance-run-{key}"
 
 
 def _with_slow_rank(measured: Profile, factor: float) -> Profile:

@@ -165,12 +165,18 @@ def _table(_: str) -> str:
 
 
 def _group(machine: str, dtype: str, rows: list[Row]) -> str:
-    """The table of rows of one machine and type, the newest first."""
+    """The table of rows of one machine and type, the newest first; the newest of each trace counts.
+
+    Without rows of a kind of batch its line is missing; without pairs that can be ranked there is
+    no share of them.
+    """
     rows = list({(row["trace"], row["batch"]): row for row in reversed(rows)}.values())
     head = ["batch", "fit error", "time error", "ranked as measured", "of pairs", "too close"]
     body = []
     for kind in (*BATCHES, "both"):
         own = [row for row in rows if kind in (row["batch"], "both")]
+        if not own:
+            continue
         right, rankable, total = agreement(own)
         errors = [
             abs(row["modelled_us"][name] / row["measured_us"][name] - 1)
@@ -178,10 +184,12 @@ def _group(machine: str, dtype: str, rows: list[Row]) -> str:
             for name in row["measured_us"]
         ]
         fits = statistics.median(row["fit_error"] for row in own)
-        cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", f"{right / rankable:.1%}"]
+        share = f"{right / rankable:.1%}" if rankable else "-"
+        cells = [f"{fits:.1%}", f"{statistics.median(errors):.1%}", share]
         body.append([kind, *cells, str(rankable), str(total - rankable)])
     num_traces = len({row["trace"] for row in rows})
-    origin = f"{num_traces} traces; {dtype}; {machine}; commit {rows[-1]['commit']}; seed {SEED}."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    origin = f"{num_traces} traces; {dtype}; {machine}; commit {commits}; seed {SEED}."
     return f"{markdown.table(head, body)}\n\nMeasured on {origin}"
 
 

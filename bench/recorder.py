@@ -2,7 +2,8 @@
 
 One server, and bursts of requests that alternate between no recording, counts and ids, there and
 back, so that a drift of the machine hits all alike. Recordings start and stop over HTTP between the
-bursts. Rows are JSON lines in bench/results/recorder.jsonl.
+bursts. Rows are JSON lines in bench/results/recorder.jsonl; `started` is the same in all rows of a
+run, and in no other's. Every call starts anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import statistics
 import tempfile
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ console = Console()
 
 def recorder() -> None:
     """Append one row per burst to bench/results/recorder.jsonl and print the table."""
+    started = datetime.now(UTC).isoformat()
     settings = tomllib.loads(RUN.read_text())
     model = real_size_model.ensure(**settings["model"])
     load, order = settings["load"], settings["recordings"]["order"]
@@ -48,6 +51,7 @@ def recorder() -> None:
             )
             console.print(rows[-1])
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    origin |= {"started": started}
     for row in rows:
         _append(origin | row | provenance())
     console.print(table(rows))

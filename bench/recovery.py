@@ -2,7 +2,8 @@
 
 A server is sent bursts of requests, one after another, while other traffic comes and then one rank
 becomes slow (configs/runs/recovery.toml). Every arm lives through the same on a fresh server; arms
-go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst.
+go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst; `started` is the
+same in all rows of a run, and in no other's. Every call starts anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +45,7 @@ def recovery(
     folder: Annotated[Path, typer.Option("--traces", help="Folder of the recorded traces.")],
 ) -> None:
     """Append one row per burst to bench/results/recovery.jsonl and print the table."""
+    started = datetime.now(UTC).isoformat()
     settings = tomllib.loads(RUN.read_text())
     model = real_size_model.ensure(**settings["model"])
     factors = [1.0, *(phase.get("slow", 1.0) for phase in settings["phases"].values())]
@@ -52,7 +55,7 @@ def recovery(
     assert placed is not None
     console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
-    origin |= {"expert_bytes": _expert_bytes(model), **provenance()}
+    origin |= {"started": started, "expert_bytes": _expert_bytes(model), **provenance()}
     rows = []
     for start in plan(settings, rounds=1):
         for row in _live_through(start, model, placed, folder):
@@ -118,7 +121,11 @@ def _burst(
 
 
 def table(rows: list[Row]) -> str:
-    """Per phase and arm: latency at the change and at the end, and what recovering took."""
+    """Per phase and arm: latency at the change and at the end, and what recovering took.
+
+    Args:
+        rows: of one run, see `bench.tables.newest_run`.
+    """
     body = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         ends = {arm: _end_ms(of) for arm, of in _by_arm(rows, phase)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from bench.placed import Placed, prepared
 from bench.provenance import ROOT, config_hash, provenance, sources
 from bench.starts import Cell, Start, plan
 from bench.turn import Turn
-from vllm_balance.measurement import Measurement, read_measurements
+from vllm_balance.measurement import IDENTITY, Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
 console = Console(stderr=True)
@@ -51,6 +52,13 @@ def run(
 ) -> None:
     """Run all arms of each run file and append their rows to bench/results/."""
     for file in files:
+        if rounds > 1 and tomllib.loads(file.read_text()).get("in_turns"):
+            raise typer.BadParameter(
+                f"--rounds {rounds} was asked for, but {file} sends its loads in turn (`in_turns`) "
+                f"and repeats them by its own `repeats`; only --rounds 1 is allowed. Run this file "
+                f"without --rounds, or raise `repeats` in it."
+            )
+    for file in files:
         console.rule(file.stem)
         run_file(file, rounds, results / f"{file.stem}.jsonl", traces)
 
@@ -59,7 +67,7 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
     """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
     origin = {"config_hash": config_hash(settings), "sources": sources(), **provenance()}
-    done = _done(results, (origin["config_hash"], origin["sources"], origin["machine"]))
+    done = _done(results, tuple(origin[name] for name in IDENTITY))
     starts = plan(settings, rounds)
     left = {
         s.position: [cell for cell in s.cells if (s.position, cell) not in done] for s in starts
@@ -80,12 +88,14 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
                 console.print(_line(row))
 
 
-def _done(results: Path, identity: tuple[str, str, str]) -> set[tuple[int, Cell]]:
+def _done(results: Path, identity: tuple[Any, ...]) -> set[tuple[int, Cell]]:
     """What need not be measured again; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
         return set()
-    text = results.read_text()
-    results.write_text(text[: text.rfind("\n") + 1])
+    content = results.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(results, whole)
     rows = [row for row in read_measurements(results) if row.identity == identity]
     return {(r.position, Cell(slow=r.slow, load=r.load, repeat=r.repeat)) for r in rows}
 

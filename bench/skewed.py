@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vllm_balance.measured_tables import MeasuredTable, median, origin
+from vllm_balance.measured_tables import MeasuredTable, Value, median, origin
 from vllm_balance.measurement import Measurement
 
 BOUND = ("even", "static")
@@ -26,8 +26,8 @@ HEADINGS = (
 
 
 def table(rows: list[Measurement]) -> MeasuredTable:
-    """One line per load and arm, medians; needs the load and the arm of the bound."""
-    bound = median(_of(rows, *BOUND), _speed)
+    """One line per load and arm, medians; "-" where what to compare with is not measured yet."""
+    bound = _of(rows, *BOUND)
     arms = dict.fromkeys(row.arm for row in rows)
     body = []
     for load in dict.fromkeys(row.load for row in rows):
@@ -45,20 +45,26 @@ def table(rows: list[Measurement]) -> MeasuredTable:
     )
 
 
-def _numbers(here: list[Measurement], base: list[Measurement], bound: float) -> list[str]:
-    speed, ttft_ms = median(here, _speed), median(here, _ttft_ms)
+def _numbers(
+    here: list[Measurement], base: list[Measurement], bound: list[Measurement]
+) -> list[str]:
+    speed = median(here, _speed)
     return [
         f"{speed:.0f}",
-        f"{speed / bound:.1%}",
-        f"{speed / median(base, _speed) - 1:+.1%}",
-        f"{ttft_ms:.0f}",
-        f"{ttft_ms / median(base, _ttft_ms) - 1:+.1%}",
+        f"{speed / median(bound, _speed):.1%}" if bound else "-",
+        _against(here, base, _speed),
+        f"{median(here, _ttft_ms):.0f}",
+        _against(here, base, _ttft_ms),
         f"{median(here, lambda row: row.waiting_share or 0.0):.1%}",
         f"{median(here, lambda row: row.fetch_wait_share or 0.0):.2%}",
         f"{median(here, lambda row: row.batch_time_spread or 0.0):.1%}",
         f"{median(here, _fetches):.1f}",
         f"{median(here, lambda row: row.decide_share):.2%}",
     ]
+
+
+def _against(here: list[Measurement], base: list[Measurement], value: Value) -> str:
+    return f"{median(here, value) / median(base, value) - 1:+.1%}" if base else "-"
 
 
 def _of(rows: Iterable[Measurement], load: str, arm: str) -> list[Measurement]:

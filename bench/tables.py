@@ -22,6 +22,8 @@ from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 
 Row = dict[str, Any]
+ONE_RUN = ("started", "commit", "config_hash", "machine")
+"""What all rows of one run of a benchmark of its own have in common; early rows have no start."""
 
 
 def tables(
@@ -61,11 +63,14 @@ def table(run: str) -> str:
 def own_table(render: Callable[[list[Row]], str], command: str, caption: str, run: str) -> str:
     """A benchmark that is no table of servers by arm, by its newest run."""
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if (row["commit"], row["config_hash"])
-            == (rows[-1]["commit"], rows[-1]["config_hash"])]  # fmt: skip
+    rows = newest_run([json.loads(line) for line in lines])
     title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
     return "\n".join((f"{title}. {caption}", "", render(rows), "", _origin(rows[-1], command)))
+
+
+def newest_run(rows: list[Row]) -> list[Row]:
+    """The rows of the run that the last one is of."""
+    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in ONE_RUN)]
 
 
 def exchange_table(run: str) -> str:

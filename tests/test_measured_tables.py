@@ -3,7 +3,7 @@
 import pytest
 from measured import row, rows
 
-from vllm_balance.measured_tables import arms_table, grouped, slo_table, tables
+from vllm_balance.measured_tables import arms_table, grouped, slo_table, slow_table, tables
 
 
 def column(table, heading):
@@ -48,7 +48,19 @@ def test_with_few_tokens_the_first_one_is_compared():
         row("static", output_tokens=2),
         row("metro", output_tokens=2).model_copy(update={"ttft_ms": row(tpot_ms=50.0).ttft_ms}),
     ]
-    assert column(arms_table(few), "TTFT against static") == ["+0.0%", "-50.0%"]
+    table = arms_table(few)
+    assert column(table, "TTFT against static") == ["+0.0%", "-50.0%"]
+    assert table.headings[2:5] == ["TTFT ms", "p99", "prompt tokens/s"]
+    assert table.headings[5] == "experts on the worst rank"
+    assert [line[2:5] for line in table.body] == [["1000", "1490", "100"], ["500", "745", "100"]]
+    assert column(table, "memory GiB") == ["3.0", "3.0"]
+
+
+def test_a_run_that_has_loads_with_many_tokens_too_keeps_all_columns():
+    mixed = [row("static", load="prefill", output_tokens=2), row("static", load="decode")]
+    headings = arms_table(mixed).headings
+    assert headings[2:6] == ["TTFT or TPOT against static", "TPOT ms", "p99", "ITL p99 ms"]
+    assert "prompt tokens/s" not in headings
 
 
 def test_ratios_stay_within_a_case_and_a_load():
@@ -136,6 +148,19 @@ def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
         "prefill",
         "prefill, one rank +16%",
     ]
+
+
+def test_an_arm_that_a_run_did_not_come_to_has_no_latency():
+    measured = [
+        row(arm, tpot_ms=tpot_ms, slow=slow)
+        for slow, arms in ((1.0, ("static", "gem")), (1.16, ("static",)), (1.28, ("gem",)))
+        for arm, tpot_ms in (("static", 100.0), ("gem", 90.0))
+        if arm in arms
+    ]
+    table = slow_table(measured)
+    assert column(table, "static ms") == ["7300", "7300", "-"]
+    assert column(table, "gem ms") == ["6570", "-", "6570"]
+    assert column(table, "gem against static") == ["-10.0%", "-", "-"]
 
 
 @pytest.mark.parametrize(("own", "count"), [(rows, 1), (slo_rows, 2)])

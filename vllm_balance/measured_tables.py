@@ -31,18 +31,30 @@ def waiting(row: Measurement) -> float:
     return row.waiting_share_by_experts if measured is None else measured
 
 
-COLUMNS: tuple[tuple[str, str, Value], ...] = (
-    ("TPOT ms", ".1f", lambda row: row.tpot_ms.p50),
-    ("p99", ".1f", lambda row: row.tpot_ms.p99),
-    ("ITL p99 ms", ".1f", lambda row: row.itl_ms.p99),
-    ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
-    ("tokens/s", ".1f", lambda row: row.tokens_per_s),
+Column = tuple[str, str, Value]
+"""Heading, format and value."""
+COUNTED: tuple[Column, ...] = (
     ("experts on the worst rank", ".1f", lambda row: row.activated_worst_rank),
     ("tokens on the worst rank", ".0f", lambda row: row.tokens_worst_rank),
     ("waiting", ".1%", waiting),
     ("deciding us", ".0f", lambda row: row.decide_us_per_layer),
     ("memory GiB", ".1f", lambda row: row.memory_bytes / 2**30),
 )
+COLUMNS: tuple[Column, ...] = (
+    ("TPOT ms", ".1f", lambda row: row.tpot_ms.p50),
+    ("p99", ".1f", lambda row: row.tpot_ms.p99),
+    ("ITL p99 ms", ".1f", lambda row: row.itl_ms.p99),
+    ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
+    ("tokens/s", ".1f", lambda row: row.tokens_per_s),
+    *COUNTED,
+)
+FIRST_TOKEN_COLUMNS: tuple[Column, ...] = (
+    ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
+    ("p99", ".0f", lambda row: row.ttft_ms.p99),
+    ("prompt tokens/s", ".0f", lambda row: row.total_tokens_per_s),
+    *COUNTED,
+)
+"""Of a run whose loads all have few tokens per request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +80,10 @@ def tables(rows: list[Measurement]) -> list[MeasuredTable]:
 
 
 def slow_table(rows: list[Measurement]) -> MeasuredTable:
-    """End-to-end latency by load and slowdown of one rank, each arm against the bases."""
+    """End-to-end latency by load and slowdown of one rank, each arm against the bases.
+
+    "-" where an arm was not measured yet.
+    """
     arms = list(dict.fromkeys(row.arm for row in rows))
     pairs = [(a, b) for b in BASES for a in arms if b in arms and a not in BASES]
     body = []
@@ -76,7 +91,7 @@ def slow_table(rows: list[Measurement]) -> MeasuredTable:
         here = [row for row in rows if (row.load, row.slow) == (load, slow)]
         own = {arm: [row for row in here if row.arm == arm] for arm in arms}
         cells = [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
-        cells += [f"{median(own[arm], _e2e_ms):.0f}" for arm in arms]
+        cells += [f"{median(own[arm], _e2e_ms):.0f}" if own[arm] else "-" for arm in arms]
         body.append(cells + [_ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
     headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
     return MeasuredTable(
@@ -98,17 +113,18 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
         if any(key[place] for key in groups)
     ]
     bases = [base for base in BASES if any(arm == base for _, _, arm in groups)]
+    columns = FIRST_TOKEN_COLUMNS if all(map(_has_few_tokens, rows)) else COLUMNS
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
         cells += [_ratio(own, groups.get((*key[:2], base), []), _time_ms) for base in bases]
-        body.append(cells + [format(median(own, value), spec) for _, spec, value in COLUMNS])
+        body.append(cells + [format(median(own, value), spec) for _, spec, value in columns])
     headings = [*(heading for heading, _ in varied), "arm"]
     headings += [f"{_compared(rows)} against {base}" for base in bases]
     return MeasuredTable(
         title=rows[0].title,
         caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}",
-        headings=headings + [heading for heading, _, _ in COLUMNS],
+        headings=headings + [heading for heading, _, _ in columns],
         body=body,
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
@@ -162,11 +178,18 @@ def throughput_at(tpot_ms: float, loads: list[list[Measurement]]) -> float | Non
     Returns:
         None if every TPOT is above, or every one below, so that it was not reached.
     """
-    points = sorted(
-        (median(own, lambda row: row.tpot_ms.p50), median(own, lambda row: row.tokens_per_s))
-        for own in loads
+    return rate_at(
+        tpot_ms,
+        (
+            (median(own, lambda row: row.tpot_ms.p50), median(own, lambda row: row.tokens_per_s))
+            for own in loads
+        ),
     )
-    for (first_ms, first), (second_ms, second) in itertools.pairwise(points):
+
+
+def rate_at(tpot_ms: float, points: Iterable[tuple[float, float]]) -> float | None:
+    """Tokens per second at a TPOT, on the line between the two (TPOT in ms, rate) around it."""
+    for (first_ms, first), (second_ms, second) in itertools.pairwise(sorted(points)):
         if first_ms <= tpot_ms < second_ms:
             return first + (tpot_ms - first_ms) / (second_ms - first_ms) * (second - first)
     return None
@@ -203,8 +226,11 @@ def origin(rows: list[Measurement]) -> str:
 
 
 def _ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> str:
-    """Against a base in the same case and load; of loads in turn with quartiles."""
-    if not theirs:
+    """Against a base in the same case and load; of loads in turn with quartiles.
+
+    "-" if either was not measured.
+    """
+    if not own or not theirs:
         return "-"
     bases = {row.repeat: value(row) for row in theirs if row.in_turns}
     ratios = [value(row) / bases[row.repeat] - 1 for row in own if row.repeat in bases]
@@ -214,9 +240,13 @@ def _ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> s
     return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def _has_few_tokens(row: Measurement) -> bool:
+    return row.output_tokens <= FEW_TOKENS
+
+
 def _time_ms(row: Measurement) -> float:
     """What a load is about: time per token, or the first token where there are few."""
-    return row.ttft_ms.p50 if row.output_tokens <= FEW_TOKENS else row.tpot_ms.p50
+    return row.ttft_ms.p50 if _has_few_tokens(row) else row.tpot_ms.p50
 
 
 def _e2e_ms(row: Measurement) -> float:
@@ -228,7 +258,7 @@ def _in_turn(rows: list[Measurement]) -> str:
 
 
 def _compared(rows: list[Measurement]) -> str:
-    names = {"TTFT" if row.output_tokens <= FEW_TOKENS else "TPOT" for row in rows}
+    names = {"TTFT" if _has_few_tokens(row) else "TPOT" for row in rows}
     return " or ".join(sorted(names, reverse=True))
 
 

@@ -17,6 +17,8 @@ from vllm_balance.documents import Document, explain
 from vllm_balance.errors import BalancerError
 
 FORMAT: Literal["vllm-balance measurement 1"] = "vllm-balance measurement 1"
+IDENTITY = ("config_hash", "sources", "machine", "versions")
+"""Fields that rows have in common which may be compared: settings, code, machine, packages."""
 
 
 class Latency(Document):
@@ -76,7 +78,7 @@ class Measurement(Document):
     versions: dict[str, str]
     commit: str
     sources: str
-    """Hash of the code that ran in the server."""
+    """Hash of the code that ran in the server, and of that which made its profile and map."""
     machine: str
     gate: str
     """The proof that this arm answers as one dense rank does, see docs/benchmarks.md."""
@@ -154,9 +156,9 @@ class Measurement(Document):
         return ", ".join(filter(None, (self.load, slowed)))
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        """What rows that may be compared have in common: settings, code, machine."""
-        return self.config_hash, self.sources, self.machine
+    def identity(self) -> tuple[Any, ...]:
+        """What rows that may be compared have in common; the values of IDENTITY."""
+        return tuple(getattr(self, name) for name in IDENTITY)
 
 
 def parse(line: str) -> Measurement:
@@ -193,14 +195,21 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 
 def is_results(path: Path) -> bool:
-    """Whether the first line of a file says that it holds measurements."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
-    return bool(first.strip()) and json.loads(first).get("format") == FORMAT
+    """Whether the first line of a file says that it holds measurements; one cut short says nothing.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except ValueError:
+        return False
+    return isinstance(first, dict) and first.get("format") == FORMAT
 
 
 def newest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """The rows of what was measured last: the same settings, code and machine."""
+    """The rows of what was measured last: the same settings, code, machine and packages."""
     rows = list(rows)
     return [row for row in rows if row.identity == rows[-1].identity]
 

@@ -48,6 +48,12 @@ def test_statistics_are_per_step_and_sums_over_layers():
     assert (fields["decide_share"], fields["wrapping_share"]) == (0.1, 0.1)
 
 
+def test_guesses_are_deciding_too():
+    fields = counted([status(look_ahead_us=250.0), status(experts_us=400.0, look_ahead_us=9.0)])
+    assert fields["decide_us_per_layer"] == 17.5
+    assert (fields["decide_share"], fields["wrapping_share"]) == (0.28, 0.08)
+
+
 @pytest.mark.parametrize(
     "key", ["decisions", "max_activated_sum", "max_tokens_sum", "pairs", "activated_per_rank"]
 )

@@ -1,9 +1,13 @@
 """Recovery from a change: when a phase counts as settled, and what the table compares."""
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench import recovery
 from bench.recovery import _recovery_s, table
 
 
@@ -53,3 +57,23 @@ def test_table_compares_the_ends_of_a_phase_and_counts_its_weights():
         "12",
     ]
     assert lines[-2].split("|")[-3].strip() == "-"
+
+
+def test_the_rows_of_a_call_have_a_start_in_common_that_no_other_call_has(monkeypatch, tmp_path):
+    def live_through(start, *_):
+        return iter(_bursts(start.arm, start.position, [1000] * 4))
+
+    origin = {"versions": {}, "commit": "abc1234", "machine": "A machine"}
+    monkeypatch.setattr(recovery.real_size_model, "ensure", lambda **shape: tmp_path)
+    monkeypatch.setattr(recovery, "prepared", lambda *_: SimpleNamespace(shown_slowdown={}))
+    monkeypatch.setattr(recovery, "_expert_bytes", lambda model: 2**20)
+    monkeypatch.setattr(recovery, "_live_through", live_through)
+    monkeypatch.setattr(recovery, "provenance", lambda: origin)
+    monkeypatch.setattr(recovery, "RESULTS", tmp_path / "recovery.jsonl")
+    for _ in range(2):
+        recovery.recovery(Path("traces"))
+    rows = [json.loads(line) for line in (tmp_path / "recovery.jsonl").read_text().splitlines()]
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert [row["position"] for row in first] == [row["position"] for row in second]
+    starts = [{row["started"] for row in of} for of in (first, second)]
+    assert [len(of) for of in starts] == [1, 1] and starts[0] != starts[1]

@@ -1,9 +1,11 @@
 """Run files: the order of starts, and continuing where a run was ended."""
 
+import os
 import tomllib
 from collections import Counter
 
 import pytest
+import typer
 from measured import row
 
 from bench import run, turn
@@ -181,6 +183,14 @@ def test_loads_go_forth_and_back_over_servers_that_are_up_together(measuring):
         plan(tomllib.loads(IN_TURNS), rounds=2)
 
 
+def test_rounds_of_loads_in_turn_are_refused_before_anything_is_measured(measuring, tmp_path):
+    in_turns = tmp_path / "in_turns.toml"
+    in_turns.write_text(IN_TURNS)
+    with pytest.raises(typer.BadParameter, match=r"--rounds 2 .*in_turns\.toml .* `repeats`"):
+        run.run([measuring.file, in_turns], rounds=2, results=measuring.results.parent)
+    assert measuring.starts == []
+
+
 def test_a_killed_run_in_turns_continues_behind_its_last_row(measuring):
     measuring.file.write_text(IN_TURNS)
     whole = keys(measuring())
@@ -191,21 +201,25 @@ def test_a_killed_run_in_turns_continues_behind_its_last_row(measuring):
     assert measuring.starts == ["static", "metro"]
 
 
-def test_a_finished_run_starts_nothing(measuring):
-    assert measuring() == measuring()
+def test_a_finished_run_starts_nothing_and_writes_nothing(measuring):
+    before = measuring()
+    os.utime(measuring.results, ns=(0, 0))
+    assert measuring() == before
     assert measuring.starts == []
+    assert measuring.results.stat().st_mtime_ns == 0
 
 
-@pytest.mark.parametrize("changed", ["settings", "code", "machine"])
-def test_other_settings_code_or_another_machine_are_measured_anew(measuring, monkeypatch, changed):
+@pytest.mark.parametrize("changed", ["settings", "code", "machine", "packages"])
+def test_what_is_other_than_in_the_rows_is_measured_anew(measuring, monkeypatch, changed):
     before = measuring()
     if changed == "settings":
         measuring.file.write_text(FILE.replace("zipf = 0.8", "zipf = 1.2"))
     elif changed == "code":
         monkeypatch.setattr(run, "sources", lambda: "other code")
     else:
-        origin = {"versions": {}, "commit": "abc", "machine": "another"}
-        monkeypatch.setattr(run, "provenance", lambda: origin)
+        origin = run.provenance()
+        other = {"machine": "another"} if changed == "machine" else {"versions": {"torch": "0"}}
+        monkeypatch.setattr(run, "provenance", lambda: origin | other)
     assert len(measuring()) == 2 * len(before)
 
 

@@ -8,7 +8,13 @@ from bench.starts import arm_of, plan
 
 
 def rank(times_LB, fetch_us=0.0, **counted) -> dict:
-    layers = [{"recent_experts_us": times_B, "fetch_wait_us": fetch_us} for times_B in times_LB]
+    layers = [
+        {
+            **{"recent_experts_us": times_B, "fetch_wait_us": fetch_us},
+            **{"experts_us": 0.75 * sum(times_B), "experts_wrapping_us": 0.25 * sum(times_B)},
+        }
+        for times_B in times_LB
+    ]
     return {"layers": layers, **counted}
 
 
@@ -33,6 +39,16 @@ def test_time_for_fetches_is_waiting_and_fetches_of_all_ranks_count():
     assert found["fetching"] == FETCHED | {"fetches": 4}
 
 
+def test_of_a_load_longer_than_the_last_batches_these_stand_for_all():
+    whole = [rank([[20.0] * 8], fetch_us=40.0), rank([[10.0] * 8])]
+    last = [rank([[20.0] * 2], fetch_us=40.0), rank([[10.0] * 2])]
+    for cut, full in zip(last, whole, strict=True):
+        times_us = {key: full["layers"][0][key] for key in ("experts_us", "experts_wrapping_us")}
+        cut["layers"][0].update(times_us)
+    assert waiting.shares(last) == pytest.approx(waiting.shares(whole))
+    assert waiting.shares(whole)["fetch_wait_share"] == pytest.approx(40 / (8 * 20 + 40))
+
+
 def test_experts_that_cannot_be_timed_have_no_share():
     assert waiting.shares([rank([[], []]), rank([[], []])]) == {}
 
@@ -52,6 +68,15 @@ def test_every_arm_is_compared_with_static_and_the_bound():
         ["hot", "harmoeny", "90", "90.0%", "+80.0%"],
     ]
     assert body[2][5:8] == ["1111", "-44.4%", "25.0%"] and body[2][10] == "2.0"
+
+
+def test_an_interrupted_run_has_no_bound_and_no_base():
+    rows = [row("harmoeny", load="hot", total_tokens_per_s=80.0)]
+    (line,) = skewed.table(rows).body
+    assert line[:5] == ["hot", "harmoeny", "80", "-", "-"] and line[6] == "-"
+    rows.append(row("static", load="hot", total_tokens_per_s=50.0))
+    lines = skewed.table(rows).body
+    assert [line[3:5] for line in lines] == [["-", "+60.0%"], ["-", "+0.0%"]]
 
 
 def test_slots_take_no_settings_of_eplb_and_loads_their_own_replay():

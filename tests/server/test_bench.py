@@ -7,7 +7,7 @@ from measured import row
 from serving import MAX_TOKENS, PROMPTS
 
 from bench import gate, run
-from bench.provenance import config_hash, machine, sources
+from bench.provenance import config_hash, machine, sources, versions
 from vllm_balance.commands.report import render
 from vllm_balance.measured_tables import arms_table
 from vllm_balance.measurement import read_measurements
@@ -58,7 +58,8 @@ def measured(dense, tmp_path_factory):
     file, results = folder / "small.toml", folder / "small.jsonl"
     file.write_text(FILE)
     known = {"config_hash": config_hash(tomllib.loads(FILE)), "machine": machine()}
-    done = row("static", position=1, run="small", sources=sources(), **known)
+    known |= {"sources": sources(), "versions": versions()}
+    done = row("static", position=1, run="small", **known)
     results.write_text(done.model_dump_json() + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "PROMPTS", PROMPTS)
