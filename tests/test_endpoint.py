@@ -21,6 +21,7 @@ class Engine:
         self.engine_core = self
         self.asked = []
         self.refuses = False
+        self.counters = {}
 
     async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
         assert (utility, timeout, args) == ("collective_rpc", None, ())
@@ -28,7 +29,7 @@ class Engine:
         if method.startswith("moe_record"):
             state = {"error": "File exists."} if self.refuses else {"state": method}
             return [[{"state": method}, None], [state, None]]
-        return [[{"rank": 2}, {"rank": 3}], [{"rank": 1}, {"rank": 0}]]
+        return [[{"rank": rank} | self.counters for rank in ranks] for ranks in ((2, 3), (1, 0))]
 
 
 def client(engine) -> TestClient:
@@ -59,6 +60,20 @@ def test_status_and_reset_ask_every_rank():
     ]
 
 
+def test_prometheus_scrapes_the_counters_of_every_rank():
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    engine.counters = {"balancer": "metro", "decisions": 6, "decide_us": 1500.0}
+    answer = client(engine).get("/moe_balancer/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = answer.text.splitlines()
+    for rank in range(4):
+        labels = f'{{balancer="metro",rank="{rank}"}}'
+        assert f"vllm_moe_balancer_decisions_total{labels} 6.0" in lines
+        assert f"vllm_moe_balancer_decide_seconds_total{labels} 0.0015" in lines
+    assert engine.asked == [("moe_balancer_status", {"per_layer": False})]
+
+
 def test_a_benchmark_may_replay_another_skew():
     engine = Engine({"moe_balancer": {"name": "static", "replay": {"zipf": 0.0}}})
     answer = client(engine).post("/moe_balancer/replay", json={"zipf": 0.8})
@@ -69,7 +84,8 @@ def test_a_benchmark_may_replay_another_skew():
 @pytest.mark.parametrize("engine", [None, Engine(None), Engine({}), Engine({"other": 1})])
 def test_a_server_without_a_balancer_says_so(engine):
     http = client(engine)
-    for answer in (http.get("/moe_balancer"), http.post("/moe_balancer/reset")):
+    paths = ("/moe_balancer", "/moe_balancer/metrics")
+    for answer in (*map(http.get, paths), http.post("/moe_balancer/reset")):
         assert answer.status_code == 404
         assert "without --moe-balancer" in answer.json()["detail"]
     assert engine is None or engine.asked == []

@@ -54,6 +54,18 @@ def test_an_empty_plan_counts_as_an_empty_batch_and_nothing_else():
     assert counters.sum() == 1
 
 
+@pytest.mark.parametrize("regime", list(Regime))
+def test_a_regime_that_is_given_counts_and_an_empty_batch_has_none(regime):
+    placement = random_case(1).placement
+    split_ER = torch.zeros_like(placement.logical_to_physical_ER)
+    for tokens, kind in ((1, regime), (0, Counter.EMPTY_BATCHES)):
+        split_ER[:, 0] = tokens
+        counters = torch.zeros(counters_size(placement.num_ranks), dtype=torch.int64)
+        add_plan(counters, Plan(split_ER=split_ER), placement, regime)
+        kinds = counters[: Counter.EMPTY_BATCHES + 1].tolist()
+        assert kinds == [counter == kind for counter in range(Counter.EMPTY_BATCHES + 1)]
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @given(st.lists(st.integers(-1, 6), max_size=30))
 def test_load_is_pairs_per_slot_while_vllm_records(enabled, slots):

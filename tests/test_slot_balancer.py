@@ -1,6 +1,7 @@
 """A layer with dynamic slots: what it decides, counts and reports, and that it keeps nothing."""
 
 import gc
+import time
 
 import numpy as np
 import psutil
@@ -14,6 +15,7 @@ from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.experts.look_ahead import LookAhead
 from vllm_balance.experts.prefetch import SyncPrefetch, ThreadPrefetch
 from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.metrics import layer_metrics
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
@@ -29,7 +31,8 @@ class Nothing:
         assert copy.slot >= E // S
 
 
-def layer(prefetch=None, policy="harmoeny", rank=0, **changes) -> SlotBalancer:
+def layer(prefetch=None, policy="harmoeny", rank=0, fetch_tokens=4, **changes) -> SlotBalancer:
+    """Fetches cost as many tokens as the least that are fetched for, as in a server."""
     tables = LayerTables(
         logical_to_physical_ER=torch.arange(E)[:, None],
         num_replicas_E=torch.ones(E, dtype=torch.int64),
@@ -47,9 +50,10 @@ def layer(prefetch=None, policy="harmoeny", rank=0, **changes) -> SlotBalancer:
         prefetch=prefetch or SyncPrefetch(Nothing()),
         expert_bytes=100,
     )
+    rules = Rules(threshold_tokens=4, fetch_tokens=fetch_tokens, knee_tokens=2.0)
     settings = {
         "layer_name": "layer",
-        "policy": FETCHING[policy](Rules(threshold_tokens=4, knee_tokens=2.0)),
+        "policy": FETCHING[policy](rules),
         "tables": tables,
         "way": "replicated",
         "rank": rank,
@@ -66,9 +70,10 @@ def hot(expert: int, num_tokens: int = 200, seed: int = 0) -> torch.Tensor:
     return torch.cat([torch.full((num_tokens, 1), expert), other], dim=1)
 
 
+@pytest.mark.parametrize("fetch_tokens", [0, 5, 4])
 @pytest.mark.parametrize("policy", FETCHING)
-def test_a_hot_expert_is_split_over_the_ranks(policy):
-    balancer = layer(policy=policy)
+def test_a_hot_expert_is_split_over_the_ranks(policy, fetch_tokens):
+    balancer = layer(policy=policy, fetch_tokens=fetch_tokens)
     slots_TK = balancer.in_router(hot(3), None)
     per_rank = torch.bincount(slots_TK[:, 0] // (NUM_PHYSICAL // S), minlength=S)
     assert per_rank.min() > 60, "one rank computes nearly all of the hot expert"
@@ -105,27 +110,72 @@ def test_reasons_for_stepping_aside_are_counted():
     assert (balancer.dynamic.state.content_SD >= 0).any(), "a reset empties no slot"
 
 
+def pairs(*tokens_of_expert: tuple[int, int]) -> torch.Tensor:
+    """Ids [T, 2] that name each expert as often as is said."""
+    ids = [expert for expert, tokens in tokens_of_expert for _ in range(tokens)]
+    return torch.tensor(ids).view(2, -1).T.contiguous()
+
+
+BATCHES = {
+    "balanced": torch.arange(E * 20).view(-1, 2) % E,
+    "unpaid": pairs((0, 4), (1, 1), (8, 3)),
+    "fetched": hot(3),
+    "fetched whole": pairs((0, 20), (1, 17), (2, 17), (8, 10)),
+    "memory_bound": hot(3)[:1],
+    "empty": hot(3)[:0],
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("way", ["replicated", "after_gather", "all_reduce"])
+def test_every_way_counts_a_batch_as_what_it_is(way, kind):
+    """A batch of many tokens is compute-bound, also if no expert was divided."""
+    found, expected = layer(way=way), layer()
+    for balancer in (found, expected):
+        balancer.after_gather(balancer.in_router(BATCHES[kind], None))
+    status = found.status()
+    assert status[f"{kind.removesuffix(' whole')}_schedules"] == 1
+    regime = kind if kind in ("memory_bound", "empty") else "compute_bound"
+    names = [f"{name}_batches" for name in ("memory_bound", "compute_bound", "empty")]
+    assert [status[name] for name in names] == [name == f"{regime}_batches" for name in names]
+    counters = [layer_metrics(each.tables.counters, S) for each in (found, expected)]
+    assert counters[0] == counters[1]
+
+
+def test_a_whole_expert_moves_in_the_batch_that_says_so():
+    """Expert 0 goes as a whole: rank 0 then has 34 tokens, rank 1 its 10 and 20 and a fetch."""
+    slots_TK = layer().in_router(BATCHES["fetched whole"], None)
+    assert torch.bincount(slots_TK.flatten() // (NUM_PHYSICAL // S)).tolist() == [34, 30]
+    assert (slots_TK[BATCHES["fetched whole"] == 0] >= NUM_PHYSICAL // S).all()
+
+
 def test_warming_up_fetches_and_counts_nothing():
     balancer = layer()
-    warm_up(balancer)
+    warm_up(balancer, top_k=K)
     assert not balancer.tables.counters.any() and balancer.decisions == 0
     assert (balancer.dynamic.state.content_SD < 0).all()
 
 
-def test_a_guess_lets_the_next_layer_fetch_early():
-    following = layer(rank=1)
+def ahead_of(following: SlotBalancer) -> SlotBalancer:
+    """The layer before, whose guess is always experts 3 and 5."""
     gate = torch.zeros(HIDDEN, E)
     gate[:, 3], gate[:, 5] = 2.0, 1.0
-    ahead = LookAhead(
+    first = layer(rank=1, following=following)
+    first.look_ahead = LookAhead(
         gate=lambda rows: rows @ gate,
         top_k=K,
         num_experts=E,
         rank=0,
         num_ranks=1,
-        all_reduce=lambda tensor: tensor,
+        all_reduce=first.sum_guess,
         min_pairs=2.0 * E,
     )
-    first = layer(rank=1, look_ahead=ahead, following=following)
+    return first
+
+
+def test_a_guess_lets_the_next_layer_fetch_early():
+    following = layer(rank=1)
+    first = ahead_of(following)
     first.before_experts(torch.ones(300, HIDDEN))
     status = following.status()
     assert status["early_fetches"] > 0 and status["fetches"] == 0 and status["decisions"] == 0
@@ -136,6 +186,29 @@ def test_a_guess_lets_the_next_layer_fetch_early():
     first.before_experts(torch.ones(2, HIDDEN))
     assert following.status()["early_fetches"] == status["early_fetches"]
     layer().before_experts(torch.ones(300, HIDDEN))
+
+
+def test_what_a_guess_exchanges_is_counted_by_the_layer_that_guesses():
+    following = layer(rank=1)
+    first = ahead_of(following)
+    first.before_experts(torch.ones(300, HIDDEN))
+    first.before_experts(torch.ones(2, HIDDEN))
+    status = first.status()
+    assert status["exchanged_bytes"] == 4 * E
+    assert 0 < status["exchange_us"] < status["look_ahead_us"]
+    assert following.status()["exchanged_bytes"] == 0
+    first.reset()
+    assert first.status()["exchanged_bytes"] == first.status()["look_ahead_us"] == 0
+
+
+def test_a_copy_made_at_once_is_waiting_and_not_looking_ahead():
+    following = layer(SyncPrefetch(lambda copy: time.sleep(0.01)), rank=1)
+    first = ahead_of(following)
+    start = time.perf_counter_ns()
+    first.before_experts(torch.ones(300, HIDDEN))
+    taken_ns = time.perf_counter_ns() - start
+    assert following.dynamic.waiting_ns >= 10_000_000
+    assert 0 < first.look_ahead_ns <= taken_ns - following.dynamic.waiting_ns
 
 
 def test_memory_does_not_grow_over_2000_batches():

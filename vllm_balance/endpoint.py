@@ -2,6 +2,7 @@
 
 An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=moe_balancer``, which
 names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
+``GET /moe_balancer/metrics`` has the counters as Prometheus scrapes them;
 ``POST /moe_balancer/reset`` sets all counters to zero. ``POST /moe_balancer/record/start`` with
 ``{"file": ..., "what": "counts" or "ids", "max_bytes": ...}`` records what the router chooses into
 a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit. For benchmarks,
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
+from vllm_balance import prometheus
 from vllm_balance.config import KEY
 from vllm_balance.recording import RecordSettings
 
@@ -28,6 +30,13 @@ async def status(request: Request, per_layer: bool = False) -> dict[str, Any]:
     """Counters of every rank; with data parallelism the ranks of all engines."""
     ranks = await _ask(request, "moe_balancer_status", {"per_layer": per_layer})
     return {"ranks": sorted(ranks, key=lambda rank: rank["rank"])}
+
+
+@router.get("/moe_balancer/metrics")
+async def metrics(request: Request) -> Response:
+    """The counters of every rank in Prometheus' text format."""
+    ranks = await _ask(request, "moe_balancer_status", {"per_layer": False})
+    return Response(prometheus.exposition(ranks), media_type=prometheus.CONTENT_TYPE)
 
 
 @router.post("/moe_balancer/reset")

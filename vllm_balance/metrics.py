@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 
-from vllm_balance.kernels.record.layout import Counter, activated_slice, tokens_slice
+from vllm_balance.kernels.record.layout import Counter, Regime, activated_slice, tokens_slice
 from vllm_balance.types import Placement, Plan
 
 
-def add_plan(counters: torch.Tensor, plan: Plan, placement: Placement) -> None:
+def add_plan(
+    counters: torch.Tensor, plan: Plan, placement: Placement, regime: Regime | None = None
+) -> None:
     """Adds a batch to ``counters`` from its plan, where a rank sees only its own tokens.
 
-    No host sync. A batch counts as compute-bound if an expert's tokens go to several replicas.
+    No host sync.
+
+    Args:
+        regime: how the batch was routed; None: compute-bound if an expert's tokens go to several
+            replicas.
     """
     split_ER, table_ER = plan.split_ER, placement.logical_to_physical_ER
     slots_ER = torch.where(table_ER < 0, placement.num_physical, table_ER).long()
@@ -22,16 +28,21 @@ def add_plan(counters: torch.Tensor, plan: Plan, placement: Placement) -> None:
     tokens_SP = tokens_P[:-1].view(placement.num_ranks, -1)
     tokens_S, activated_S = tokens_SP.sum(1), (tokens_SP > 0).sum(1)
     is_empty = (tokens_S.sum() == 0).long()
-    is_split = ((split_ER > 0).sum(1) > 1).any().long()
-    counters[Counter.EMPTY_BATCHES] += is_empty
-    counters[Counter.COMPUTE_BOUND_BATCHES] += is_split
-    counters[Counter.MEMORY_BOUND_BATCHES] += 1 - is_empty - is_split
-    counters[Counter.MAX_ACTIVATED_SUM] += activated_S.max()
-    counters[Counter.MAX_TOKENS_SUM] += tokens_S.max()
-    counters[Counter.PAIRS] += tokens_S.sum()
-    counters[Counter.ACTIVATED_SUM] += activated_S.sum()
-    counters[activated_slice(placement.num_ranks)] += activated_S
-    counters[tokens_slice(placement.num_ranks)] += tokens_S
+    if regime is None:
+        is_spread = ((split_ER > 0).sum(1) > 1).any().long()
+    else:
+        is_spread = (1 - is_empty) * int(regime is Regime.COMPUTE_BOUND)
+    batch = torch.zeros_like(counters, device=split_ER.device)
+    batch[Counter.EMPTY_BATCHES] = is_empty
+    batch[Counter.COMPUTE_BOUND_BATCHES] = is_spread
+    batch[Counter.MEMORY_BOUND_BATCHES] = 1 - is_empty - is_spread
+    batch[Counter.MAX_ACTIVATED_SUM] = activated_S.max()
+    batch[Counter.MAX_TOKENS_SUM] = tokens_S.max()
+    batch[Counter.PAIRS] = tokens_S.sum()
+    batch[Counter.ACTIVATED_SUM] = activated_S.sum()
+    batch[activated_slice(placement.num_ranks)] = activated_S
+    batch[tokens_slice(placement.num_ranks)] = tokens_S
+    counters += batch.to(counters.device)  # A plan may be the host's, as a schedule is.
 
 
 def add_load(load_P: torch.Tensor, physical_TK: torch.Tensor, record_enabled: torch.Tensor) -> None:

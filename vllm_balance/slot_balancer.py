@@ -33,6 +33,7 @@ class SlotBalancer(LayerBalancer):
     following: SlotBalancer | None = None
     """The next MoE layer."""
     look_ahead_ns: int = 0
+    """Time for guesses, without that for their copies, which the next layer counts as waiting."""
 
     def _route(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -51,7 +52,7 @@ class SlotBalancer(LayerBalancer):
         self.decide_ns -= self.dynamic.waiting_ns - before_ns
         physical_TK = _assign(topk_ids_TK, schedule, offset_E, num_valid_tokens)
         if self.way == "all_reduce":
-            add_plan(self.tables.counters, schedule.plan, schedule.placement)
+            add_plan(self.tables.counters, schedule.plan, schedule.placement, _regime(schedule))
         else:
             _record(physical_TK, schedule, self.tables, num_valid_tokens)
         if self.experts is None:
@@ -70,11 +71,20 @@ class SlotBalancer(LayerBalancer):
         """
         if self.look_ahead is None or self.following is None:
             return
-        start = time.perf_counter_ns()
+        start, next_slots = time.perf_counter_ns(), self.following.dynamic
+        before_ns = next_slots.waiting_ns
         counts_FE = self.look_ahead.guess(hidden_states_GD)
         if counts_FE is not None:
-            self.following.dynamic.follow(self.following._schedule(counts_FE), is_guess=True)
-        self.look_ahead_ns += time.perf_counter_ns() - start
+            next_slots.follow(self.following._schedule(counts_FE), is_guess=True)
+        self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)
+
+    def sum_guess(self, seen_E: torch.Tensor) -> torch.Tensor:
+        """The ranks' sum of what each saw for a guess, counted as an exchange of this layer."""
+        start = time.perf_counter_ns()
+        total_E = self.all_reduce(seen_E)
+        self.exchange_ns += time.perf_counter_ns() - start
+        self.exchanged_bytes += seen_E.numel() * seen_E.element_size()
+        return total_E
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
         counts_FE = _count(ids_TK, self.dynamic.state.num_logical, None)
@@ -137,6 +147,10 @@ def _record(
     tables: LayerTables,
     num_valid_tokens: torch.Tensor | None,
 ) -> None:
+    record(physical_TK, regime=_regime(schedule), **tables.recording(num_valid_tokens))
+
+
+def _regime(schedule: Schedule) -> Regime:
+    """How a batch with tokens was routed, whether or not anything moved."""
     is_few = schedule.outcome is Outcome.MEMORY_BOUND
-    regime = Regime.MEMORY_BOUND if is_few else Regime.COMPUTE_BOUND
-    record(physical_TK, regime=regime, **tables.recording(num_valid_tokens))
+    return Regime.MEMORY_BOUND if is_few else Regime.COMPUTE_BOUND

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import requests
 from serving import (
     DATA_PARALLEL,
     EAGER,
@@ -74,6 +75,15 @@ def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, den
     shared += [name for name in kinds if name != "empty_schedules"]
     for name in shared:
         assert ranks[0][name] == ranks[1][name], f"the ranks decided differently: {name}"
+
+
+def test_prometheus_scrapes_both_ranks(server):
+    server.tokens(PROMPTS[0])
+    answer = requests.get(f"{server.url}/moe_balancer/metrics", timeout=60)
+    assert answer.headers["content-type"].startswith("text/plain")
+    name = "vllm_moe_balancer_decisions_total{"
+    values = [line.split()[-1] for line in answer.text.splitlines() if line.startswith(name)]
+    assert len(values) == 2 and min(map(float, values)) > 0
 
 
 def test_the_start_says_what_the_store_takes(server):
