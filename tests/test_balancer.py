@@ -13,19 +13,21 @@ from vllm_balance.types import Placement
 IDS_TK = torch.tensor([[0, 1], [0, 2], [3, 0]])
 
 
-def balancer(way: str = "replicated", policy=None, content=(0, 1, 2, 3, 0, 1), **changes):
+def balancer(
+    way: str = "replicated", policy=None, content=(0, 1, 2, 3, 0, 1), num_ranks=2, **changes
+):
     """A layer of four experts on two ranks; experts 0 and 1 have a second copy on rank 1."""
     placement = Placement.from_physical_to_logical(
-        torch.tensor(content), num_logical=4, num_ranks=2
+        torch.tensor(content), num_logical=4, num_ranks=num_ranks
     )
     tables = LayerTables(
         logical_to_physical_ER=placement.logical_to_physical_ER,
         num_replicas_E=placement.num_replicas_E,
-        num_ranks=2,
+        num_ranks=num_ranks,
         num_physical=len(content),
         load_P=torch.zeros(len(content), dtype=torch.int32),
         record_enabled=torch.tensor(True),
-        counters=new_counters(2, torch.device("cpu")),
+        counters=new_counters(num_ranks, torch.device("cpu")),
     )
     settings = {
         "layer_name": "model.layers.0.mlp.experts",
@@ -36,6 +38,10 @@ def balancer(way: str = "replicated", policy=None, content=(0, 1, 2, 3, 0, 1), *
         "all_reduce": lambda tensor: tensor,
     }
     return LayerBalancer(**(settings | changes))
+
+
+def policy_of(name: str):
+    return MetroRouting(2.0) if name == "metro" else ROUTING[name]()
 
 
 def logical(layer: LayerBalancer, slots_TK: torch.Tensor) -> torch.Tensor:
@@ -99,6 +105,49 @@ def test_an_idle_rank_takes_part_with_rows_that_count_nowhere():
     assert not layer.tables.load_P.any()
 
 
+@pytest.mark.parametrize("way", ["after_gather", "all_reduce"])
+@pytest.mark.parametrize("name", sorted(ROUTING))
+def test_marked_padding_counts_nowhere(name, way):
+    """On GPUs the ids of padding rows come as -2 - id."""
+    layer = balancer(way, policy_of(name))
+    ids_TK = torch.tensor([[0, 1], [-2, -5], [3, 0]])
+    slots_TK = layer.after_gather(layer.in_router(ids_TK, None))
+    assert (slots_TK[1] < 0).all()
+    assert torch.equal(logical(layer, slots_TK[::2]), ids_TK[::2])
+    assert layer.status()["pairs"] == int(layer.tables.load_P.sum()) == 4
+
+
+@pytest.mark.parametrize("name", ["metro", "eplb"])
+def test_three_cpu_ranks_take_the_ids_of_the_first_where_counts_decide(name):
+    """Rounding differs between the ranks: this one has other ids for the last token."""
+    own_TK, sent = torch.tensor([[0, 1], [0, 2], [3, 1]]), []
+
+    def all_reduce(tensor):
+        sent.append(tensor.clone())
+        return tensor.add_(IDS_TK)
+
+    first = balancer(policy=policy_of(name), num_ranks=3)
+    slots_TK = first.in_router(IDS_TK.clone(), None)
+    other = balancer(policy=policy_of(name), num_ranks=3, rank=1, all_reduce=all_reduce)
+    ids_TK = own_TK.clone()
+    found_TK = other.in_router(ids_TK, None)
+    assert torch.equal(ids_TK, own_TK), "the router's ids were changed"
+    assert torch.equal(logical(other, found_TK), IDS_TK if name == "metro" else own_TK)
+    if name == "metro":
+        assert torch.equal(found_TK, slots_TK)
+        assert len(sent) == 1 and not sent[0].any()
+        assert first.exchanged_bytes == other.exchanged_bytes == 8 * IDS_TK.numel()
+        assert other.status()["exchange_us"] > 0
+        other.in_router(ids_TK[:0], None)
+    assert len(sent) == (name == "metro")
+
+
+def test_two_ranks_round_alike_and_send_nothing():
+    layer = balancer(all_reduce=None)
+    layer.in_router(IDS_TK.clone(), None)
+    assert layer.status()["exchanged_bytes"] == 0
+
+
 def test_strided_ids_are_taken():
     layer = balancer()
     wide_TK = torch.cat([IDS_TK, IDS_TK], dim=1)[:, :2]
@@ -108,11 +157,57 @@ def test_strided_ids_are_taken():
 
 @pytest.mark.parametrize("name", sorted(ROUTING))
 def test_warming_up_counts_nothing(name):
-    layer = balancer(policy=MetroRouting(2.0) if name == "metro" else ROUTING[name]())
-    warm_up(layer)
+    layer = balancer(policy=policy_of(name))
+    warm_up(layer, top_k=2)
     assert not layer.tables.counters.any()
     assert not layer.tables.load_P.any()
     assert layer.decisions == 0
+
+
+def test_warming_up_goes_the_way_that_requests_go():
+    sent = []
+
+    def all_reduce(tensor):
+        sent.append(tensor.tolist())
+        return tensor
+
+    layer = balancer("all_reduce", all_reduce=all_reduce)
+    warm_up(layer, top_k=3)
+    assert sent == [[[6, 0, 0, 0], [0, 0, 0, 0]]] * 2, "once for each dtype of ids"
+    assert not layer.tables.counters.any() and not layer.tables.load_P.any()
+    assert layer.exchanged_bytes == layer.exchange_ns == layer.decide_ns == 0
+
+
+@pytest.mark.parametrize("way", ["replicated", "after_gather", "all_reduce"])
+@pytest.mark.parametrize("name", sorted(ROUTING))
+def test_every_batch_is_one_decision(name, way):
+    layer = balancer(way, policy_of(name))
+    batches = (IDS_TK, IDS_TK[:0], torch.full((2, 2), -1), IDS_TK[:1], IDS_TK.repeat(20, 1))
+    for number, ids_TK in enumerate(batches, start=1):
+        layer.after_gather(layer.in_router(ids_TK.clone(), None))
+        assert layer.decisions == layer.status()["decisions"] == number
+
+
+def test_what_a_graph_repeats_on_the_device_is_a_decision_too():
+    layer = balancer()
+    layer.in_router(IDS_TK.clone(), None)
+    layer.policy.route(IDS_TK, layer.tables, None)
+    assert layer.status()["decisions"] == 2
+
+
+def test_serving_starts_with_zeroed_counters_and_nothing_in_the_online_window():
+    class Online:
+        forgotten = 0
+
+        def forget(self) -> None:
+            assert layer.decisions == 0
+            self.forgotten += 1
+
+    layer, online = balancer(), Online()
+    layer.in_router(IDS_TK.clone(), None)
+    WorkerBalancer(balancer="gem", rank=0, layers=[layer], online=online).start_serving()
+    assert online.forgotten == 1 and not layer.tables.counters.any()
+    WorkerBalancer(balancer="metro", rank=0, layers=[layer]).start_serving()
 
 
 def test_status_of_a_worker_sums_its_layers_and_reset_starts_over():

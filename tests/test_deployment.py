@@ -14,7 +14,7 @@ from vllm_balance.config import (
     LOADED_BY_MAP,
     BalancerConfig,
 )
-from vllm_balance.deployment import Deployment, num_redundant_experts
+from vllm_balance.deployment import Deployment, check_gpu_limits, num_redundant_experts
 
 REPLICATING = [
     name for name in BALANCERS if name not in ("static", *LOADED_BY_MAP) and name not in FETCHES
@@ -108,11 +108,37 @@ def test_memory_is_refused_for_static_too():
     assert f"need {128 * 3 * 1000:,} bytes" in text
 
 
+def test_what_is_free_beside_ranks_that_hold_their_memory_is_no_reason():
+    later = deployment(free_bytes=10, ranks_hold_memory=True)
+    assert num_redundant_experts(BalancerConfig(name="static"), later) == 0
+
+
 @pytest.mark.parametrize("key", ["dynamic_slots", "threshold_tokens", "prefetch", "look_ahead"])
 def test_what_says_how_to_fetch_needs_a_balancer_that_fetches(key):
     value = {"prefetch": "sync", "look_ahead": "off"}.get(key, 4)
     text = refused(BalancerConfig(name="metro", **{key: value}), deployment())
     assert f"`{key}`" in text and "harmoeny" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "sizes", "named"),
+    [
+        ("metro", {"num_experts": 514}, {}, "514 experts,"),
+        ("metro", {}, {"mapped_pairs": 2**20 + 1}, "1,048,577 (token, expert) pairs in a batch,"),
+        ("eplb", {}, {"num_redundant": 1024 - 128 + 2}, "1,026 physical experts,"),
+        ("eplb", {"num_ranks": 128}, {}, "128 ranks,"),
+    ],
+)
+def test_what_the_gpu_kernels_do_not_take(name, facts, sizes, named):
+    def check(config: BalancerConfig, changes: dict, **sizes: int) -> None:
+        sizes = {"num_redundant": 0, "mapped_pairs": 0} | sizes
+        check_gpu_limits(config, deployment(on_cpu=False, **changes), **sizes)
+
+    config = BalancerConfig(name=name)
+    text = refusal(lambda: check(config, facts, **sizes))
+    assert f"would route some/model with {named}" in text and "take at most 64 ranks" in text
+    check(config, {"num_experts": 512, "num_ranks": 64}, num_redundant=512, mapped_pairs=2**20)
+    check(BalancerConfig(name="static"), {"num_experts": 1024}, mapped_pairs=2**40)
 
 
 def test_who_takes_a_map():

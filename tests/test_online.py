@@ -122,6 +122,18 @@ def test_counters_set_to_zero_do_not_make_time_run_backwards():
     assert rank.online.status()["slowdown_per_rank"][0] == pytest.approx(1.0)
 
 
+def test_what_was_routed_before_serving_is_no_step():
+    rank = Rank(TwoRanks())
+    rank.load_LP += 7
+    rank.layers[0].experts.kernel_ns = 10**9
+    rank.online.forget()
+    rank.online.after_step()
+    assert rank.online.status()["steps"] == 0
+    for _ in range(10):
+        rank.step(5, 5, 5, 5)
+    assert rank.online.status()["slowdown_per_rank"][0] == pytest.approx(1.0)
+
+
 def window(steps: int) -> Window:
     found = Window(
         history_NLE=np.zeros((4, 1, 2), np.int32),

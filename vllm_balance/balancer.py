@@ -12,7 +12,7 @@ import torch
 from vllm_balance.exchange import AllReduce, Way, counts_per_rank
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.kernels.assign import assign
-from vllm_balance.kernels.record import counters_size
+from vllm_balance.kernels.record import Counter, counters_size
 from vllm_balance.metrics import add_load, add_plan, layer_metrics, total
 from vllm_balance.routing import LayerTables, RoutingPolicy
 from vllm_balance.types import Demand
@@ -38,9 +38,8 @@ class LayerBalancer:
     """What computes this rank's share on CPU; None where vLLM's kernels take global ids."""
     decide_ns: int = 0
     """Host time spent deciding, ns. On a GPU: the time to launch, not to compute."""
-    decisions: int = 0
     exchanged_bytes: int = 0
-    """Bytes this rank put into count exchanges beyond vLLM's own collectives."""
+    """Bytes this rank put into exchanges of counts and ids beyond vLLM's own collectives."""
     exchange_ns: int = 0
     last_physical_TK: torch.Tensor | None = None
     """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
@@ -66,11 +65,36 @@ class LayerBalancer:
     ) -> torch.Tensor:
         start = time.perf_counter_ns()
         topk_ids_TK = topk_ids_TK.contiguous()
+        if self._ranks_may_differ(topk_ids_TK):
+            topk_ids_TK = self._ids_of_first_rank(topk_ids_TK)
         physical_TK = self._route(topk_ids_TK, num_valid_tokens)
-        self.decisions += 1
         self.decide_ns += time.perf_counter_ns() - start
         self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
+
+    def _ranks_may_differ(self, topk_ids_TK: torch.Tensor) -> bool:
+        """Whether ranks with the same tokens may have other ids, where counts decide.
+
+        vLLM's all-reduce in shared memory adds a rank's own part first. From three ranks on, hidden
+        states then differ in the last bit, and a near tie of two experts falls differently.
+        """
+        return (
+            self.way == "replicated"
+            and topk_ids_TK.is_cpu
+            and topk_ids_TK.numel() > 0
+            and self.tables.num_ranks > 2
+            and self.policy.counts_decide
+        )
+
+    def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """What rank 0 chose; a collective. Ranks that decided by other counts would compute a pair
+        twice or not at all."""
+        start = time.perf_counter_ns()
+        is_first = self.rank == 0
+        ids_TK = self.all_reduce(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
+        self.exchange_ns += time.perf_counter_ns() - start
+        self.exchanged_bytes += ids_TK.numel() * ids_TK.element_size()
+        return ids_TK
 
     def _route(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -111,13 +135,23 @@ class LayerBalancer:
         return counts_SE
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        """Routes ids on scratch buffers: compiles the kernels, counts nothing."""
-        self.policy.route(ids_TK, tables, None)
+        """Routes ids in the layer's way on scratch buffers: compiles the kernels, counts nothing.
+
+        A collective where the way is one.
+        """
+        replace(self, tables=tables)._route(ids_TK, None)
+
+    @property
+    def decisions(self) -> int:
+        """Batches since the last reset, from the device: those of CUDA graphs count too."""
+        values = self.tables.counters.tolist()
+        kinds = (Counter.MEMORY_BOUND_BATCHES, Counter.COMPUTE_BOUND_BATCHES, Counter.EMPTY_BATCHES)
+        return sum(int(values[kind]) for kind in kinds)
 
     def reset(self) -> None:
         """Sets all counters to zero."""
         self.tables.counters.zero_()
-        self.decide_ns = self.decisions = self.exchanged_bytes = self.exchange_ns = 0
+        self.decide_ns = self.exchanged_bytes = self.exchange_ns = 0
         if self.experts is not None:
             self.experts.reset()
 
@@ -177,6 +211,10 @@ class FollowsSteps(Protocol):
 
     def after_step(self) -> None: ...
 
+    def forget(self) -> None:
+        """Leaves out what was routed since the last step."""
+        ...
+
     def status(self) -> dict[str, Any]: ...
 
 
@@ -196,6 +234,12 @@ class WorkerBalancer:
         """To be called on every rank after every step of the model."""
         if self.online is not None:
             self.online.after_step()
+
+    def start_serving(self) -> None:
+        """Forgets profiling and warm-up; to be called on every rank before the first request."""
+        self.reset()
+        if self.online is not None:
+            self.online.forget()
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -230,15 +274,15 @@ class WorkerBalancer:
         return status
 
 
-def warm_up(layer: LayerBalancer) -> None:
-    """Compiles the kernels that the layer's policy uses, so that no request waits for it.
+def warm_up(layer: LayerBalancer, *, top_k: int) -> None:
+    """Compiles the kernels that the layer uses, so that no request waits for it.
 
-    Routes one token on scratch buffers: nothing is counted.
+    Routes two tokens on scratch buffers: nothing is counted. Every rank takes part.
     """
     tables = replace(layer.tables, load_P=None, counters=torch.zeros_like(layer.tables.counters))
     device = tables.counters.device
     for dtype in (torch.int32, torch.int64):
-        layer.warm_up(torch.zeros((1, 1), dtype=dtype, device=device), tables)
+        layer.warm_up(torch.zeros((2, top_k), dtype=dtype, device=device), tables)
 
 
 def new_counters(num_ranks: int, device: torch.device) -> torch.Tensor:

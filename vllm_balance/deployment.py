@@ -12,6 +12,7 @@ from vllm_balance.config import (
     BalancerConfig,
 )
 from vllm_balance.errors import BalancerError
+from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class Deployment:
     """Whether the model runs without CUDA graphs."""
     one_machine: bool
     """Whether all ranks run on this machine."""
+    ranks_hold_memory: bool = False
+    """Whether the ranks may have taken their memory, so that what is free now says nothing."""
 
     @property
     def store_bytes(self) -> int:
@@ -97,6 +100,35 @@ def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
         raise BalancerError(
             f"--moe-balancer {config.name} needs at least two expert-parallel ranks, and there is "
             f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away."
+        )
+
+
+def check_gpu_limits(
+    config: BalancerConfig, deployment: Deployment, *, num_redundant: int, mapped_pairs: int
+) -> None:
+    """Returns if the GPU kernels take a layer and a batch of this size.
+
+    Args:
+        num_redundant: physical experts of a layer beyond the logical ones.
+        mapped_pairs: most (token, choice) pairs that METRO's kernel maps at once.
+
+    Raises:
+        BalancerError: they do not.
+    """
+    sizes = {
+        "ranks": (deployment.num_ranks, MAX_RANKS),
+        "physical experts": (deployment.num_experts + num_redundant, MAX_PHYSICAL),
+    }
+    if config.name == "metro":
+        sizes["experts"] = (deployment.num_experts, MAX_EXPERTS)
+        sizes["(token, expert) pairs in a batch"] = (mapped_pairs, MAX_PAIRS)
+    found = [f"{size:,} {what}" for what, (size, most) in sizes.items() if size > most]
+    if found:
+        limits = ", ".join(f"{most:,} {what}" for what, (_, most) in sizes.items())
+        raise BalancerError(
+            f"--moe-balancer {config.name} would route {deployment.model} with "
+            f"{' and '.join(found)}, and its GPU kernels take at most {limits}. Use fewer ranks or "
+            f"redundant experts or a lower --max-num-batched-tokens, or leave --moe-balancer away."
         )
 
 
@@ -176,7 +208,7 @@ def _check_memory(redundant: int, deployment: Deployment) -> None:
     physical = deployment.num_experts + redundant
     per_rank = physical // deployment.num_ranks * deployment.num_moe_layers
     needed = per_rank * deployment.expert_bytes * deployment.ranks_sharing_memory
-    if needed <= deployment.free_bytes:
+    if deployment.ranks_hold_memory or needed <= deployment.free_bytes:
         return
     extra = needed * redundant // physical
     raise BalancerError(

@@ -8,6 +8,9 @@ way                   when                                            extra coll
                       ids are mapped after the gather
 ``all_reduce``        data parallel otherwise                         one of S * E integers
 ====================  ==============================================  ======================
+
+On CPU, three or more tensor-parallel ranks take the ids of the first one (balancer.py): one more
+collective, of T * K integers.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def way_of_exchange(
         if asked_for != "auto":
             raise BalancerError(
                 f"`exchange` asks for {asked_for!r}, but tensor-parallel ranks hold all tokens and "
-                f"exchange nothing. Leave `exchange` out, or use --data-parallel-size."
+                f"exchange no counts. Leave `exchange` out, or use --data-parallel-size."
             )
         return "replicated"
     if asked_for == "after_gather" and not gathers_tokens:

@@ -131,6 +131,11 @@ class OnlinePlacement:
         if self._window.steps % self._settings.interval == 0:
             self._evaluate()
 
+    def forget(self) -> None:
+        """Leaves out what was routed since the last step: dummy batches are no traffic."""
+        self._load_LP.zero_()
+        self._kernel_us_of_step()
+
     def _kernel_us_of_step(self) -> Array:
         """Time in each layer's experts since the last call, microseconds [L]."""
         now_L = [layer.experts.kernel_ns if layer.experts else 0 for layer in self._layers]

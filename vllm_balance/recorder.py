@@ -131,7 +131,7 @@ class Recorder:
 
         Args:
             layer: index among the MoE layers.
-            topk_ids_TK: logical ids of this rank's tokens; -1 for padding.
+            topk_ids_TK: logical ids of this rank's tokens; below 0 for padding.
             num_valid_tokens: one element: rows from here on are padding. None: no such rows.
         """
         routed = self._routed
@@ -170,7 +170,7 @@ def _gather(
         ids_TK = topk_ids_TK[: len(routed)]
         routed[: len(ids_TK), layer].copy_(ids_TK)
         return
-    bin_N = topk_ids_TK.reshape(-1).long() + 1
+    bin_N = topk_ids_TK.reshape(-1).long().clamp(min=-1) + 1
     if num_valid_tokens is not None:
         token_N = torch.arange(len(bin_N), device=bin_N.device) // topk_ids_TK.shape[1]
         bin_N = torch.where(token_N < num_valid_tokens, bin_N, 0)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..assign.triton_gpu import occurrences, write_non_experts
+from ..limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
 from ..record.layout import Regime
 from ..record.triton_gpu import (
     BLOCK_PAIRS,
@@ -25,9 +26,8 @@ from ..record.triton_gpu import (
 )
 from .triton_choice import choose_columns, load_ranks, sum_on_ranks
 
-MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS, MAX_REPLICAS, MAX_PAIRS = 512, 1024, 64, 8, 2**20
-"""What one program holds in registers without spilling. The choice uses the first 8 replicas of an
-expert; the even split uses all."""
+MAX_REPLICAS = 8
+"""The choice uses the first 8 replicas of an expert; the even split uses all."""
 MEMORY_BOUND = tl.constexpr(int(Regime.MEMORY_BOUND))
 COMPUTE_BOUND = tl.constexpr(int(Regime.COMPUTE_BOUND))
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..limits import MAX_PHYSICAL, MAX_RANKS
 from .layout import FIXED as _FIXED
 from .layout import Counter
 
@@ -110,8 +111,8 @@ def record(
     regime: int,
 ) -> None:
     """As ``kernels.record.record``, arguments already checked."""
-    require_limit("physical experts", num_physical, 1024)
-    require_limit("ranks", num_ranks, 64)
+    require_limit("physical experts", num_physical, MAX_PHYSICAL)
+    require_limit("ranks", num_ranks, MAX_RANKS)
     record_kernel[(1,)](
         physical_ids_TK,
         load_P,

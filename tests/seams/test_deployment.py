@@ -1,8 +1,10 @@
 """Settings that only a finished VllmConfig can refuse."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -75,3 +77,63 @@ def test_what_only_cpu_ranks_do_is_refused_on_gpus(settings, reason, monkeypatch
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
     with pytest.raises(BalancerError, match=reason):
         deployment._check_device(config)
+
+
+@pytest.mark.parametrize("name", ["metro", "harmoeny"])
+def test_free_memory_is_asked_for_before_there_are_ranks_and_not_again(
+    name, moe_model, monkeypatch
+):
+    """API servers configure themselves again when the ranks have taken what was free."""
+    monkeypatch.setattr(deployment, "_free_host_bytes", lambda config, local_ranks: 10)
+    with pytest.raises(BalancerError, match="and 10 bytes"):
+        configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
+    configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
+
+
+def test_a_cache_on_gpus_takes_nothing_from_the_host(monkeypatch):
+    config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=2**60))
+    assert deployment._free_host_bytes(config, 2) == 0
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    assert deployment._free_host_bytes(config, 2) > 0
+
+
+def compressed(num_bits: int) -> dict:
+    """Weights of so many bits, as llm-compressor writes them, with activations of eight."""
+    group = {"weights": {"num_bits": num_bits}, "input_activations": {"num_bits": 8}}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said", "weight_bytes"),
+    [
+        (None, None, 2.0),
+        ("fp8", {"quant_method": "fp8", "weight_block_size": [128, 128]}, 1.0),
+        ("fp8_per_tensor", None, 1.0),
+        ("experts_int8", None, 1.0),
+        ("mxfp8", {"quant_method": "mxfp8"}, 1.0),
+        ("modelopt", {"quant_method": "modelopt", "quant_algo": "FP8"}, 1.0),
+        ("compressed-tensors", compressed(8), 1.0),
+        ("compressed-tensors", compressed(4), 0.5),
+        ("gptq_marlin", {"quant_method": "gptq", "bits": 8, "group_size": 32}, 1.0),
+        ("gptq_marlin", {"quant_method": "gptq", "bits": 4, "group_size": 128}, 0.5),
+        ("awq_marlin", {"quant_method": "awq", "w_bit": 4}, 0.5),
+        ("modelopt_fp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5),
+        ("mxfp4", {"quant_method": "mxfp4"}, 0.5),
+        ("quark", {"quant_method": "quark", "global_quant_config": {"weight": "fp6_e3m2"}}, 0.5),
+        ("nvfp4_per_token", None, 0.5),
+        ("deepseek_v4_fp8", {"quant_method": "fp8"}, 0.5),
+    ],
+)
+@pytest.mark.parametrize("where", ["hf_config", "hf_text_config"])
+def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
+    quantization, said, weight_bytes, where
+):
+    model = SimpleNamespace(
+        quantization=quantization,
+        dtype=torch.bfloat16,
+        hf_config=SimpleNamespace(),
+        hf_text_config=SimpleNamespace(),
+    )
+    getattr(model, where).quantization_config = said
+    assert deployment._weight_bytes(model) == weight_bytes

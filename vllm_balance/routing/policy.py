@@ -71,7 +71,11 @@ class RoutingPolicy(Protocol):
     """Whether the choice depends on the token counts of the global batch."""
 
     def plan(self, demand: Demand, placement: Placement) -> Plan:
-        """Tokens for each replica of each expert; for simulation and tests."""
+        """Tokens for each replica of each expert, without a host sync.
+
+        Called in serving where ranks exchange counts and see only their own tokens, and by
+        simulation and tests.
+        """
         ...
 
     def route(

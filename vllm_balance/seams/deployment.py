@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
 from vllm_balance.cost import free_of, knee_of
-from vllm_balance.deployment import Deployment, num_redundant_experts
+from vllm_balance.deployment import Deployment, check_gpu_limits, num_redundant_experts
 from vllm_balance.errors import BalancerError
-from vllm_balance.exchange import way_of_exchange
+from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.maps import PlacementMap
 from vllm_balance.online import require_whole_batch
 from vllm_balance.recording import RecordSettings, require_new
@@ -35,6 +36,8 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_balance.seams.worker_gpu.BalancedGPUWorker",
 }
 """vLLM's worker class -> ours, a subclass of it."""
+_UNDER_EIGHT_BITS = re.compile(r"fp[46]|int4|awq|deepseek_v4|bits?\W+[2-6]\b")
+"""How quantisation methods and checkpoints say that weights have fewer than eight bits."""
 
 
 def settings_of(vllm_config: Any) -> BalancerConfig | None:
@@ -59,6 +62,7 @@ def configure(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     found = read_map(config)
     config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
+    config = _with_intervals(config, parallel.eplb_config)
     _check_combination(config, vllm_config)
     _check_device(config)
     deployment = read_deployment(vllm_config)
@@ -66,6 +70,9 @@ def configure(vllm_config: Any) -> None:
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
     else:
         redundant = num_redundant_experts(config, deployment)
+    if not deployment.on_cpu:
+        pairs = _mapped_pairs(vllm_config, _way(config, parallel))
+        check_gpu_limits(config, deployment, num_redundant=redundant, mapped_pairs=pairs)
     if found is not None:
         placement_of(found, vllm_config, redundant)
     # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
@@ -102,6 +109,28 @@ def _with_redundancy(
     return config.model_copy(update={"num_redundant_experts": count})
 
 
+def _with_intervals(config: BalancerConfig, eplb: Any) -> BalancerConfig:
+    """The settings with those of vLLM's own ``EPLBConfig`` that are no defaults, if they name none.
+
+    Raises:
+        BalancerError: both name a value, and the values differ.
+    """
+    defaults = type(eplb)()
+    taken: dict[str, int] = {}
+    for name in ("window_size", "step_interval"):
+        ours, vllms = getattr(config, name), getattr(eplb, name)
+        if vllms == getattr(defaults, name):
+            continue
+        if name not in config.model_fields_set:
+            taken[name] = vllms
+        elif ours != vllms:
+            raise BalancerError(
+                f"`{name}` is {ours} in the settings of --moe-balancer {config.name} and {vllms} "
+                f"in --eplb-config, and one value is used. Give it in one of the two."
+            )
+    return config.model_copy(update=taken)
+
+
 def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in _WORKERS:
@@ -113,11 +142,15 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "elastic expert parallelism": parallel.enable_elastic_ep,
-        "dual-batch overlap": parallel.enable_dbo,
+        "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         "speculative decoding": vllm_config.speculative_config is not None,
         "tensor parallelism inside data parallelism": parallel.tensor_parallel_size > 1
         and parallel.data_parallel_size > 1,
         "round-robin expert placement": parallel.expert_placement_strategy != "linear",
+        # vLLM's filter reads the experts of the linear placement only, where EPLB is off.
+        "a map and --enable-ep-weight-filter": parallel.enable_ep_weight_filter
+        and config.map is not None
+        and not config.uses_eplb,
     }
     if config.fetches:
         # The host store is filled once: weights that change later would not reach it.
@@ -133,11 +166,7 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
             f"is named here, or leave --moe-balancer away."
         )
-    way = way_of_exchange(
-        data_parallel_size=parallel.data_parallel_size,
-        gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
-        asked_for=config.exchange,
-    )
+    way = _way(config, parallel)
     if config.online is not None:
         require_whole_batch(way)
     stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
@@ -148,16 +177,39 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         )
 
 
-def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
-    """The absolute path to record at, checked where the deployment is set up.
+def _way(config: BalancerConfig, parallel: Any) -> Way:
+    """How ranks of this layout learn the global counts; raises as ``way_of_exchange`` does."""
+    return way_of_exchange(
+        data_parallel_size=parallel.data_parallel_size,
+        gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
+        asked_for=config.exchange,
+    )
 
-    Later processes (API servers, engines) configure themselves again while the ranks may have made
-    their files already.
-    """
+
+def _mapped_pairs(vllm_config: Any, way: Way) -> int:
+    """Most (token, choice) pairs of a batch that a rank maps without counts of other ranks."""
+    if way == "all_reduce":
+        return 0
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    ranks = vllm_config.parallel_config.data_parallel_size
+    return int(ranks * tokens * vllm_config.model_config.get_num_experts_per_tok())
+
+
+def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
+    """The absolute path to record at, checked where the deployment is set up."""
     path = record.file.expanduser().absolute()
-    if multiprocessing.parent_process() is None:
+    if _is_first_process():
         require_new(path, num_files=parallel.data_parallel_size_local or 1)
     return path
+
+
+def _is_first_process() -> bool:
+    """Whether the deployment is set up here.
+
+    Later processes (API servers, engines) configure themselves again, while the ranks may have
+    taken their memory and made their files already.
+    """
+    return multiprocessing.parent_process() is None
 
 
 def _check_device(config: BalancerConfig) -> None:
@@ -194,33 +246,54 @@ def read_deployment(vllm_config: Any) -> Deployment:
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     text = model.hf_text_config
-    weight_bytes = 0.5 if model.quantization else model.dtype.itemsize
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
     local_ranks = parallel.tensor_parallel_size * (parallel.data_parallel_size_local or 1)
     on_cpu = current_platform.is_cpu()
+    free_host_bytes = _free_host_bytes(vllm_config, local_ranks)
     return Deployment(
         model=model.model,
         num_experts=model.get_num_experts(),
         num_moe_layers=len(moe_layers(text)),
-        expert_bytes=int(3 * text.hidden_size * inner * weight_bytes),
+        expert_bytes=int(3 * text.hidden_size * inner * _weight_bytes(model)),
         num_ranks=num_ranks(vllm_config),
         enable_expert_parallel=parallel.enable_expert_parallel,
-        free_bytes=_usable_bytes(vllm_config, on_cpu, local_ranks),
+        free_bytes=free_host_bytes if on_cpu else _device_bytes(vllm_config),
         ranks_sharing_memory=local_ranks if on_cpu else 1,
-        free_host_bytes=_usable_bytes(vllm_config, True, local_ranks),
+        free_host_bytes=free_host_bytes,
         on_cpu=on_cpu,
         is_eager=bool(model.enforce_eager),
         one_machine=parallel.nnodes == 1
         and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
+        ranks_hold_memory=not _is_first_process(),
     )
 
 
-def _usable_bytes(vllm_config: Any, on_cpu: bool, local_ranks: int) -> int:
-    if on_cpu:
-        import psutil
+def _weight_bytes(model: Any) -> float:
+    """Bytes of one weight of an expert, from a ``ModelConfig``.
 
-        cache = vllm_config.cache_config.kv_cache_memory_bytes or 0
-        return max(0, psutil.virtual_memory().available - cache * local_ranks)
+    Of a quantised one without its scales: 1, or 0.5 where method or checkpoint say fewer bits.
+    """
+    if not model.quantization:
+        return float(model.dtype.itemsize)
+    configs = (model.hf_config, model.hf_text_config)
+    said = [getattr(config, "quantization_config", None) for config in configs]
+    found = _UNDER_EIGHT_BITS.search(f"{model.quantization} {said}".lower())
+    return 1.0 if found is None else 0.5
+
+
+def _free_host_bytes(vllm_config: Any, local_ranks: int) -> int:
+    """Memory of this machine that weights may take: what is free, on CPU without the caches."""
+    import psutil
+    from vllm.platforms import current_platform
+
+    free = int(psutil.virtual_memory().available)
+    if current_platform.is_cpu():
+        free -= (vllm_config.cache_config.kv_cache_memory_bytes or 0) * local_ranks
+    return max(0, free)
+
+
+def _device_bytes(vllm_config: Any) -> int:
+    """Memory of one device that vLLM may take."""
     from vllm.platforms import current_platform
 
     total = current_platform.get_device_total_memory()

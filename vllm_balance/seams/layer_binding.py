@@ -9,6 +9,7 @@ import torch
 
 from vllm_balance.balancer import LayerBalancer, new_counters
 from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.initial_placement import tables
@@ -31,6 +32,9 @@ def bind_layer(
     Args:
         make: the balancer from the keyword arguments that every one takes.
         loading: what put the layer's weights in place.
+
+    Raises:
+        BalancerError: vLLM's EPLB is on, and its maps do not cover the layer.
     """
     from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
@@ -74,6 +78,12 @@ def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> Layer
     state = runner.router.eplb_state
     num_physical = runner.moe_config.num_experts
     if state is not None:
+        if state.logical_to_physical_map is None:
+            raise BalancerError(
+                f"{runner.layer_name} was built for vLLM's EPLB, whose maps do not cover it: vLLM "
+                f"does not support EPLB for this model. Use --moe-balancer static, or gem or "
+                f"exflow with a map without redundant experts, or leave --moe-balancer away."
+            )
         device = state.logical_to_physical_map.device
         return LayerTables(
             logical_to_physical_ER=state.logical_to_physical_map,

@@ -9,6 +9,7 @@ import torch
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam
+from vllm_balance.seams.deployment import settings_of
 
 BALANCER = "moe_balancer"
 """Attribute of a router and of a dispatch object that holds its layer's balancer."""
@@ -20,29 +21,56 @@ def _apply_eplb_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
         if balancer is None:
             return original(self, topk_ids)
         if balancer.way == "replicated":
-            return balancer.in_router(topk_ids, _num_unpadded(self))
-        return balancer.in_router(_without_padding(topk_ids), None)
+            return balancer.in_router(topk_ids, _num_unpadded(self, topk_ids))
+        marked_ids = _mark_padding(topk_ids)
+        routed = balancer.in_router(marked_ids, None)
+        return routed if balancer.way == "after_gather" else _with_padding(routed, marked_ids)
 
     return apply_eplb_mapping
 
 
-def _num_unpadded(router: Any) -> torch.Tensor | None:
-    """vLLM's count of real rows, where CUDA graphs pad a batch; CPU batches are not padded."""
-    state = router.eplb_state
-    if state is None or state.num_unpadded_tokens_tensors is None:
+def _num_unpadded(router: Any, topk_ids: torch.Tensor) -> torch.Tensor | None:
+    """Real rows, int32, one element, where CUDA graphs pad a batch; CPU batches are not padded."""
+    if topk_ids.is_cpu:
         return None
-    count = state.num_unpadded_tokens_tensors[0]
-    return None if count.is_cpu else count
+    state = router.eplb_state
+    if state is not None and state.num_unpadded_tokens_tensors is not None:
+        count: torch.Tensor = state.num_unpadded_tokens_tensors[0]
+        return count
+    is_padding = _padding(topk_ids)
+    return None if is_padding is None else (~is_padding).sum(dtype=torch.int32)
 
 
-def _without_padding(topk_ids: torch.Tensor) -> torch.Tensor:
-    """The ids with padding rows set to -1: rows behind the batch, and batches of idle ranks."""
+def _padding(topk_ids: torch.Tensor) -> torch.Tensor | None:
+    """Rows behind the batch, and all rows of idle ranks, bool [T]; None if vLLM does not say.
+
+    Without VLLM_MOE_SKIP_PADDING (on by default) not every model runner of vLLM fills this mask.
+    """
+    import vllm.envs as envs
     from vllm.forward_context import get_forward_context
 
-    is_padding = get_forward_context().is_padding
+    is_padding = get_forward_context().is_padding if envs.VLLM_MOE_SKIP_PADDING else None
+    return None if is_padding is None else is_padding[: topk_ids.shape[0]]
+
+
+def _mark_padding(topk_ids: torch.Tensor) -> torch.Tensor:
+    """The ids, in padding rows -2 - id, which counts nowhere; -1 stays -1, and a CPU gets -1."""
+    is_padding = _padding(topk_ids)
     if is_padding is None:
         return topk_ids
-    return topk_ids.masked_fill(is_padding[: topk_ids.shape[0], None], -1)
+    if topk_ids.is_cpu:
+        return topk_ids.masked_fill(is_padding[:, None], -1)
+    return torch.where(is_padding[:, None], -2 - topk_ids, topk_ids)
+
+
+def _with_padding(slots: torch.Tensor, marked_ids: torch.Tensor) -> torch.Tensor:
+    """The slots, and on a GPU what stock vLLM has in padding rows: the router's choice.
+
+    Routers that skip padding emit -1, which expert kernels take from them. Kernels behind other
+    routers may have met real ids only: those are taken for slots as they are, spread as the router
+    spread them, and what comes out of these rows is never read.
+    """
+    return slots if slots.is_cpu else torch.maximum(slots, -2 - marked_ids)
 
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,11 +80,8 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         if balancer is None:
             return gathered
         hidden_states, scales, meta, topk_ids, topk_weights = gathered
-        topk_ids = balancer.after_gather(topk_ids)
-        if not topk_ids.is_cpu:
-            # GPU kernels take no -1; the weights of padding rows are never read.
-            topk_ids = topk_ids.clamp(min=0)
-        return hidden_states, scales, meta, topk_ids, topk_weights
+        slots = _with_padding(balancer.after_gather(topk_ids), topk_ids)
+        return hidden_states, scales, meta, slots, topk_weights
 
     return prepare
 
@@ -64,6 +89,7 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_forward(self: Any) -> Callable[..., Any]:
         require_balanceable(self)
+        require_known_slots(self, get_current_vllm_config().parallel_config.enable_eplb)
         forward = original(self)
         if not current_platform.is_cpu():
             return forward
@@ -71,6 +97,7 @@ def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return torch.ops.vllm.moe_forward
         return torch.ops.vllm.moe_forward_shared
 
+    from vllm.config import get_current_vllm_config
     from vllm.platforms import current_platform
 
     return select_forward
@@ -80,7 +107,8 @@ def require_balanceable(runner: Any) -> None:
     """Returns if a layer that is being built can be balanced; runs before weights are loaded.
 
     Raises:
-        BalancerError: its kernel does its own routing, or cannot run expert-parallel here.
+        BalancerError: its kernel does its own routing, cannot run expert-parallel here, or needs
+            what empty slots do not have.
     """
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.platforms import current_platform
@@ -92,6 +120,7 @@ def require_balanceable(runner: Any) -> None:
             f"choose experts inside their kernel, so --moe-balancer would do nothing. Choose a "
             f"modular backend with --moe-backend (e.g. triton), or leave --moe-balancer away."
         )
+    _require_no_shared_scales(runner)
     experts = getattr(method, "experts_cls", None)
     if current_platform.is_cpu() and not (
         isinstance(experts, type) and issubclass(experts, CPUUnquantizedExperts)
@@ -100,6 +129,52 @@ def require_balanceable(runner: Any) -> None:
             f"{runner.layer_name} runs on {type(method).__name__}; on CPU --moe-balancer supports "
             f"unquantised experts (bfloat16, float16, float32). Serve an unquantised checkpoint, "
             f"or leave --moe-balancer and --enable-expert-parallel away."
+        )
+
+
+def _require_no_shared_scales(runner: Any) -> None:
+    """Raises BalancerError if slots are empty at first and all slots of a rank share a scale.
+
+    vLLM makes one scale of the activations out of those of all slots when it has loaded the
+    weights; what stands in an empty slot would decide it.
+    """
+    from vllm.config import get_current_vllm_config
+
+    config = settings_of(get_current_vllm_config())
+    if config is None or not config.fetches:
+        return
+    names = [name for name, _ in runner.routed_experts.named_parameters()]
+    found = [name for name in names if "_input_" in name and "scale" in name]
+    if found:
+        raise BalancerError(
+            f"{runner.layer_name} has static scales of activations ({', '.join(found)}), which "
+            f"vLLM joins over all slots of a rank while the dynamic slots of --moe-balancer "
+            f"{config.name} are empty, so the model would answer wrongly. Serve a checkpoint with "
+            f"dynamic scales of activations, or use a balancer that fetches nothing, e.g. metro."
+        )
+
+
+def require_known_slots(runner: Any, enable_eplb: bool) -> None:
+    """Returns if the experts of a layer that is being built are those that are balanced.
+
+    Raises:
+        BalancerError: the model does not give its layers vLLM's EPLB, which was turned on, or the
+            layer computes shared experts as further slots.
+    """
+    if enable_eplb and runner.router.eplb_state is None:
+        raise BalancerError(
+            f"{runner.layer_name} was built without vLLM's EPLB, which this --moe-balancer needs "
+            f"for redundant or moving experts: vLLM does not support EPLB for this model. Use "
+            f"--moe-balancer static, or gem or exflow with a map without redundant experts, or "
+            f"leave --moe-balancer away."
+        )
+    fused = runner.routed_experts.expert_map_manager.num_fused_shared_experts
+    if fused:
+        raise BalancerError(
+            f"{runner.layer_name} computes {fused} shared experts as slots behind those of the "
+            f"routed experts (ROCm AITER), which --moe-balancer does not know. Leave "
+            f"VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS and "
+            f"VLLM_ROCM_AITER_MEGA_MOE_FUSE_SHARED_EXPERTS unset, or leave --moe-balancer away."
         )
 
 

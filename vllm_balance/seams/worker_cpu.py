@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_balance.errors import BalancerError
 from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
@@ -51,12 +52,23 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         self.worker_balancer.after_step()
 
     def _attach_eplb(self) -> None:
-        """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out."""
+        """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out.
+
+        Raises:
+            BalancerError: vLLM does not support EPLB for the model.
+        """
         from vllm.distributed.eplb.eplb_state import EplbState
         from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
 
         runner = self.model_runner
         runner._moe_model = get_mixture_of_experts_model(runner.get_model())
+        if runner._moe_model is None:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} needs vLLM's EPLB for redundant or "
+                f"moving experts, and vLLM does not support EPLB for "
+                f"{type(runner.get_model()).__name__}. Use --moe-balancer static, or gem or exflow "
+                f"with a map without redundant experts, or leave --moe-balancer away."
+            )
         runner.eplb_state = EplbState(self.parallel_config, self.device)
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)
 

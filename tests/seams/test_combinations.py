@@ -1,0 +1,104 @@
+"""What vLLM's own settings say beside ours, in a finished VllmConfig."""
+
+import pytest
+from deployments import deployment as facts
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.seams import deployment
+
+
+def stock_config(model: str, **arguments):
+    layout = {"tensor_parallel_size": 2} | arguments
+    return EngineArgs(
+        model=model,
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        enable_expert_parallel=True,
+        **layout,
+    ).create_engine_config()
+
+
+def configured(config, settings):
+    config.additional_config = {"moe_balancer": settings}
+    deployment.configure(config)
+    return config
+
+
+def with_vllms_own(model: str, settings, **eplb: int):
+    """The configuration after ours, where --eplb-config names these values."""
+    config = stock_config(model)
+    for name, value in eplb.items():
+        setattr(config.parallel_config.eplb_config, name, value)
+    return configured(config, settings)
+
+
+def test_vllms_own_intervals_are_taken(moe_model):
+    config = with_vllms_own(moe_model, "metro", window_size=7, step_interval=9)
+    eplb = config.parallel_config.eplb_config
+    assert (eplb.window_size, eplb.step_interval) == (7, 9)
+    settled = config.additional_config["moe_balancer"]
+    assert (settled["window_size"], settled["step_interval"]) == (7, 9)
+
+
+def test_an_interval_may_be_named_in_either_place_or_twice(moe_model):
+    settings = {"name": "eplb", "window_size": 7, "step_interval": 8}
+    config = with_vllms_own(moe_model, settings, window_size=7)
+    eplb = config.parallel_config.eplb_config
+    assert (eplb.window_size, eplb.step_interval) == (7, 8)
+
+
+@pytest.mark.parametrize("ours", [8, 1000])
+def test_two_values_for_one_interval_are_refused(moe_model, ours):
+    with pytest.raises(BalancerError, match=rf"`window_size` is {ours} .* and 7 in --eplb-config"):
+        with_vllms_own(moe_model, {"name": "eplb", "window_size": ours}, window_size=7)
+
+
+def test_micro_batches_are_refused_however_they_are_asked_for(moe_model):
+    config = stock_config(moe_model)
+    config.parallel_config.ubatch_size = 3
+    with pytest.raises(BalancerError, match=r"dual-batch overlap \(--enable-dbo, --ubatch-size\)"):
+        configured(config, "metro")
+
+
+def test_a_map_needs_all_weights_to_be_read(moe_model):
+    """vLLM turns its filter off itself where EPLB is on."""
+    config = stock_config(moe_model)
+    config.parallel_config.enable_ep_weight_filter = True
+    for name in ("gem", "exflow"):
+        with pytest.raises(BalancerError, match="a map and --enable-ep-weight-filter"):
+            deployment._check_combination(BalancerConfig(name=name, map="m"), config)
+    for others in ({"name": "static"}, {"name": "metro", "map": "m"}):
+        deployment._check_combination(BalancerConfig(**others), config)
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    found = facts(on_cpu=False, num_experts=8)
+    monkeypatch.setattr(deployment, "read_deployment", lambda config: found)
+
+
+@pytest.mark.parametrize(
+    ("layout", "most"),
+    [
+        ({"tensor_parallel_size": 2}, 2**19),
+        ({"tensor_parallel_size": 1, "data_parallel_size": 2}, 2**18),
+    ],
+)
+def test_a_batch_that_the_gpu_kernels_do_not_take_is_refused_first(
+    moe_model, on_gpus, layout, most
+):
+    """Two experts of each token, on every rank those of all ranks."""
+    fits = stock_config(moe_model, max_num_batched_tokens=most, **layout)
+    configured(fits, "metro")
+    arguments = {"max_num_batched_tokens": most + 64, **layout}
+    with pytest.raises(BalancerError, match=r"pairs in a batch, and its GPU kernels take at most"):
+        configured(stock_config(moe_model, **arguments), "metro")
+    configured(stock_config(moe_model, **arguments), "eplb")
+
+
+def test_ranks_that_exchange_counts_map_their_own_pairs_in_any_number(moe_model, on_gpus):
+    layout = {"tensor_parallel_size": 1, "data_parallel_size": 2}
+    config = stock_config(moe_model, max_num_batched_tokens=2**20, **layout)
+    configured(config, {"name": "metro", "exchange": "all_reduce"})
