@@ -40,6 +40,7 @@ ROWS = [
     ["routing", "placement", "experts", "cost", "fetch_cost", "profiles", "maps"],
     [
         "metrics",
+        "prometheus",
         "recorder",
         "recorded",
         "recording",

@@ -163,7 +163,7 @@ class StepWriter:
                     block.clear()
                     self._free.append(block)
             file.close()
-        except Exception as error:  # noqa: BLE001 - the thread ends: nobody else would say why.
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
             self._end("failed", f"could not be written ({type(error).__name__}: {error})")
 
     def _next_block(self) -> _Block | None:
