@@ -43,6 +43,14 @@ def test_loads_in_turn_are_compared_with_their_neighbours():
     assert column(arms_table(measured[:4]), "TPOT against static") == ["+0.0%", "-16.7%"]
 
 
+def test_an_arm_of_several_redundancies_is_compared_with_the_base_of_its_own():
+    arms = {"static": 100.0, "eplb 1.25": 120.0, "metro 1.25": 90.0, "eplb 1.5": 200.0}
+    table = arms_table([row(arm, tpot_ms=ms) for arm, ms in (arms | {"metro 1.5": 100.0}).items()])
+    assert column(table, "arm") == ["static", "eplb 1.25", "metro 1.25", "eplb 1.5", "metro 1.5"]
+    assert column(table, "TPOT against eplb") == ["-", "+0.0%", "-25.0%", "+0.0%", "-50.0%"]
+    assert column(table, "TPOT against static") == ["+0.0%", "+20.0%", "-10.0%", "+100.0%", "+0.0%"]
+
+
 def test_with_few_tokens_the_first_one_is_compared():
     few = [
         row("static", output_tokens=2),

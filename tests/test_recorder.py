@@ -189,9 +189,7 @@ def test_a_disk_that_fails_ends_the_recording_and_not_the_server(tmp_path, monke
     run(chosen, 1, random_ids(3, 0))
 
 
-def test_a_failure_of_the_writing_thread_ends_the_recording_with_its_reason(
-    tmp_path, monkeypatch
-):
+def test_a_failure_of_the_writing_thread_ends_the_recording_with_its_reason(tmp_path, monkeypatch):
     def lost_device(self, block, stream):
         raise RuntimeError("the device is lost")
 

@@ -112,12 +112,12 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
         for place, heading in enumerate(("case", "load"))
         if any(key[place] for key in groups)
     ]
-    bases = [base for base in BASES if any(arm == base for _, _, arm in groups)]
+    bases = [base for base in BASES if any(arm.split(" ")[0] == base for _, _, arm in groups)]
     columns = FIRST_TOKEN_COLUMNS if all(map(_has_few_tokens, rows)) else COLUMNS
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
-        cells += [_ratio(own, groups.get((*key[:2], base), []), _time_ms) for base in bases]
+        cells += [_ratio(own, _of_base(groups, key, base), _time_ms) for base in bases]
         body.append(cells + [format(median(own, value), spec) for _, spec, value in columns])
     headings = [*(heading for heading, _ in varied), "arm"]
     headings += [f"{_compared(rows)} against {base}" for base in bases]
@@ -129,6 +129,15 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
+
+
+def _of_base(
+    groups: dict[tuple[str, str, str], list[Measurement]], key: tuple[str, str, str], base: str
+) -> list[Measurement]:
+    """Rows of the base that an arm is compared with: of `metro 1.5`, `eplb 1.5` before `eplb`."""
+    case, load, arm = key
+    _, _, variant = arm.partition(" ")
+    return groups.get((case, load, f"{base} {variant}")) or groups.get((case, load, base), [])
 
 
 def slo_table(rows: list[Measurement]) -> MeasuredTable:
