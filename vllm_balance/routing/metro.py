@@ -2,6 +2,11 @@
 
 arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/metro.md). In the
 compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
+
+It is written down four times, and tests hold them against each other. `route` is what a batch
+meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba on CPU, Triton on GPU).
+`plan` is the same from counts in torch operations, for the `all_reduce` way. Beside the kernels are
+a reference that is easy to read, and one that follows the GPU's algorithm step by step.
 """
 
 from __future__ import annotations

@@ -59,42 +59,62 @@ def configure(vllm_config: Any) -> None:
         return
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
-    parallel = vllm_config.parallel_config
     found = read_map(config)
-    config = _with_redundancy(config, parallel.eplb_config.num_redundant_experts, found)
-    config = _with_intervals(config, parallel.eplb_config)
+    eplb = vllm_config.parallel_config.eplb_config
+    config = _with_redundancy(config, eplb.num_redundant_experts, found)
+    config = _with_intervals(config, eplb)
     _check_combination(config, vllm_config)
     _check_device(config)
     deployment = read_deployment(vllm_config)
+    redundant = _redundant_experts(config, deployment, vllm_config)
+    if found is not None:
+        placement_of(found, vllm_config, redundant)
+    if config.replay is not None:
+        _check_replay(config, vllm_config.model_config)
+    settled = _settled(config, vllm_config, redundant)
+    _set_up(vllm_config, config, settled)
+    _announce(config, redundant, deployment)
+
+
+def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_config: Any) -> int:
+    """Slots of a layer beyond the logical experts, over all ranks, checked against memory."""
     if config.fetches:
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
     else:
         redundant = num_redundant_experts(config, deployment)
     if not deployment.on_cpu:
-        pairs = _mapped_pairs(vllm_config, _way(config, parallel))
+        pairs = _mapped_pairs(vllm_config, _way(config, vllm_config.parallel_config))
         check_gpu_limits(config, deployment, num_redundant=redundant, mapped_pairs=pairs)
-    if found is not None:
-        placement_of(found, vllm_config, redundant)
-    # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
+    return redundant
+
+
+def _settled(config: BalancerConfig, vllm_config: Any, redundant: int) -> dict[str, Any]:
+    """The settings as every process reads them: numbers for ratios and defaults, absolute paths."""
+    parallel = vllm_config.parallel_config
     settled = {**config.model_dump(mode="json"), "num_redundant_experts": redundant}
     settled.pop("redundancy")
     if config.fetches:
-        settled["dynamic_slots"] = redundant // deployment.num_ranks
+        settled["dynamic_slots"] = redundant // num_ranks(vllm_config)
     settled |= absolute(config)
     costs = measured_costs(config, vllm_config)
     if costs is not None and config.knee_tokens is None:
         settled["knee_tokens"], settled["free_tokens"] = knee_of(costs), free_of(costs)
+    if config.record is not None:
+        settled["record"]["file"] = str(_checked_recording(config.record, parallel))
+    return settled
+
+
+def _set_up(vllm_config: Any, config: BalancerConfig, settled: dict[str, Any]) -> None:
+    """Our worker, vLLM's EPLB where it is used, and the settings for the other processes."""
+    parallel = vllm_config.parallel_config
+    # EngineArgs shares one additional_config and one EPLBConfig between the configs it makes.
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: settled}
     parallel.worker_cls = _WORKERS[parallel.worker_cls]
     if config.uses_eplb:
-        _enable_eplb(vllm_config, config, redundant)
-    if config.record is not None:
-        settled["record"]["file"] = str(_checked_recording(config.record, parallel))
+        _enable_eplb(vllm_config, config, settled["num_redundant_experts"])
     if config.replay is not None:
-        _check_replay(config, vllm_config.model_config)
         route_by_replay()
     install_in_api_server()
-    _announce(config, redundant, deployment)
 
 
 def _with_redundancy(
