@@ -49,7 +49,7 @@ def ended(model, tmp_path_factory):
             )
         found = {}
         for name, process in started.items():
-            stdout, stderr = process.communicate(timeout=200)
+            stdout, stderr = process.communicate(timeout=600)
             found[name] = (process.returncode, stdout, stderr)
         return found
     finally:
