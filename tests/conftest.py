@@ -66,6 +66,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not i
 if "bench" not in sys.modules:
     sys.modules["bench"] = types.ModuleType("bench")
     sys.modules["bench"].__path__ = [str(ROOT / "bench")]
+_load("apart", TESTS / "apart.py")
 _load("cases", TESTS / "cases.py")
 _load("deployments", TESTS / "deployments.py")
 _load("measured", TESTS / "measured.py")

@@ -167,7 +167,7 @@ def ahead_of(following: SlotBalancer) -> SlotBalancer:
         num_experts=E,
         rank=0,
         num_ranks=1,
-        all_reduce=first.sum_guess,
+        all_reduce=first.summed,
         min_pairs=2.0 * E,
     )
     return first

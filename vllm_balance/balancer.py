@@ -12,8 +12,8 @@ import torch
 from vllm_balance.exchange import AllReduce, Way, counts_per_rank
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.kernels.assign import assign
-from vllm_balance.kernels.record import Counter, counters_size
-from vllm_balance.metrics import add_load, add_plan, layer_metrics, total
+from vllm_balance.kernels.record import counters_size
+from vllm_balance.metrics import add_load, add_plan, layer_metrics, num_batches, total
 from vllm_balance.routing import LayerTables, RoutingPolicy
 from vllm_balance.types import Demand
 
@@ -89,12 +89,16 @@ class LayerBalancer:
     def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """What rank 0 chose; a collective. Ranks that decided by other counts would compute a pair
         twice or not at all."""
-        start = time.perf_counter_ns()
         is_first = self.rank == 0
-        ids_TK = self.all_reduce(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
+        return self.summed(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
+
+    def summed(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, counted as an exchange of this layer; a collective."""
+        start = time.perf_counter_ns()
+        total_of_ranks = self.all_reduce(own)
         self.exchange_ns += time.perf_counter_ns() - start
-        self.exchanged_bytes += ids_TK.numel() * ids_TK.element_size()
-        return ids_TK
+        self.exchanged_bytes += own.numel() * own.element_size()
+        return total_of_ranks
 
     def _route(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -144,9 +148,7 @@ class LayerBalancer:
     @property
     def decisions(self) -> int:
         """Batches since the last reset, from the device: those of CUDA graphs count too."""
-        values = self.tables.counters.tolist()
-        kinds = (Counter.MEMORY_BOUND_BATCHES, Counter.COMPUTE_BOUND_BATCHES, Counter.EMPTY_BATCHES)
-        return sum(int(values[kind]) for kind in kinds)
+        return num_batches(layer_metrics(self.tables.counters, self.tables.num_ranks))
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -194,15 +196,16 @@ class LayerBalancer:
 
     def status(self) -> dict[str, Any]:
         """This layer's counters by name."""
+        counted = layer_metrics(self.tables.counters, self.tables.num_ranks)
         return {
             "layer": self.layer_name,
-            "decisions": self.decisions,
+            "decisions": num_batches(counted),
             "decide_us": self.decide_ns / 1e3,
             "exchange_us": self.exchange_ns / 1e3,
             "exchanged_bytes": self.exchanged_bytes,
             "experts_us": self.experts.kernel_ns / 1e3 if self.experts else 0.0,
             "experts_wrapping_us": self.experts.wrapping_ns / 1e3 if self.experts else 0.0,
-            **layer_metrics(self.tables.counters, self.tables.num_ranks),
+            **counted,
         }
 
 

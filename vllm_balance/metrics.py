@@ -61,6 +61,12 @@ def layer_metrics(counters: torch.Tensor, num_ranks: int) -> dict[str, Any]:
     return named
 
 
+def num_batches(counted: dict[str, Any]) -> int:
+    """Batches of a layer, from its `layer_metrics`: each is of one of the three kinds."""
+    kinds = (Counter.MEMORY_BOUND_BATCHES, Counter.COMPUTE_BOUND_BATCHES, Counter.EMPTY_BATCHES)
+    return sum(int(counted[kind.name.lower()]) for kind in kinds)
+
+
 def total(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """The same values summed over layers.
 

@@ -78,14 +78,6 @@ class SlotBalancer(LayerBalancer):
             next_slots.follow(self.following._schedule(counts_FE), is_guess=True)
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)
 
-    def sum_guess(self, seen_E: torch.Tensor) -> torch.Tensor:
-        """The ranks' sum of what each saw for a guess, counted as an exchange of this layer."""
-        start = time.perf_counter_ns()
-        total_E = self.all_reduce(seen_E)
-        self.exchange_ns += time.perf_counter_ns() - start
-        self.exchanged_bytes += seen_E.numel() * seen_E.element_size()
-        return total_E
-
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
         counts_FE = _count(ids_TK, self.dynamic.state.num_logical, None)
         schedule = self._schedule(counts_FE)

@@ -1,11 +1,7 @@
 """The command line where neither vLLM nor torch is installed: help, and what is missing."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from apart import require_success_apart
 
-ROOT = Path(__file__).parents[2]
 CHECK = """
 import json
 import sys
@@ -56,11 +52,4 @@ for arguments in (
 
 
 def test_commands_say_that_vllm_is_missing():
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_success_apart(CHECK)

@@ -97,7 +97,7 @@ class Model:
             num_experts=NUM_EXPERTS,
             rank=rank,
             num_ranks=world_size,
-            all_reduce=first.sum_guess,
+            all_reduce=first.summed,
             min_pairs=30.0,
         )
 

@@ -3,12 +3,8 @@ breaks the worker, so it may come in with the first call only."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from apart import require_success_apart
 
-ROOT = Path(__file__).parents[2]
 CHECK = """
 import sys
 import torch
@@ -23,14 +19,7 @@ assert slots.tolist() == [[0]] and "numba" in sys.modules and "triton" not in sy
 
 
 def test_numba_is_loaded_by_the_first_call():
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_success_apart(CHECK)
 
 
 def test_cache_key_covers_all_kernel_sources(tmp_path, monkeypatch):

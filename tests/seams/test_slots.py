@@ -91,8 +91,8 @@ def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
 
 def layer():
     """The balancer of a layer, as far as look-ahead is about it."""
-    tables, sum_guess = SimpleNamespace(num_ranks=1), lambda seen_E: seen_E
-    return SimpleNamespace(experts=None, rank=0, tables=tables, sum_guess=sum_guess)
+    tables, summed = SimpleNamespace(num_ranks=1), lambda seen_E: seen_E
+    return SimpleNamespace(experts=None, rank=0, tables=tables, summed=summed)
 
 
 def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
@@ -105,7 +105,7 @@ def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
     layers = [layer(), layer()]
     shared.connect(layers, 2.0)
     assert layers[0].following is layers[1] and not hasattr(layers[1], "following")
-    assert layers[0].look_ahead.all_reduce is layers[0].sum_guess, "a guess is counted"
+    assert layers[0].look_ahead.all_reduce is layers[0].summed, "a guess is counted"
     guess = layers[0].look_ahead.guess(torch.randn(50, 8))
     assert int(guess.sum()) == 100
     assert layers[0].look_ahead.guess(torch.randn(4, 8)) is None

@@ -168,7 +168,7 @@ class ModelSlots:
             num_experts=runner.moe_config.num_logical_experts,
             rank=layer.rank,
             num_ranks=layer.tables.num_ranks,
-            all_reduce=layer.sum_guess,
+            all_reduce=layer.summed,
             min_pairs=knee_tokens * runner.moe_config.num_logical_experts,
         )
 
