@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import counters, machine_cores, machine_file, real_size_model
+from bench import counters, machine_cores, machine_file, real_size_model, speed
 from bench.load import Load, send, timed
 from bench.provenance import ROOT, provenance
 from bench.provenance import machine as this_machine
@@ -87,26 +87,38 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
         flags=flags,
     )
     rows = []
-    with Server(arm, model) as server:
-        for load, repeat in itertools.product(LOADS, range(-1, REPEATS)):
-            server.reset()
-            answered = send(load, server.url, model, SEED)
-            if repeat < 0:
-                continue
-            timed_rows, counted = timed(load, answered), counters.counted(server.status())
-            rows.append(
-                {
-                    "run": "machine",
-                    "part": "server",
-                    "dtype": dtype,
-                    "layers": num_layers,
-                    "repeat": repeat,
-                    **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
-                    **{key: timed_rows[key]["p50"] for key in ("tpot_ms", "ttft_ms")},
-                    **{key: counted[key] for key in COUNTED},
-                }
-            )
+    with speed.watching(ranks, dtype) as watch, Server(arm, model) as server:
+        for load in LOADS:
+            send(load, server.url, model, SEED)
+            before = _watched(server, watch)
+            for repeat in range(REPEATS):
+                server.reset()
+                answered = send(load, server.url, model, SEED)
+                timed_rows, counted = timed(load, answered), counters.counted(server.status())
+                after = _watched(server, watch)
+                rows.append(
+                    {
+                        "run": "machine",
+                        "part": "server",
+                        "dtype": dtype,
+                        "layers": num_layers,
+                        "repeat": repeat,
+                        **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
+                        **{key: timed_rows[key]["p50"] for key in ("tpot_ms", "ttft_ms")},
+                        **{key: counted[key] for key in COUNTED},
+                        "machine_speed": [t.model_dump() for t in speed.between(before, after)],
+                    }
+                )
+                before = after
     return rows
+
+
+def _watched(server: Server, watch: speed.Watch) -> speed.Times:
+    """How fast the cores are while the server is stopped."""
+    server.suspend()
+    found = watch()
+    server.resume()
+    return found
 
 
 if __name__ == "__main__":

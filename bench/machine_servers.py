@@ -13,6 +13,9 @@ simulator's. The second is the fastest of the repeats, as other work on the mach
 token and never hurries it; the median request of a burst has (n - 1) / 2 ahead of it, and prompts
 are short, so that the first step is short beside the request's way. Attention is from how much
 longer a longer prompt takes.
+
+All of it is of a machine that is as fast as when the profile was measured: times of rows that say
+how much slower the kernel was just then (bench/speed.py) are divided by it.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from bench import speed
 from bench.load import Load
 from bench.machine_numbers import part, relative_nnls
 from bench.predictions import benchmark_model, burst
+from vllm_balance.measurement import KernelTime
 from vllm_balance.profiles import Profile
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Outcome, simulate, skewed
@@ -148,6 +153,7 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
     made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
     heads = model.num_heads.value / machine.ranks_per_node.value
     scores = 2 * layers * heads * model.attention_width * float(made.steps.looks_N[0])
+    rows = [_as_profiled(row, made, profile) for row in rows]
     fastest = min(rows, key=lambda row: row["ttft_ms"])
     steps = min(row["steps"] for row in rows)
     together = [row for row in rows if row["steps"] <= LATE * steps]
@@ -161,6 +167,21 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
         scores_us=scores / machine.peak(model.dense_number).per_us,
         made=made,
     )
+
+
+def _as_profiled(row: Row, made: Outcome, profile: Profile) -> Row:
+    """The row of a machine that is as fast as in the profile."""
+    if "machine_speed" not in row:
+        return row
+    times = [KernelTime(**each) for each in row["machine_speed"]]
+    first, later = speed.slowness_of(made, times, profile)
+    experts = later if row["max_tokens"] > FEW_TOKENS else first
+    return {
+        **row,
+        "ttft_ms": row["ttft_ms"] / first,
+        "tpot_ms": row["tpot_ms"] / later,
+        "experts_us_per_layer": row["experts_us_per_layer"] / experts,
+    }
 
 
 def _left_us(row: Row, layers: int, made: Outcome) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench import speed
 from bench.load import Load as Asked
 from bench.predictions import predict, profiled_dtype
 from bench.provenance import ROOT, config_hash, provenance
@@ -33,6 +34,8 @@ FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
+Slowness = tuple[float, float]
+"""Of the first step and of those behind it, against the profile."""
 
 
 def hardware_names() -> dict[str, str]:
@@ -96,7 +99,8 @@ def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Ro
         # The simulator's traffic keeps its popular experts.
         if "change_every" not in (load.replay or tables["replay"]):
             made = {arm: predict(tables, load, arm, machine) for arm in arms}
-            yield from _group(name, variant, arms, made, load)
+            slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
+            yield from _group(name, variant, arms, made, slow, load)
 
 
 def _variant(settings: Row, case: str, load: str) -> tuple[Row, Asked]:
@@ -107,7 +111,12 @@ def _variant(settings: Row, case: str, load: str) -> tuple[Row, Asked]:
 
 
 def _group(
-    name: str, variant: tuple[str, str], arms: Arms, made: dict[str, Outcome], load: Asked
+    name: str,
+    variant: tuple[str, str],
+    arms: Arms,
+    made: dict[str, Outcome],
+    slow: dict[str, Slowness | None],
+    load: Asked,
 ) -> Iterator[Row]:
     """Points of the arms that share a load and a server's variant."""
     case, load_name = variant
@@ -116,7 +125,7 @@ def _group(
     machine = next(iter(arms.values()))[0].machine
     where = {"run": name, "case": case, "load": load_name, **provenance(), "machine": machine}
     for arm, outcome in made.items():
-        for what, value in _predicted(outcome, metric).items():
+        for what, value in _predicted(outcome, metric, slow[arm]).items():
             reference = found[arm][what]
             yield {
                 "kind": "measured",
@@ -125,11 +134,12 @@ def _group(
                 "reference": reference,
                 "predicted": value,
                 "error": value / reference - 1,
+                "slowness": slow[arm],
                 **where,
             }
     for first, second in itertools.combinations(arms, 2):
         reference = found[second][metric] / found[first][metric] - 1
-        both = [_predicted(made[arm], metric)[metric] for arm in (first, second)]
+        both = [_predicted(made[arm], metric, slow[arm])[metric] for arm in (first, second)]
         predicted = both[1] / both[0] - 1
         yield {
             "kind": "pair",
@@ -152,12 +162,28 @@ def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
     return found | {key: statistics.median(getattr(row, key) for row in rows) for key in counts}
 
 
-def _predicted(made: Outcome, metric: str) -> dict[str, float]:
-    """What is compared; TPOT only where there are more than a few tokens."""
-    found = {"tpot_ms": made.tpot_us / 1e3} if metric == "tpot_ms" else {}
+def _slowness(rows: list[Measurement], made: Outcome, machine: str) -> Slowness | None:
+    """Medians over the rows of an arm; None if they do not say how fast the machine was."""
+    _, profile = hardware.load(machine)
+    found = [
+        speed.slowness_of(made, row.machine_speed, profile)
+        for row in rows
+        if row.machine_speed is not None and profile is not None
+    ]
+    if not found:
+        return None
+    first, later = zip(*found, strict=True)
+    return statistics.median(first), statistics.median(later)
+
+
+def _predicted(made: Outcome, metric: str, slow: Slowness | None) -> dict[str, float]:
+    """What is compared, of a machine that is so much slower than its profile; TPOT only where
+    there are more than a few tokens."""
+    first, later = slow or (1.0, 1.0)
+    found = {"tpot_ms": later * made.tpot_us / 1e3} if metric == "tpot_ms" else {}
     return {
         **found,
-        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
+        "ttft_ms": first * made.ttft_us_at(0.5) / 1e3,
         "activated_worst_rank": float(made.activated_N.mean()),
         "tokens_worst_rank": float(made.pairs_N.mean()),
     }

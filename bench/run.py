@@ -32,9 +32,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import real_size_model
+from bench import real_size_model, speed
 from bench.placed import Placed, prepared
 from bench.provenance import ROOT, config_hash, provenance, sources
+from bench.speed import Watch
 from bench.starts import Cell, Start, plan
 from bench.turn import Turn
 from vllm_balance.measurement import IDENTITY, Measurement, read_measurements
@@ -80,12 +81,14 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
         if placed is not None:
             console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
         missing = [start for start in starts if left[start.position]]
-        for _, group in itertools.groupby(missing, lambda start: start.group):
-            for measured in _measure([*group], left, model, placed, say):
-                row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
-                _append(results, row)
-                advance()
-                console.print(_line(row))
+        ranks = max(start.num_ranks for start in missing)
+        with speed.watching(ranks, settings["model"].get("dtype", "bfloat16")) as watch:
+            for _, group in itertools.groupby(missing, lambda start: start.group):
+                for measured in _measure([*group], left, model, placed, watch, say):
+                    row = Measurement(run=file.stem, title=settings["title"], **measured, **origin)
+                    _append(results, row)
+                    advance()
+                    console.print(_line(row))
 
 
 def _done(results: Path, identity: tuple[Any, ...]) -> set[tuple[int, Cell]]:
@@ -111,13 +114,14 @@ def _measure(
     left: Mapping[int, Sequence[Cell]],
     model: Path,
     placed: Placed | None,
+    watch: Watch,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Fields of the rows that are left of servers that are up together, each fresh and warm."""
     with contextlib.ExitStack() as up:
         turns: list[Turn] = []
         for start in group:
-            turn = Turn(start, left[start.position], model, placed, say)
+            turn = Turn(start, left[start.position], model, placed, watch, say)
             turns.append(up.enter_context(turn.up()))
         cells = sorted({cell for turn in turns for cell in turn.left}, key=group[0].cells.index)
         for (factor, name), same in itertools.groupby(cells, lambda cell: (cell.slow, cell.load)):

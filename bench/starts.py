@@ -37,6 +37,12 @@ class Start:
     loads: dict[str, Load]
 
     @property
+    def num_ranks(self) -> int:
+        serve = self.settings["serve"]
+        ranks: int = serve.get("tensor_parallel", 1) * serve.get("data_parallel", 1)
+        return ranks
+
+    @property
     def cells(self) -> list[Cell]:
         """What is measured on it, in order."""
         return [

@@ -1,7 +1,9 @@
 """One server of a run: started, proven, warmed up, and measured load by load.
 
 Servers that are up together take turns: while one is measured, the processes of the others are
-stopped. So arms are compared within seconds, not minutes, on a machine that others use too.
+stopped. So arms are compared within seconds, not minutes, on a machine that others use too. Every
+server is stopped while the machine's own speed is looked at (bench/speed.py), before and after each
+load.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from bench import counters, gate, waiting
+from bench import counters, gate, speed, waiting
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed
 from bench.server import Server
 from bench.slow_rank import slowed
+from bench.speed import Watch
 from bench.starts import Cell, Start, arm_of
 
 
@@ -29,17 +32,18 @@ class Turn:
         left: Sequence[Cell],
         model: Path,
         placed: Placed | None,
+        watch: Watch,
         say: Callable[[str], None],
     ) -> None:
         self.left = left
-        self._start, self._model, self._placed, self._say = start, model, placed, say
-        self._alone = not start.settings.get("in_turns", False)
+        self._start, self._model, self._placed = start, model, placed
+        self._watch, self._say = watch, say
         self._seed: int = start.settings["seed"]
         self._where = " ".join(filter(None, (start.case, start.arm)))
 
     @contextmanager
     def up(self) -> Iterator[Self]:
-        """The server is up inside, proven and warm; suspended until its turn, if it has company."""
+        """The server is up inside, proven and warm; suspended until its turn."""
         arm = arm_of(self._start, self._placed)
         own = self._start.settings["arms"][self._start.arm]
         self._proof = gate.prove(arm, own.get("gate", {}), self._say)
@@ -48,8 +52,7 @@ class Turn:
             if "warm" in self._start.settings:
                 self._say(f"{self._where}: warming up")
                 self._warm(Load(**self._start.settings["warm"]))
-            if not self._alone:
-                self._server.suspend()
+            self._server.suspend()
             yield self
 
     def get_ready(self, factor: float, name: str) -> None:
@@ -67,13 +70,16 @@ class Turn:
         start, load = self._start, self._start.loads[cell.load]
         what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
         self._say(f"{self._where}: {what}")
+        before = self._watch()
         with self._running(cell.slow):
             measured = _measure_once(load, self._server, self._model, self._seed + cell.repeat)
+        measured["machine_speed"] = speed.between(before, self._watch())
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
         fields |= {"load": cell.load, "repeat": cell.repeat, "seed": self._seed}
         if self._placed is not None:
             fields |= {"slow": cell.slow, "slow_shown": self._placed.shown_slowdown[cell.slow]}
-        return fields | {"gate": self._proof, "in_turns": not self._alone} | measured
+        in_turns = start.settings.get("in_turns", False)
+        return fields | {"gate": self._proof, "in_turns": in_turns} | measured
 
     def _warm(self, load: Load) -> None:
         for _ in range(2):
@@ -82,13 +88,11 @@ class Turn:
     @contextmanager
     def _running(self, factor: float) -> Iterator[None]:
         """It runs inside, its slow rank slowed, if at all: other layouts name workers otherwise."""
-        if not self._alone:
-            self._server.resume()
+        self._server.resume()
         slow = slowed(self._server.worker(SLOW_RANK), factor) if factor > 1 else None
         with slow or contextlib.nullcontext():
             yield
-        if not self._alone:
-            self._server.suspend()
+        self._server.suspend()
 
 
 def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
 
     if name == "measured":
         groups = _grouped(rows, "measured", file, lambda row: row["arm"])
-        head = ["machine", "run", "arm"]
+        head = ["machine", "run", "arm", "slower than profiled"]
         head += [f"{what}: {part}" for what in TIMES.values() for part in PARTS]
         head += [f"{what}: error" for what in COUNTS.values()]
         body = [[*key, *_measured(group)] for key, group in groups.items()]
@@ -58,7 +58,7 @@ def _grouped(
 def _measured(group: list[Row]) -> list[str]:
     """Times with their errors, and errors of counts, of one arm; a dash for what it has not."""
     found = {row["what"]: row for row in group}
-    cells = []
+    cells = [_slower(group[0].get("slowness"), "tpot_ms" in found)]
     for what in TIMES:
         row = found.get(what)
         cells += (
@@ -67,6 +67,11 @@ def _measured(group: list[Row]) -> list[str]:
             else ["-"] * len(PARTS)
         )
     return cells + [f"{found[what]['error']:+.1%}" for what in COUNTS]
+
+
+def _slower(slowness: list[float] | None, decodes: bool) -> str:
+    """By how much the machine was, while it decoded, or else in the first step."""
+    return "-" if slowness is None else f"{slowness[decodes] - 1:+.0%}"
 
 
 def _ranked(group: list[Row]) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 from measured import row, rows
 
 from vllm_balance.measured_tables import arms_table, grouped, slo_table, slow_table, tables
+from vllm_balance.measurement import KernelTime
 
 
 def column(table, heading):
@@ -24,6 +25,19 @@ def test_a_line_per_arm_with_medians_and_ratios():
     )
     assert table.origin == "Measured on A machine; commit abc1234"
     assert table.command == "python -m bench.run configs/runs/decode.toml"
+
+
+def test_what_the_machine_took_beside_each_load_is_the_last_column():
+    def watched(ms, **changes):
+        batches = ((1, [ms * 1e3, ms * 3e3]), (64, [ms * 2e4] * 2))
+        times = [KernelTime(activated=16, tokens_each=n, time_us=t) for n, t in batches]
+        return row("static", machine_speed=times, **changes)
+
+    table = arms_table([watched(20.0), watched(30.0)])
+    assert (table.headings[-1], column(table, "cores ms")) == ("cores ms", ["50"])
+    assert "timed beside each load while no server ran" in table.caption
+    assert column(arms_table([watched(20.0, output_tokens=2)]), "cores ms") == ["400"]
+    assert "cores ms" not in arms_table([watched(20.0), row("static")]).headings
 
 
 def test_loads_in_turn_are_compared_with_their_neighbours():

@@ -8,6 +8,7 @@ the ratio is the median of those.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,6 +56,23 @@ FIRST_TOKEN_COLUMNS: tuple[Column, ...] = (
     *COUNTED,
 )
 """Of a run whose loads all have few tokens per request."""
+
+
+def cores_ms(row: Measurement) -> float:
+    """What the machine took for the same batch of experts beside each load, mean over its cores:
+    the batch with the most tokens if a load is about first tokens, the one with the fewest else."""
+    if not row.machine_speed:
+        return math.nan
+    pick = max if _has_few_tokens(row) else min
+    batch = pick(row.machine_speed, key=lambda each: each.tokens_each)
+    return statistics.mean(batch.time_us) / 1e3
+
+
+CORES: Column = ("cores ms", ".0f", cores_ms)
+CORES_NOTE = (
+    " cores: how long the machine took for the same few experts, timed beside each load while no "
+    "server ran."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +132,8 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     ]
     bases = [base for base in BASES if any(arm.split(" ")[0] == base for _, _, arm in groups)]
     columns = FIRST_TOKEN_COLUMNS if all(map(_has_few_tokens, rows)) else COLUMNS
+    watched = all(row.machine_speed for row in rows)
+    columns += (CORES,) if watched else ()
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
@@ -123,7 +143,8 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     headings += [f"{_compared(rows)} against {base}" for base in bases]
     return MeasuredTable(
         title=rows[0].title,
-        caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}",
+        caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}"
+        f"{CORES_NOTE if watched else ''}",
         headings=headings + [heading for heading, _, _ in columns],
         body=body,
         origin=origin(rows),

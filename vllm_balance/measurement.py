@@ -53,6 +53,17 @@ class LayerHeat(Document):
     """Pairs that went to each slot, summed over the batches that were looked at."""
 
 
+class KernelTime(Document):
+    """Experts timed on all cores at once just before and after a load, while no server ran."""
+
+    activated: int = Field(ge=1)
+    """Experts of the batch, on each rank."""
+    tokens_each: int = Field(ge=1)
+    """Tokens of each of them."""
+    time_us: list[float] = Field(min_length=1)
+    """On each rank; the mean of before and after."""
+
+
 class Measurement(Document):
     """One load on one warm server. Statistics per step are sums over layers."""
 
@@ -80,6 +91,8 @@ class Measurement(Document):
     sources: str
     """Hash of the code that ran in the server, and of that which made its profile and map."""
     machine: str
+    machine_speed: list[KernelTime] | None = None
+    """How fast its cores were meanwhile; None in rows that are older than this field."""
     gate: str
     """The proof that this arm answers as one dense rank does, see docs/benchmarks.md."""
 

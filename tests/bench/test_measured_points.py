@@ -10,6 +10,7 @@ from measured import latency, row
 from bench import measured_points, predictions, validation_tables
 from bench.load import Load
 from bench.provenance import ROOT, config_hash
+from vllm_balance.measurement import KernelTime
 from vllm_balance.simulate import hardware
 
 HERE, OTHER, UNKNOWN = "Machine of a file", "Another machine of a file", "Machine of no file"
@@ -71,6 +72,33 @@ def test_each_machine_is_checked_against_its_own_file(tmp_path, asked):
         (HERE, pytest.approx(-0.2)),
     ]
     assert all(p["ranked"] and p["far_apart"] for p in pairs)
+
+
+def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
+    tmp_path, asked, monkeypatch
+):
+    seen = []
+
+    def slowness_of(made, times, profile):
+        seen.append(times)
+        return 3.0, times[0].time_us[0]
+
+    monkeypatch.setattr(measured_points.hardware, "load", lambda name: (None, "a profile"))
+    monkeypatch.setattr(measured_points.speed, "slowness_of", slowness_of)
+    rows = [
+        cell(arm, HERE, tpot_ms=100.0,
+             machine_speed=[KernelTime(activated=16, tokens_each=1, time_us=[factor])])
+        for arm, factor in (("static", 1.1), ("metro", 1.2), ("metro", 1.4))
+    ]  # fmt: skip
+    made = points(tmp_path, rows)
+    found = {(p["arm"], p["what"]): p for p in made if p["kind"] == "measured"}
+    assert found["static", "tpot_ms"]["predicted"] == pytest.approx(1.1 * 100)
+    assert found["metro", "tpot_ms"]["predicted"] == pytest.approx(1.3 * 90)
+    assert found["metro", "ttft_ms"]["predicted"] == pytest.approx(3.0 * 450)
+    (pair,) = [p for p in made if p["kind"] == "pair"]
+    assert pair["predicted"] == pytest.approx(1.3 * 90 / (1.1 * 100) - 1)
+    lines = validation_tables.table("measured", made, NAMES).splitlines()
+    assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%", "+30%"]
 
 
 def test_only_the_newest_rows_of_a_machine_count(tmp_path, asked):
@@ -143,7 +171,7 @@ def test_tables_name_the_file_of_the_machine(tmp_path, asked):
             for arm in ("static", "metro")]  # fmt: skip
     made = points(tmp_path, rows)
     lines = validation_tables.table("measured", made, NAMES).splitlines()
-    assert lines[0].startswith("| machine | run | arm | TPOT ms: measured |")
+    assert lines[0].startswith("| machine | run | arm | slower than profiled | TPOT ms: measured |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 2 + ["| other"] * 2
     pairs = validation_tables.table("pairs", made, {HERE: "here"}).splitlines()[2:]
     assert [line.split(" | ")[0] for line in pairs] == [f"| {OTHER}", "| here"]

@@ -3,6 +3,7 @@
 import os
 import tomllib
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import typer
@@ -13,7 +14,7 @@ from bench.load import Load
 from bench.provenance import ROOT
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
-from vllm_balance.measurement import read_measurements
+from vllm_balance.measurement import KernelTime, read_measurements
 
 SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
 FILES = sorted(
@@ -80,6 +81,7 @@ def measuring(monkeypatch, tmp_path):
     """`run_file` with servers that answer at once, which can be killed before the n-th row."""
     starts: list[str] = []
     running: set[str] = set()
+    watched: list[float] = []
     rows_left = [1000]
 
     class Server:
@@ -88,10 +90,11 @@ def measuring(monkeypatch, tmp_path):
             starts.append(arm.name)
 
         def __enter__(self):
+            running.add(self.arm.name)
             return self
 
         def __exit__(self, *exception):
-            pass
+            running.discard(self.arm.name)
 
         def suspend(self):
             running.discard(self.arm.name)
@@ -103,7 +106,7 @@ def measuring(monkeypatch, tmp_path):
         rows_left[0] -= 1
         if rows_left[0] < 0:
             raise Killed
-        assert running in (set(), {server.arm.name})
+        assert running == {server.arm.name}
         made = row(server.arm.name)
         known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
         known |= {
@@ -115,10 +118,23 @@ def measuring(monkeypatch, tmp_path):
             "versions",
             "commit",
             "machine",
+            "machine_speed",
             "format",
         }
         return {name: getattr(made, name) for name in type(made).model_fields if name not in known}
 
+    @contextmanager
+    def watching(ranks, dtype):
+        assert (ranks, dtype) == (2, "bfloat16")
+
+        def watch():
+            assert not running
+            watched.append(100.0 * (len(watched) + 1))
+            return [KernelTime(activated=16, tokens_each=1, time_us=[watched[-1]] * 2)]
+
+        yield watch
+
+    monkeypatch.setattr(run.speed, "watching", watching)
     monkeypatch.setattr(run.real_size_model, "ensure", lambda **shape: tmp_path)
     monkeypatch.setattr(turn.gate, "prove", lambda arm, gate, say: f"proof of {arm.name}")
     monkeypatch.setattr(turn, "Server", Server)
@@ -130,6 +146,7 @@ def measuring(monkeypatch, tmp_path):
 
     def go(rows=1000):
         starts.clear()
+        watched.clear()
         rows_left[0] = rows
         run.run_file(file, 1, results)
         return read_measurements(results)
@@ -151,6 +168,11 @@ def test_every_repeat_of_every_load_is_a_row(measuring):
         ("metro", "proof of metro"),
     }
     assert {row.run for row in rows} == {"test"}
+
+
+def test_the_machine_is_timed_before_and_after_each_load_while_no_server_runs(measuring):
+    times = [row.machine_speed[0].time_us for row in measuring()]
+    assert times == [[200.0 * load + 150.0] * 2 for load in range(32)]
 
 
 def test_a_killed_run_continues_behind_its_last_row(measuring):

@@ -1,0 +1,122 @@
+"""How fast the machine itself is while a row is measured: its expert kernel, timed beside it.
+
+What else runs on a shared machine makes it slower by tens of per cent for minutes. So before and
+after every load, while no server runs, two batches of experts are timed on all cores at once: one
+that streams weights and one that computes. Rows keep the times (`machine_speed`), and a prediction
+from a profile of another day is stretched by what they are against that profile's
+(`bench/measured_points.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from bench.real_size_model import PRESETS
+from bench.server import rank_cores
+from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.measurement import KernelTime
+from vllm_balance.model_shape import ModelShape
+from vllm_balance.profiles import Profile
+from vllm_balance.seams.device import kernel_isa
+from vllm_balance.simulate import Outcome
+from vllm_balance.simulate.expert_times import measured
+
+EXPERTS = 16
+"""In each rank's memory, all of them activated: more than any cache holds."""
+STREAMING, COMPUTING = 1, 64
+"""Tokens of each expert in the two batches."""
+ROUNDS = 3
+"""Times that both batches are timed, in turn; each takes a quarter of a second or more."""
+Times = list[KernelTime]
+Watch = Callable[[], Times]
+
+
+@contextmanager
+def watching(ranks: int, dtype: str) -> Iterator[Watch]:
+    """A call inside times both batches, in about 3 s; nothing else should run meanwhile.
+
+    Args:
+        ranks: that a server has, a core each.
+        dtype: that models are served in.
+    """
+    preset = PRESETS["qwen3-30b-a3b"]
+    shape = ModelShape(
+        name="qwen3-30b-a3b",
+        architecture="Qwen3MoeForCausalLM",
+        num_layers=1,
+        num_experts=preset.num_experts,
+        top_k=preset.top_k,
+        hidden=preset.hidden,
+        inner=preset.inner,
+        dtype=dtype,
+    )
+    with probing(shape, kernel_isa(), rank_cores(ranks), EXPERTS) as probe:
+        yield lambda: _timed(probe)
+
+
+def _timed(probe: Probe) -> Times:
+    rounds = [
+        [probe.measure([tokens] * EXPERTS) for tokens in (STREAMING, COMPUTING)]
+        for _ in range(ROUNDS)
+    ]
+    return [
+        KernelTime(
+            activated=EXPERTS,
+            tokens_each=tokens,
+            time_us=[
+                statistics.median(timing.time_us for timing in timings_R)
+                for timings_R in zip(*timings_RS, strict=True)
+            ],
+        )
+        for tokens, timings_RS in zip(
+            (STREAMING, COMPUTING), zip(*rounds, strict=True), strict=True
+        )
+    ]
+
+
+def between(before: Times, after: Times) -> Times:
+    """The mean of both, batch by batch and rank by rank."""
+    return [
+        first.model_copy(
+            update={
+                "time_us": [(a + b) / 2 for a, b in zip(first.time_us, second.time_us, strict=True)]
+            }
+        )
+        for first, second in zip(before, after, strict=True)
+    ]
+
+
+def slowness(times: Sequence[KernelTime], profile: Profile, tokens_each: float) -> float:
+    """Time of the experts over what the profile says, mean over ranks.
+
+    Args:
+        tokens_each: of an activated expert; between the batches that were timed, straight in its
+            logarithm.
+
+    Raises:
+        ValueError: times and profile are of different numbers of ranks.
+    """
+    experts = measured(profile)
+    ratios = []
+    for each in times:
+        stream_S = experts.stream_SN[:, each.tokens_each]
+        expected_S = experts.fixed_S2[:, 0] + each.activated * stream_S
+        ratios.append(statistics.mean(t / e for t, e in zip(each.time_us, expected_S, strict=True)))
+    timed = [math.log(each.tokens_each) for each in times]
+    return float(np.interp(math.log(max(tokens_each, 1.0)), timed, ratios))
+
+
+def slowness_of(
+    made: Outcome, times: Sequence[KernelTime], profile: Profile
+) -> tuple[float, float]:
+    """`slowness` in a simulated run's first step, and in those behind it."""
+    pairs_N, activated_N = made.pairs_N, made.activated_N
+    first = slowness(times, profile, pairs_N[0] / activated_N[0])
+    if len(pairs_N) == 1:
+        return first, first
+    return first, slowness(times, profile, pairs_N[1:].sum() / activated_N[1:].sum())
