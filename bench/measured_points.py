@@ -164,14 +164,13 @@ def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
 
 def _slowness(rows: list[Measurement], made: Outcome, machine: str) -> Slowness | None:
     """Medians over the rows of an arm; None if they do not say how fast the machine was."""
-    _, profile = hardware.load(machine)
-    found = [
-        speed.slowness_of(made, row.machine_speed, profile)
-        for row in rows
-        if row.machine_speed is not None and profile is not None
-    ]
-    if not found:
+    times = [row.machine_speed for row in rows if row.machine_speed is not None]
+    if not times:
         return None
+    _, profile = hardware.load(machine)
+    if profile is None:
+        return None
+    found = [speed.slowness_of(made, each, profile) for each in times]
     first, later = zip(*found, strict=True)
     return statistics.median(first), statistics.median(later)
 
