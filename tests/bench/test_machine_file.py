@@ -1,6 +1,8 @@
 """Hardware files of CPU machines from rows and a profile: formulas found again, gaps refused."""
 
+import itertools
 import json
+from functools import cache
 
 import pytest
 
@@ -10,6 +12,7 @@ from bench.provenance import ROOT
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, hardware, simulate, skewed
+from vllm_balance.simulate.expert_times import measured
 from vllm_balance.simulate.hardware import Hardware
 
 RESULTS = ROOT / "bench" / "results" / "machine.jsonl"
@@ -95,31 +98,37 @@ def test_what_was_written_is_read_again(tables, tmp_path, monkeypatch):
     assert read == Hardware.model_validate(same) and profile == PROFILE
 
 
+@cache
+def simulated():
+    """(layers, load, outcome) of every load of the benchmark, without fixed times."""
+    described, even = bare(), ReplaySettings(zipf=0.0)
+    found = []
+    for layers, load in itertools.product(machine.LAYERS, machine.LOADS):
+        model = machine_servers.benchmark_model("qwen3-30b-a3b", layers)
+        arm = Arm(model=model, hardware=described, profile=PROFILE, layout=Layout(tensor=2),
+                  load=machine_servers.burst(load), balancer="static")  # fmt: skip
+        made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
+        found.append((layers, load, made))
+    return found
+
+
 def rows_of(fixed):
     """Server rows as a machine with these fixed times would have them, in us."""
-    described = bare()
     rows = []
-    for layers in machine.LAYERS:
-        model = machine_servers.benchmark_model("qwen3-30b-a3b", layers)
-        for load in machine.LOADS:
-            asked = machine_servers.burst(load)
-            arm = Arm(model=model, hardware=described, profile=PROFILE, layout=Layout(tensor=2),
-                      load=asked, balancer="static")  # fmt: skip
-            even = ReplaySettings(zipf=0.0)
-            made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
-            more = fixed["step"] + layers * fixed["layer"] + load.requests * fixed["token"]
-            way = fixed["request"] + (load.requests - 1) / 2 * fixed["request_ahead"]
-            steps = len(made.step_us_N)
-            rows.append(
-                {
-                    "part": "server", "commit": "c", "layers": layers, "steps": float(steps),
-                    **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
-                    "tpot_ms": (made.tpot_us + more) / 1e3,
-                    "ttft_ms": (made.ttft_us_at(0.5) + more + way) / 1e3,
-                    "experts_us_per_layer": made.busy_us_N.sum() / layers / steps,
-                    "decide_us_per_layer": 55.0,
-                }
-            )  # fmt: skip
+    for layers, load, made in simulated():
+        more = fixed["step"] + layers * fixed["layer"] + load.requests * fixed["token"]
+        way = fixed["request"] + (load.requests - 1) / 2 * fixed["request_ahead"]
+        steps = len(made.step_us_N)
+        rows.append(
+            {
+                "part": "server", "commit": "c", "layers": layers, "steps": float(steps),
+                **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
+                "tpot_ms": (made.tpot_us + more) / 1e3,
+                "ttft_ms": (made.ttft_us_at(0.5) + more + way) / 1e3,
+                "experts_us_per_layer": made.busy_us_N.sum() / layers / steps,
+                "decide_us_per_layer": 55.0,
+            }
+        )  # fmt: skip
     return rows
 
 
@@ -146,6 +155,30 @@ def test_a_slow_repeat_does_not_count():
              "steps": 2 * row["steps"]} for row in rows]  # fmt: skip
     found = machine_servers.of_servers([*rows, *late], bare(), PROFILE)
     assert found == machine_servers.of_servers(rows, bare(), PROFILE)
+
+
+def test_what_slows_the_machine_for_a_while_is_taken_out():
+    fixed = dict.fromkeys(FIXED, 1e3)
+    rows = rows_of(fixed)
+    table, times = measured(PROFILE), ("tpot_ms", "ttft_ms", "experts_us_per_layer")
+    slower = [
+        {
+            **row,
+            **{name: 1.3 * row[name] for name in times},
+            "machine_speed": [
+                {
+                    "activated": 16,
+                    "tokens_each": tokens,
+                    "time_us": list(1.3 * (table.fixed_S2[:, 0] + 16 * table.stream_SN[:, tokens])),
+                }
+                for tokens in (1, 64)
+            ],
+        }
+        for row in rows
+    ]
+    assert machine_servers.of_servers(slower, bare(), PROFILE) == pytest.approx(
+        machine_servers.of_servers(rows, bare(), PROFILE)
+    )
 
 
 def product_rows(time_us, dtype="bfloat16"):

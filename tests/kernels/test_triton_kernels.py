@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("kernel", "number"),
-    [("choose", 300), ("route", 130), ("record", 150), ("assign", 60), ("eplb_hash", 60)],
+    [("choose", 150), ("route", 70), ("record", 100), ("assign", 40), ("eplb_hash", 30)],
 )
 def test_equal_to_reference(kernel, number, tmp_path):
     done = subprocess.run(

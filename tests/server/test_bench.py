@@ -6,7 +6,7 @@ import pytest
 from measured import row
 from serving import MAX_TOKENS, PROMPTS
 
-from bench import gate, run
+from bench import gate, run, speed
 from bench.provenance import config_hash, machine, sources, versions
 from vllm_balance.commands.report import render
 from vllm_balance.measured_tables import arms_table
@@ -65,6 +65,8 @@ def measured(dense, tmp_path_factory):
         patch.setattr(gate, "PROMPTS", PROMPTS)
         patch.setattr(gate, "MAX_TOKENS", MAX_TOKENS)
         patch.setattr(gate, "_cache", lambda: folder)
+        patch.setattr(speed, "EXPERTS", 2)
+        patch.setattr(speed, "ROUNDS", 1)
         patch.setattr(gate, "_dense", lambda model, announce: dense.tokens)
         run.run_file(file, 1, results)
     (proof,) = folder.glob("gate-*.json")
@@ -103,6 +105,13 @@ def test_the_counters_are_those_of_the_load(measured):
     assert 0 <= found.waiting_share_by_experts < 0.5
     assert found.experts_us_per_layer > 0 and found.decide_us_per_layer > 0
     assert found.memory_bytes > 2**29
+
+
+def test_the_machine_was_timed_beside_the_load(measured):
+    streaming, computing = measured[0].machine_speed
+    assert (streaming.tokens_each, computing.tokens_each) == (speed.STREAMING, speed.COMPUTING)
+    assert len(streaming.time_us) == len(computing.time_us) == 2
+    assert min(computing.time_us) > max(streaming.time_us) > 0
 
 
 def test_the_load_was_looked_at_while_it_ran(measured):

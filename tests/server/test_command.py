@@ -1,13 +1,14 @@
-"""The real command: refusals end it with status 2 before weights; stock vLLM stays stock."""
-
-import subprocess
+"""Refusals end the command with status 2 before weights; stock vLLM stays stock."""
 
 import pytest
 from serving import VLLM
 
 from bench.server import environment
+from bench.starter import starter
 
 pytestmark = pytest.mark.timeout(900)
+
+ENDS_WITHIN_S = 300
 
 COMMANDS = {
     "unknown balancer": (
@@ -32,41 +33,22 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ended(model, tmp_path_factory):
-    """(exit status, stdout, stderr) of all commands, which run at the same time."""
-    folder = tmp_path_factory.mktemp("commands")
-    started = {}
-    try:
-        for name, (arguments, _, _) in COMMANDS.items():
-            started[name] = subprocess.Popen(
-                [VLLM, *[str(model) if word == "MODEL" else word for word in arguments]],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment(2),
-                cwd=folder,
-            )
-        found = {}
-        for name, process in started.items():
-            stdout, stderr = process.communicate(timeout=600)
-            found[name] = (process.returncode, stdout, stderr)
-        return found
-    finally:
-        for process in started.values():
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_refusal_is_one_paragraph_and_status_2(ended, name):
-    _, expected_status, expected = COMMANDS[name]
-    status, stdout, stderr = ended[name]
-    assert status == expected_status, stderr
-    assert stderr.splitlines()[-1] == expected
-    assert stderr.count("vllm: error:") == 1
-    assert "Traceback" not in stdout + stderr
-    assert "Starting to load model" not in stdout + stderr
+def test_a_refusal_is_one_paragraph_and_status_2(name, model, tmp_path):
+    arguments, expected_status, expected = COMMANDS[name]
+    command = [VLLM, *[str(model) if word == "MODEL" else word for word in arguments]]
+    log = tmp_path / "log"
+    process = starter().start(command, log=log, environ=environment(2), folder=tmp_path)
+    try:
+        status = process.wait(ENDS_WITHIN_S)
+    finally:
+        process.kill()
+    said = log.read_text(errors="replace")
+    assert status == expected_status, said
+    assert said.splitlines()[-1] == expected
+    assert said.count("vllm: error:") == 1
+    assert "Traceback" not in said
+    assert "Starting to load model" not in said
 
 
 def test_without_our_flag_there_is_no_endpoint_and_no_balancer(dense):

@@ -35,7 +35,6 @@ SPAWNED = ["tensor", "metro"]
 SERVERS = {
     "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
     "tensor-eplb": (*TENSOR_PARALLEL, *balanced("eplb")),
-    "tensor-first_copy": (*TENSOR_PARALLEL, *balanced("first_copy")),
     "tensor-metro": (*TENSOR_PARALLEL, *balanced("metro")),
     "data-static": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("static")),
     "data-eplb": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("eplb")),
@@ -114,7 +113,17 @@ def test_the_way_of_exchange(server, layout):
         assert rank["exchanged_bytes"] == rank["decisions"] * per_decision
 
 
-@pytest.mark.parametrize("what", ["counts", "ids"])
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        ("tensor-eplb", "counts"),
+        ("tensor-metro", "ids"),
+        ("data-static", "counts"),
+        ("data-metro", "counts"),
+        ("data-metro", "ids"),
+    ],
+    indirect=["layout"],
+)
 def test_a_recording_holds_what_the_counters_counted(server, what, tmp_path):
     server.reset()
     server.record("start", file=str(tmp_path / "trace.npz"), what=what)
@@ -137,6 +146,9 @@ def test_a_recording_holds_what_the_counters_counted(server, what, tmp_path):
         assert (trace.phase_T[own] == Phase.DECODE).sum() == MAX_TOKENS - 1
 
 
+@pytest.mark.parametrize(
+    "layout", ["tensor-metro", "data-static", "data-metro", "data-metro-all_reduce"], indirect=True
+)
 def test_a_long_prompt_between_short_ones(server, dense):
     answers = server.all_tokens([*PROMPTS[:5], LONG_PROMPT, *PROMPTS[5:]])
     assert answers.pop(5) == dense.long_tokens
