@@ -36,6 +36,7 @@ SPAWNED = ["tensor", "metro"]
 SERVERS = {
     "tensor-static": (*TENSOR_PARALLEL, *balanced("static")),
     "tensor-eplb": (*TENSOR_PARALLEL, *balanced("eplb")),
+    "tensor-first_copy": (*TENSOR_PARALLEL, *balanced("first_copy")),
     "tensor-metro": (*TENSOR_PARALLEL, *balanced("metro")),
     "data-static": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("static")),
     "data-eplb": (*DATA_PARALLEL, *ONE_API_SERVER, *balanced("eplb")),
