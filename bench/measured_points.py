@@ -26,6 +26,7 @@ RUNS = (
     "prefill",
     "batch",
     "redundancy",
+    "layout",
     "harmoeny-short",
     "harmoeny-moe-heavy",
 )

@@ -56,15 +56,16 @@ def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
     described, profile = hardware.load(machine)
     own = settings["model"]
     model = benchmark_model(own["preset"], own["num_layers"], own.get("dtype", "bfloat16"))
-    ranks = settings["serve"]["tensor_parallel"]
+    serve = settings["serve"]
+    layout = Layout(tensor=serve.get("tensor_parallel", 1), data=serve.get("data_parallel", 1))
     own = settings.get("eplb", {}) | settings["arms"][name]
-    extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * ranks)
+    extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * layout.num_ranks)
     replay = ReplaySettings(**(load.replay or settings["replay"]), seed=settings["seed"])
     arm = Arm(
         model=model,
         hardware=described,
         profile=profile,
-        layout=Layout(tensor=ranks),
+        layout=layout,
         balancer=own.get("balancer", name),
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
         load=burst(load),

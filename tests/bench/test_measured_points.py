@@ -11,7 +11,7 @@ from bench import measured_points, predictions, validation_tables
 from bench.load import Load
 from bench.provenance import ROOT, config_hash
 from vllm_balance.measurement import KernelTime
-from vllm_balance.simulate import hardware
+from vllm_balance.simulate import Layout, hardware
 
 HERE, OTHER, UNKNOWN = "Machine of a file", "Another machine of a file", "Machine of no file"
 NAMES = {HERE: "here", OTHER: "other"}
@@ -154,6 +154,16 @@ def test_a_prediction_has_the_slots_and_the_warmth_of_the_benchmark(monkeypatch)
     assert [arm.num_redundant for arm in made] == [16, 16]
     assert [arm.warm_batches for arm in made] == [6, 0]
     assert made[0].load.concurrency == 1 and not made[0].load.steady
+
+
+def test_a_prediction_is_of_the_layout_of_its_case(monkeypatch):
+    made = []
+    monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.append(arm))
+    run = settings("layout")
+    for case in run["cases"].values():
+        predictions.predict(run | case, Load(**run["load"]), "metro", "cpu-avx2")
+    assert [arm.layout for arm in made] == [Layout(tensor=2), Layout(data=2)]
+    assert [arm.num_redundant for arm in made] == [64, 64]
 
 
 def test_every_described_machine_has_one_file(tmp_path, monkeypatch):
