@@ -24,11 +24,11 @@ from scipy.stats import wilcoxon
 
 from bench import markdown
 from bench.provenance import ROOT, provenance
+from bench.speed import experts_of
 from vllm_balance import traces
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.profile import cores_of, sample
 from vllm_balance.commands.rank_curves import curves
-from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import PLACEMENT, Cluster, score_L
 from vllm_balance.seams.device import kernel_isa
 
@@ -65,16 +65,8 @@ def run(
 
 def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
     """One row per kind of batch, from experts of Qwen3-30B-A3B's shape, as many as in the trace."""
-    shape = ModelShape(
-        name=trace.name,
-        architecture="Qwen3MoeForCausalLM",
-        num_layers=trace.num_layers,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        hidden=2048,
-        inner=768,
-        dtype=dtype,
-    )
+    counts = {key: getattr(trace, key) for key in ("name", "num_layers", "num_experts", "top_k")}
+    shape = experts_of(dtype, **counts)
     local = trace.num_experts // RANKS
     layer = trace.num_layers // 2
     fitted, held_out = trace.split(SEED)

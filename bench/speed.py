@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,16 @@ def watching(ranks: int, dtype: str) -> Iterator[Watch]:
         ranks: that a server has, a core each.
         dtype: that models are served in.
     """
+    with probing(experts_of(dtype), kernel_isa(), rank_cores(ranks), EXPERTS) as probe:
+        yield lambda: _timed(probe)
+
+
+def experts_of(dtype: str, **counts: Any) -> ModelShape:
+    """Experts of Qwen3-30B-A3B's shape for a probe, one layer of them.
+
+    Args:
+        counts: fields of the shape that are otherwise: its name, how many layers and experts.
+    """
     preset = PRESETS["qwen3-30b-a3b"]
     shape = ModelShape(
         name="qwen3-30b-a3b",
@@ -55,8 +66,7 @@ def watching(ranks: int, dtype: str) -> Iterator[Watch]:
         inner=preset.inner,
         dtype=dtype,
     )
-    with probing(shape, kernel_isa(), rank_cores(ranks), EXPERTS) as probe:
-        yield lambda: _timed(probe)
+    return shape.model_copy(update=counts)
 
 
 def _timed(probe: Probe) -> Times:

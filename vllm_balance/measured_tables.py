@@ -8,7 +8,6 @@ the ratio is the median of those.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,11 +59,13 @@ FIRST_TOKEN_COLUMNS: tuple[Column, ...] = (
 
 def cores_ms(row: Measurement) -> float:
     """What the machine took for the same batch of experts beside each load, mean over its cores:
-    the batch with the most tokens if a load is about first tokens, the one with the fewest else."""
-    if not row.machine_speed:
-        return math.nan
+    the batch with the most tokens if a load is about first tokens, the one with the fewest else.
+
+    Raises:
+        ValueError: the row does not say it.
+    """
     pick = max if _has_few_tokens(row) else min
-    batch = pick(row.machine_speed, key=lambda each: each.tokens_each)
+    batch = pick(row.machine_speed or (), key=lambda each: each.tokens_each)
     return statistics.mean(batch.time_us) / 1e3
 
 
