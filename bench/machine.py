@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -90,12 +91,12 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
     with speed.watching(ranks, dtype) as watch, Server(arm, model) as server:
         for load in LOADS:
             send(load, server.url, model, SEED)
-            before = _watched(server, watch)
             for repeat in range(REPEATS):
+                before = _watched(server, watch.before)
                 server.reset()
                 answered = send(load, server.url, model, SEED)
                 timed_rows, counted = timed(load, answered), counters.counted(server.status())
-                after = _watched(server, watch)
+                after = _watched(server, watch.after)
                 rows.append(
                     {
                         "run": "machine",
@@ -109,14 +110,13 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
                         "machine_speed": [t.model_dump() for t in speed.between(before, after)],
                     }
                 )
-                before = after
     return rows
 
 
-def _watched(server: Server, watch: speed.Watch) -> speed.Times:
+def _watched(server: Server, look: Callable[[], speed.Times]) -> speed.Times:
     """How fast the cores are while the server is stopped."""
     server.suspend()
-    found = watch()
+    found = look()
     server.resume()
     return found
 

@@ -70,10 +70,10 @@ class Turn:
         start, load = self._start, self._start.loads[cell.load]
         what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
         self._say(f"{self._where}: {what}")
-        before = self._watch()
+        before = self._watch.before()
         with self._running(cell.slow):
             measured = _measure_once(load, self._server, self._model, self._seed + cell.repeat)
-        measured["machine_speed"] = speed.between(before, self._watch())
+        measured["machine_speed"] = speed.between(before, self._watch.after())
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
         fields |= {"load": cell.load, "repeat": cell.repeat, "seed": self._seed}
         if self._placed is not None:

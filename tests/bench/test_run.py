@@ -4,6 +4,7 @@ import os
 import tomllib
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -132,7 +133,7 @@ def measuring(monkeypatch, tmp_path):
             watched.append(100.0 * (len(watched) + 1))
             return [KernelTime(activated=16, tokens_each=1, time_us=[watched[-1]] * 2)]
 
-        yield watch
+        yield SimpleNamespace(before=watch, after=watch)
 
     monkeypatch.setattr(run.speed, "watching", watching)
     monkeypatch.setattr(run.real_size_model, "ensure", lambda **shape: tmp_path)

@@ -1,6 +1,7 @@
 """The machine's own speed beside a load: timed on all ranks, compared with a profile."""
 
 from contextlib import contextmanager
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,11 +46,20 @@ def test_both_batches_are_timed_on_every_rank_and_medians_kept(monkeypatch):
 
     monkeypatch.setattr(speed, "probing", probing)
     with speed.watching(2, "float32") as watch:
-        streaming, computing = watch()
+        streaming, computing = watch.before()
     assert asked == [[1] * 16, [64] * 16] * 3
     assert (streaming.tokens_each, streaming.time_us) == (1, [5.0, 6.5])
     assert (computing.tokens_each, computing.time_us) == (64, [51.0, 61.0])
     assert speed.between([streaming], [computing])[0].time_us == [28.0, 33.75]
+
+
+def test_a_look_behind_a_load_is_the_one_before_the_next_if_that_follows_at_once(monkeypatch):
+    looks = count()
+    monkeypatch.setattr(speed, "_timed", lambda probe: [next(looks)])
+    watch = speed.Watch(probe=None)
+    assert [watch.before(), watch.after(), watch.before(), watch.after()] == [[0], [1], [1], [2]]
+    monkeypatch.setattr(speed, "FRESH_S", 0.0)
+    assert watch.before() == [3]
 
 
 def test_slowness_is_against_the_profile_and_between_the_batches_in_between():
