@@ -6,7 +6,8 @@
 #                    torch by itself (see the top of configs/cpu.lock)
 #   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
 #                    slow_rank.toml and turns-gem.toml replay, and dsv2lite_esft-law.npz, which
-#                    bench.recovery needs beside it; without DIR these three are left out
+#                    turns-slow.toml does; bench.recovery needs both. Without DIR these four are
+#                    left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3

@@ -5,14 +5,13 @@ simulator's, without fixed times. How much of the profile's speed experts reach 
 median over loads of predicted over measured time. With that, by non-negative least squares::
 
     TPOT - experts measured - rest predicted = step + L * layer + n * token
-    TTFT - first step predicted              = request + (n - 1) / 2 * request_ahead
+    TTFT - first steps predicted             = request + (n - 1) / 2 * request_ahead
 
 The first is of relative errors, and a median over repeats in which all requests decode together;
 rows have the experts' time on one rank, and by how much the slowest of each layer is behind is the
 simulator's. The second is the fastest of the repeats, as other work on the machine delays a first
-token and never hurries it; the median request of a burst has (n - 1) / 2 ahead of it, and prompts
-are short, so that the first step is short beside the request's way. Attention is from how much
-longer a longer prompt takes.
+token and never hurries it; the median request of a burst has (n - 1) / 2 ahead of it. Attention is
+from how much longer a longer prompt takes.
 
 All of it is of a machine that is as fast as when the profile was measured: times of rows that say
 how much slower the kernel was just then (bench/speed.py) are divided by it.
@@ -67,9 +66,14 @@ class Served:
         return self.load.max_tokens > FEW_TOKENS
 
     @property
+    def first_steps(self) -> int:
+        """Steps until the median request's first token."""
+        return int(np.median(self.made.steps.first_R)) + 1
+
+    @property
     def first_sampled(self) -> int:
-        """Tokens that come out of the first step."""
-        return int(self.made.steps.sampled_N[0])
+        """Tokens that come out of them."""
+        return int(self.made.steps.sampled_N[: self.first_steps].sum())
 
     @property
     def prefill_us(self) -> float:
@@ -116,7 +120,7 @@ def of_requests(decoding: list[Served], step: float, layer: float, token: float)
     left_us = [
         each.ttft_us
         - each.made.ttft_us_at(0.5)
-        - (step + each.layers * layer + each.first_sampled * token)
+        - (each.first_steps * (step + each.layers * layer) + each.first_sampled * token)
         for each in decoding
     ]
     # Delays are of no share of a time: errors in us.
@@ -187,10 +191,12 @@ def _as_profiled(row: Row, made: Outcome, profile: Profile) -> Row:
 def _left_us(row: Row, layers: int, made: Outcome) -> float:
     """TPOT beyond experts and the predicted rest of a decoding step, in one repeat."""
     experts_N, busy_N = made.stage_us["experts"], made.busy_us_N
-    # The row's mean counts the first step, of prompts, too.
-    own_us = row["experts_us_per_layer"] * layers * row["steps"] - busy_N[0]
-    experts_us = own_us / (row["steps"] - 1) * experts_N[1:].sum() / busy_N[1:].sum()
-    rest_us = made.tpot_us - experts_N[1:].mean()
+    prompts_N, decode_N = made.steps.prefill_N > 0, made.steps.decode_N
+    # The row's mean counts the steps of prompts too.
+    own_us = row["experts_us_per_layer"] * layers * row["steps"] - busy_N[prompts_N].sum()
+    slowest = experts_N[~prompts_N].sum() / busy_N[~prompts_N].sum()
+    experts_us = own_us / (row["steps"] - prompts_N.sum()) * slowest
+    rest_us = made.tpot_us - (experts_N * decode_N).sum() / decode_N.sum()
     return float(1e3 * row["tpot_ms"] - experts_us - rest_us)
 
 

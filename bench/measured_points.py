@@ -36,7 +36,7 @@ FAR_APART = 0.03
 Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
 Slowness = tuple[float, float]
-"""Of the first step and of those behind it, against the profile."""
+"""Of steps with prompts and of those without, against the profile."""
 
 
 def hardware_names() -> dict[str, str]:

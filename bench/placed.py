@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import typer
@@ -29,10 +29,38 @@ from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
 
 SLOW_RANK = 1
+"""Where a run file names no other."""
 TOLERANCE = 0.05
 """Most that the slowdown shown by the kernels may differ from what was asked for."""
 REPEATS = 5
 """Samples of each point with the rank slowed and without, in turn."""
+
+
+class Slowed(NamedTuple):
+    """One rank of a server, and how many times longer it takes for the same work."""
+
+    rank: int
+    factor: float
+
+
+def said(shown: Mapping[Slowed, float]) -> str:
+    """What was asked for and what the kernels showed, in words."""
+    return "; ".join(
+        f"rank {asked.rank} slowed by {asked.factor - 1:.1%}, by its kernels {factor - 1:.1%}"
+        for asked, factor in shown.items()
+    )
+
+
+def slowdowns(settings: dict[str, Any]) -> list[Slowed]:
+    """What `slow` and `slow_rank` of a run file, or of each of its cases, ask for."""
+    cases = [settings | case for case in settings.get("cases", {"": {}}).values()]
+    return list(
+        dict.fromkeys(
+            Slowed(case.get("slow_rank", SLOW_RANK), float(factor))
+            for case in cases
+            for factor in case.get("slow", [1.0])
+        )
+    )
 
 
 @dataclass(kw_only=True)
@@ -46,10 +74,10 @@ class Placed:
     settings: dict[str, Any]
     """`batch` and `steps` of `vllm-balance place`."""
     seed: int
-    shown_slowdown: dict[float, float] = field(default_factory=dict)
-    """Asked factor -> what the profile's kernels showed."""
+    shown_slowdown: dict[Slowed, float] = field(default_factory=dict)
+    """What was asked for -> the factor that the profile's kernels showed."""
 
-    def prepare(self, factors: Sequence[float]) -> None:
+    def prepare(self, asked: Sequence[Slowed]) -> None:
         """Makes the profile and the halves of the trace, and verifies the slowdowns.
 
         Raises:
@@ -59,13 +87,13 @@ class Placed:
         if not self.profile.exists():
             profile(self.model, ranks=self.num_ranks, output=self.profile)
         self._cut_trace()
-        self.shown_slowdown = self._verify(factors)
-        off = {f: s for f, s in self.shown_slowdown.items() if abs(s - f) > TOLERANCE}
+        self.shown_slowdown = self._verify(asked)
+        off = {a: s for a, s in self.shown_slowdown.items() if abs(s - a.factor) > TOLERANCE}
         if off:
             raise RuntimeError(
-                f"Asked and shown slowdown differ: {off}. Something else runs on these cores, and "
-                f"no number from this machine would mean anything now; run it again when it is "
-                f"quiet. The profile in {self.folder} is measured anew if you delete it."
+                f"Asked and shown slowdown differ: {said(off)}. Something else runs on these "
+                f"cores, and no number from this machine would mean anything now; run it again "
+                f"when it is quiet. The profile in {self.folder} is measured anew if you delete it."
             )
 
     @property
@@ -78,12 +106,12 @@ class Placed:
         """The half of the trace that servers replay."""
         return self.folder / "replayed.npz"
 
-    def map(self, policy: str, factor: float) -> Path:
+    def map(self, policy: str, asked: Slowed) -> Path:
         """The placement map of a policy that knows the slowdown of the slow rank."""
-        shown = self.shown_slowdown[factor]
-        curves = self.folder / f"profile-{factor:g}.json"
+        shown = asked._replace(factor=self.shown_slowdown[asked])
+        curves = self.folder / f"profile-{asked.rank}-{asked.factor:g}.json"
         documents.write(curves, _with_slow_rank(profiles.load(self.profile), shown))
-        output = self.folder / f"{policy}-{factor:g}.json"
+        output = self.folder / f"{policy}-{asked.rank}-{asked.factor:g}.json"
         known = self.folder / "known.npz"
         place(
             profile=curves,
@@ -110,27 +138,32 @@ class Placed:
         for half, name in zip(cut.split(self.seed), ("known", "replayed"), strict=True):
             traces.save(self.folder / f"{name}.npz", half)
 
-    def _verify(self, factors: Sequence[float]) -> dict[float, float]:
-        """What the kernels of the profile show of each factor: slowed over unslowed time."""
+    def _verify(self, asked: Sequence[Slowed]) -> dict[Slowed, float]:
+        """What the kernels of the profile show of each: slowed over unslowed time."""
         stored = profiles.load(self.profile)
-        points = [list(point.tokens_E) for point in stored.ranks[SLOW_RANK].points]
-        local = max(map(len, points))
-        # The longest batches, which take several stops each.
-        points = sorted((p for p in points if len(p) == local), key=sum)[-3:]
-        shown = dict.fromkeys(factors, 1.0)
-        cores = cores_of(self.num_ranks)
-        with probing(stored.shape, kernel_isa(), cores, local) as probe:
-            pid = probe.pids[SLOW_RANK]
-            for factor in factors:
-                if factor == 1:
+        shown = {slow: 1.0 for slow in asked}
+        with probing(stored.shape, kernel_isa(), cores_of(self.num_ranks), _local(stored)) as probe:
+            for slow in asked:
+                if slow.factor == 1:
                     continue
                 ratios = []
-                for tokens_E in points * REPEATS:
-                    free = probe.measure(tokens_E)[SLOW_RANK].time_us
-                    with slowed(pid, factor):
-                        ratios.append(probe.measure(tokens_E)[SLOW_RANK].time_us / free)
-                shown[factor] = statistics.median(ratios)
+                for tokens_E in _longest(stored, slow.rank) * REPEATS:
+                    free = probe.measure(tokens_E)[slow.rank].time_us
+                    with slowed(probe.pids[slow.rank], slow.factor):
+                        ratios.append(probe.measure(tokens_E)[slow.rank].time_us / free)
+                shown[slow] = statistics.median(ratios)
         return shown
+
+
+def _local(stored: Profile) -> int:
+    """Experts of a rank."""
+    return max(len(point.tokens_E) for rank in stored.ranks for point in rank.points)
+
+
+def _longest(stored: Profile, rank: int) -> list[list[int]]:
+    """The three longest batches with all experts of a rank: they take several stops each."""
+    points = [list(point.tokens_E) for point in stored.ranks[rank].points]
+    return sorted((p for p in points if len(p) == _local(stored)), key=sum)[-3:]
 
 
 def prepared(
@@ -159,7 +192,7 @@ def prepared(
         settings=settings["place"],
         seed=settings["seed"],
     )
-    placed.prepare(settings.get("slow", [1.0]))
+    placed.prepare(slowdowns(settings))
     return placed
 
 
@@ -169,12 +202,12 @@ def _folder(digest: str) -> Path:
     return Path(tempfile.gettempdir()) / f"vllm-balance-run-{key}"
 
 
-def _with_slow_rank(measured: Profile, factor: float) -> Profile:
+def _with_slow_rank(measured: Profile, slow: Slowed) -> Profile:
     """The profile with the slow rank's curve stretched."""
-    rank = measured.ranks[SLOW_RANK]
+    rank = measured.ranks[slow.rank]
     names = ("a_us", "b_us", "c_us", "beta_us", "tile_us")
-    times = {name: getattr(rank.curve, name) * factor for name in names}
+    times = {name: getattr(rank.curve, name) * slow.factor for name in names}
     curve = rank.curve.model_copy(update=times)
     ranks = list(measured.ranks)
-    ranks[SLOW_RANK] = rank.model_copy(update={"curve": curve})
+    ranks[slow.rank] = rank.model_copy(update={"curve": curve})
     return measured.model_copy(update={"ranks": ranks})

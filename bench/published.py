@@ -45,6 +45,7 @@ class Setup:
     output_tokens: int
     skew: ReplaySettings
     token_budget: int = 16384
+    hidden_fetches: bool = False
 
 
 METRO_A100 = Setup(
@@ -84,6 +85,7 @@ def _run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
         balancer=balancer,
         redundancy=redundancy,
         seed=seed,
+        hidden_fetches=setup.hidden_fetches,
         load=Load(
             concurrency=setup.concurrency,
             prompt_tokens=setup.prompt_tokens,
@@ -185,7 +187,7 @@ def harmoeny(seed: int) -> Iterator[Row]:
             model=model, hardware="v100-dgx1",
             layout=Layout(data=8, dispatch="all_to_all"), concurrency=64, prompt_tokens=1024,
             output_tokens=2, skew=ReplaySettings(hot=Hot(experts=1, fraction=0.9), seed=1),
-            token_budget=65536,
+            token_budget=65536, hidden_fetches=True,
         )  # fmt: skip
         base, ours = run(setup, "static", 1.0, seed), run(setup, "harmoeny_paper", 1.25, seed)
         yield _row("harmoeny", f"{name}, alpha 0.9, round robin: waiting share", "82.6 %",

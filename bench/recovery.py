@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench import counters, gate, markdown, real_size_model
 from bench.load import Load, send, timed
-from bench.placed import SLOW_RANK, Placed, prepared
+from bench.placed import SLOW_RANK, Placed, prepared, said
 from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Server
 from bench.slow_rank import slowed
@@ -53,7 +53,7 @@ def recovery(
         settings | {"slow": sorted(set(factors))}, model, folder, config_hash(settings)
     )
     assert placed is not None
-    console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
+    console.print(said(placed.shown_slowdown))
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
     origin |= {"started": started, "expert_bytes": _expert_bytes(model), **provenance()}
     rows = []

@@ -33,7 +33,7 @@ from rich.progress import (
 )
 
 from bench import real_size_model, speed
-from bench.placed import Placed, prepared
+from bench.placed import Placed, prepared, said
 from bench.provenance import ROOT, config_hash, provenance, sources
 from bench.speed import Watch
 from bench.starts import Cell, Start, plan
@@ -79,7 +79,7 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
         model = real_size_model.ensure(**settings["model"])
         placed = prepared(settings, model, traces, origin["config_hash"])
         if placed is not None:
-            console.print(f"slowdown asked and shown by the kernels: {placed.shown_slowdown}")
+            console.print(said(placed.shown_slowdown))
         missing = [start for start in starts if left[start.position]]
         ranks = max(start.num_ranks for start in missing)
         with speed.watching(ranks, settings["model"].get("dtype", "bfloat16")) as watch:

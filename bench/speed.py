@@ -37,6 +37,7 @@ ROUNDS = 3
 FRESH_S = 1.0
 """Behind one load, this long, a look is the one before the next load too."""
 Times = list[KernelTime]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Watch:
@@ -147,9 +148,11 @@ def slowness(times: Sequence[KernelTime], profile: Profile, tokens_each: float) 
 def slowness_of(
     made: Outcome, times: Sequence[KernelTime], profile: Profile
 ) -> tuple[float, float]:
-    """`slowness` in a simulated run's first step, and in those behind it."""
-    pairs_N, activated_N = made.pairs_N, made.activated_N
-    first = slowness(times, profile, pairs_N[0] / activated_N[0])
-    if len(pairs_N) == 1:
-        return first, first
-    return first, slowness(times, profile, pairs_N[1:].sum() / activated_N[1:].sum())
+    """`slowness` in a simulated run's steps with prompts, and in those without."""
+    prompts_N = made.steps.prefill_N > 0
+
+    def of(steps_N: Array) -> float:
+        each = made.pairs_N[steps_N].sum() / made.activated_N[steps_N].sum()
+        return slowness(times, profile, each)
+
+    return of(prompts_N), of(prompts_N if prompts_N.all() else ~prompts_N)

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import demo_trace
 from bench.load import Load
-from bench.placed import Placed
+from bench.placed import SLOW_RANK, Placed, Slowed
 from bench.server import Arm
 from vllm_balance.config import FETCHES
 
@@ -43,6 +43,12 @@ class Start:
         return ranks
 
     @property
+    def slow_rank(self) -> int:
+        """Whose factors these are."""
+        rank: int = self.settings.get("slow_rank", SLOW_RANK)
+        return rank
+
+    @property
     def cells(self) -> list[Cell]:
         """What is measured on it, in order."""
         return [
@@ -66,7 +72,6 @@ def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
     cases = settings.get("cases", {"": {}})
     shared = settings.get("load", {})
     loads = {name: Load(**shared | own) for name, own in settings.get("loads", {"": {}}).items()}
-    factors = tuple(float(factor) for factor in settings.get("slow", [1.0]))
     in_turns = settings.get("in_turns", False)
     if in_turns and rounds > 1:
         raise ValueError("A run with `in_turns` has `repeats` of its loads, and no rounds.")
@@ -74,7 +79,7 @@ def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
         (arm, case, own)
         for case in cases
         for arm in settings["arms"]
-        for own in factors_of(settings["arms"][arm], factors)
+        for own in factors_of(settings["arms"][arm], settings | cases[case])
     ]
     order = (units if in_turns else [*units, *reversed(units)]) * rounds
     return [
@@ -91,8 +96,9 @@ def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
     ]
 
 
-def factors_of(arm: dict[str, Any], factors: tuple[float, ...]) -> list[tuple[float, ...]]:
+def factors_of(arm: dict[str, Any], settings: dict[str, Any]) -> list[tuple[float, ...]]:
     """The factors that each start of an arm goes through."""
+    factors = tuple(float(factor) for factor in settings.get("slow", [1.0]))
     return [(factor,) for factor in factors] if arm.get("place") == "gem" else [factors]
 
 
@@ -107,7 +113,7 @@ def arm_of(start: Start, placed: Placed | None = None) -> Arm:
     if placed is not None:
         asked["replay"]["trace"] = str(placed.replayed)
         if "place" in own:
-            asked["map"] = str(placed.map(own["place"], start.factors[0]))
+            asked["map"] = str(placed.map(own["place"], Slowed(start.slow_rank, start.factors[0])))
         if "online" in own:
             asked["profile"] = str(placed.profile)
     elif asked["replay"].get("trace") == "demo":

@@ -119,7 +119,7 @@ def measured_table(name: str) -> str:
 def _kind(run: str) -> Callable[[list[Measurement]], MeasuredTable]:
     if run.startswith("harmoeny-"):
         return skewed.table
-    if run in ("slow_rank", "turns-gem"):
+    if run in ("slow_rank", "turns-slow", "turns-gem"):
         return measured_tables.slow_table
     return measured_tables.slo_table if run.endswith("-slo") else measured_tables.arms_table
 

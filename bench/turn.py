@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from bench import counters, gate, speed, waiting
 from bench.load import Load, send, timed
-from bench.placed import SLOW_RANK, Placed
+from bench.placed import Placed, Slowed
 from bench.server import Server
 from bench.slow_rank import slowed
 from bench.speed import Watch
@@ -77,7 +77,8 @@ class Turn:
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
         fields |= {"load": cell.load, "repeat": cell.repeat, "seed": self._seed}
         if self._placed is not None:
-            fields |= {"slow": cell.slow, "slow_shown": self._placed.shown_slowdown[cell.slow]}
+            shown = self._placed.shown_slowdown[Slowed(start.slow_rank, cell.slow)]
+            fields |= {"slow": cell.slow, "slow_shown": shown}
         in_turns = start.settings.get("in_turns", False)
         return fields | {"gate": self._proof, "in_turns": in_turns} | measured
 
@@ -89,7 +90,8 @@ class Turn:
     def _running(self, factor: float) -> Iterator[None]:
         """It runs inside, its slow rank slowed, if at all: other layouts name workers otherwise."""
         self._server.resume()
-        slow = slowed(self._server.worker(SLOW_RANK), factor) if factor > 1 else None
+        rank = self._start.slow_rank
+        slow = slowed(self._server.worker(rank), factor) if factor > 1 else None
         with slow or contextlib.nullcontext():
             yield
         self._server.suspend()

@@ -70,7 +70,7 @@ def _measured(group: list[Row]) -> list[str]:
 
 
 def _slower(slowness: list[float] | None, decodes: bool) -> str:
-    """By how much the machine was, while it decoded, or else in the first step."""
+    """By how much the machine was, in steps that decode, or else in those with prompts."""
     return "-" if slowness is None else f"{slowness[decodes] - 1:+.0%}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -19,16 +20,10 @@ RUN_FIRST = (
     "test_demo_model.py",
     "distributed",
     "kernels",
-    "placement",
-    "server/test_parallel.py",
-    "server/test_harmoeny.py",
-    "server/test_variants.py",
-    "server/test_online.py",
     "server",
 )
 """Files and folders in the order in which they are run, before all others. The first may train the
-demo model, on one core, and what follows does without it. Then the longest files come first: a
-worker that starts its last server when the other has nothing left to do costs a minute."""
+demo model, on one core, and what follows does without it, until the servers."""
 
 # Read when torch loads OpenMP. Two test processes with two threads each on two cores would spend
 # more than half of the time spinning until the threads of the other give way. A server's ranks
@@ -52,6 +47,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(found, len(RUN_FIRST))
 
     items.sort(key=turn)
+
+
+class OneServerAtATime(LoadFileScheduling):
+    """Gives files to test processes, and all that start servers to one: two ranks of two servers
+    on two cores would spin while those that they wait for have no core."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "server" if Path(file).is_relative_to("tests/server") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneServerAtATime:
+    return OneServerAtATime(config, log)
 
 
 def _load(name: str, file: Path) -> None:

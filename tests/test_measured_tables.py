@@ -172,6 +172,17 @@ def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
     ]
 
 
+def test_cases_of_a_slowed_rank_have_lines_of_their_own():
+    slowed = [
+        row(arm, case=case, tpot_ms=tpot_ms, slow=1.16)
+        for case, gem_ms in (("rank 0", 80.0), ("rank 1", 95.0))
+        for arm, tpot_ms in (("static", 100.0), ("gem", gem_ms))
+    ]
+    table = slow_table(slowed)
+    assert column(table, "case") == ["rank 0", "rank 1"]
+    assert column(table, "gem against static") == ["-20.0%", "-5.0%"]
+
+
 def test_an_arm_that_a_run_did_not_come_to_has_no_latency():
     measured = [
         row(arm, tpot_ms=tpot_ms, slow=slow)

@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 
+from bench.placed import Slowed, slowdowns
 from bench.slow_rank import slowed
 from bench.starts import plan
 
@@ -79,3 +80,25 @@ def test_an_arm_whose_map_knows_the_slowdown_has_a_server_for_each():
     ]
     assert starts == forth + forth[::-1]
     assert plan({"arms": {"static": {}}} | load, rounds=1)[0].factors == (1.0,)
+
+
+def test_a_case_may_slow_another_rank():
+    settings = {
+        "slow": [1.16],
+        "in_turns": True,
+        "arms": {"static": {}, "gem": {"place": "gem"}},
+        "load": {"requests": 1, "prompt_tokens": 1, "max_tokens": 1},
+        "cases": {"first": {"slow_rank": 0}, "second": {}, "more": {"slow": [1.16, 1.28]}},
+    }
+    starts = plan(settings, rounds=1)
+    assert [(start.case, start.arm, start.slow_rank, start.factors) for start in starts] == [
+        ("first", "static", 0, (1.16,)),
+        ("first", "gem", 0, (1.16,)),
+        ("second", "static", 1, (1.16,)),
+        ("second", "gem", 1, (1.16,)),
+        ("more", "static", 1, (1.16, 1.28)),
+        ("more", "gem", 1, (1.16,)),
+        ("more", "gem", 1, (1.28,)),
+    ]
+    assert slowdowns(settings) == [Slowed(0, 1.16), Slowed(1, 1.16), Slowed(1, 1.28)]
+    assert slowdowns({}) == [Slowed(1, 1.0)]

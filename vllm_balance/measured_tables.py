@@ -99,20 +99,24 @@ def tables(rows: list[Measurement]) -> list[MeasuredTable]:
 
 
 def slow_table(rows: list[Measurement]) -> MeasuredTable:
-    """End-to-end latency by load and slowdown of one rank, each arm against the bases.
+    """End-to-end latency by case, load and slowdown of one rank, each arm against the bases.
 
     "-" where an arm was not measured yet.
     """
     arms = list(dict.fromkeys(row.arm for row in rows))
     pairs = [(a, b) for b in BASES for a in arms if b in arms and a not in BASES]
+    has_cases = any(row.case for row in rows)
     body = []
-    for load, slow in dict.fromkeys((row.load, row.slow) for row in rows):
-        here = [row for row in rows if (row.load, row.slow) == (load, slow)]
+    for key in dict.fromkeys(map(_slowed_load, rows)):
+        here = [row for row in rows if _slowed_load(row) == key]
         own = {arm: [row for row in here if row.arm == arm] for arm in arms}
-        cells = [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
+        case, load, slow = key
+        cells = [case] if has_cases else []
+        cells += [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
         cells += [f"{median(own[arm], _e2e_ms):.0f}" if own[arm] else "-" for arm in arms]
         body.append(cells + [_ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
-    headings = ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
+    headings = ["case"] if has_cases else []
+    headings += ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
     return MeasuredTable(
         title=rows[0].title,
         caption=f"End-to-end latency of a request, medians.{_in_turn(rows)}",
@@ -121,6 +125,10 @@ def slow_table(rows: list[Measurement]) -> MeasuredTable:
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml --traces DIR",
     )
+
+
+def _slowed_load(row: Measurement) -> tuple[str, str, float]:
+    return row.case, row.load, row.slow
 
 
 def arms_table(rows: list[Measurement]) -> MeasuredTable:
@@ -139,9 +147,11 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
         cells += [_ratio(own, _of_base(groups, key, base), _time_ms) for base in bases]
+        cells.append(_range(own, _time_ms))
         body.append(cells + [format(median(own, value), spec) for _, spec, value in columns])
     headings = [*(heading for heading, _ in varied), "arm"]
     headings += [f"{_compared(rows)} against {base}" for base in bases]
+    headings.append(f"{_compared(rows)} ms, lowest to highest")
     return MeasuredTable(
         title=rows[0].title,
         caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}"
@@ -269,6 +279,12 @@ def _ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> s
         return f"{median(own, value) / median(theirs, value) - 1:+.1%}"
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _range(rows: list[Measurement], value: Value) -> str:
+    """Of single measurements: what their median hides."""
+    found = [value(row) for row in rows]
+    return f"{min(found):.0f} to {max(found):.0f}"
 
 
 def _has_few_tokens(row: Measurement) -> bool:

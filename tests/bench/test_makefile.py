@@ -7,7 +7,7 @@ import pytest
 
 from bench.provenance import ROOT
 
-RECORDED = {"slow_rank.toml", "turns-gem.toml"}
+RECORDED = {"slow_rank.toml", "turns-gem.toml", "turns-slow.toml"}
 
 
 def planned(*variables):

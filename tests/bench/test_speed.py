@@ -71,9 +71,13 @@ def test_slowness_is_against_the_profile_and_between_the_batches_in_between():
 
 
 def test_a_prompt_and_the_steps_behind_it_have_their_own_slowness():
-    made = SimpleNamespace(
-        pairs_N=np.array([640.0, 12.0, 8.0]), activated_N=np.array([10.0, 10.0, 10.0])
-    )
-    assert speed.slowness_of(made, times_of(1.5, 1.1), PROFILE) == pytest.approx((1.1, 1.5))
-    one = SimpleNamespace(pairs_N=made.pairs_N[:1], activated_N=made.activated_N[:1])
-    assert speed.slowness_of(one, times_of(1.5, 1.1), PROFILE) == pytest.approx((1.1, 1.1))
+    def made(steps):
+        return SimpleNamespace(
+            steps=SimpleNamespace(prefill_N=np.array([1, 31, 0, 0])[:steps]),
+            pairs_N=np.array([20.0, 1260.0, 12.0, 8.0])[:steps],
+            activated_N=np.full(4, 10.0)[:steps],
+        )
+
+    times = times_of(1.5, 1.1)
+    assert speed.slowness_of(made(4), times, PROFILE) == pytest.approx((1.1, 1.5))
+    assert speed.slowness_of(made(2), times, PROFILE) == pytest.approx((1.1, 1.1))

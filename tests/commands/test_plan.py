@@ -1,5 +1,6 @@
 """`vllm-balance plan`: yes, no, and what it refuses."""
 
+import json
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from vllm_balance import commands, traces
 from vllm_balance.commands.plan import layout_of, microseconds
+from vllm_balance.config import parse
 from vllm_balance.errors import BalancerError
 
 SMALL = ["--model", "gpt-oss-20b", "--hardware", "h20", "--prompt", "64", "--output", "64"]
@@ -26,6 +28,15 @@ def test_heavy_skew_in_a_large_batch_is_worth_a_balancer():
     assert found is not None, said
     assert float(found[3]) > 5
     assert "GB more memory on each rank" in said
+    advised = re.search(r"--moe-balancer (\w+) --moe-balancer-config '(\{.*?\})'", said)
+    assert advised is not None and advised[1] == found[1], said
+    parse({"name": advised[1], **json.loads(advised[2])})
+
+
+def test_no_request_that_arrives_has_no_time_to_its_first_token():
+    said = plan(*SMALL[:4], "--zipf", "0", "--concurrency", "1", "--output", "4096")
+    assert "nan" not in said
+    assert re.search(r"static│ *1│ *1│ *[\d.]+│ *-│", said.replace(" ", "").replace("│", "│ "))
 
 
 def test_an_even_load_is_left_alone():
@@ -53,7 +64,7 @@ def test_fetching_is_a_candidate_where_there_is_a_host_link():
     prefill = ["--prompt", "2048", "--output", "2", "--zipf", "1.5", "--concurrency", "64"]
     said = plan("--model", "gpt-oss-20b", "--hardware", "h20", *prefill)
     assert said.count("harmoeny") >= 2
-    found = re.search(r"harmoeny │ *1.125│[^│]*│[^│]*│[^│]*│[^│]*│ *\+([\d.]+)%", said)
+    found = re.search(r"harmoeny │ *1.5│[^│]*│[^│]*│[^│]*│[^│]*│ *\+([\d.]+)%", said)
     assert found is not None, said
     assert float(found[1]) > 5
 
@@ -70,6 +81,7 @@ def test_what_does_not_fit_is_refused():
         ([*SMALL, "--zipf", "0", "--slo-tpot", "fast"], "is no time"),
         ([*SMALL, "--zipf", "0", "--slo-tpot", "0ms"], "is no time"),
         ([*SMALL, "--zipf", "0", "--dispatch", "post"], "all_gather, all_to_all"),
+        ([*SMALL, "--zipf", "0", "--tensor", "2", "--data", "4"], "refuses tensor inside data"),
         (["--model", "gpt", "--hardware", "h20"], "no model file 'gpt'"),
         (["--model", "gpt-oss-20b", "--hardware", "abacus"], "no hardware file 'abacus'"),
     ],

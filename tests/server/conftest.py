@@ -1,14 +1,11 @@
 """The demo model, and what one dense rank of stock vLLM answers: the truth for all servers."""
 
-import json
-import os
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import requests
-from filelock import FileLock
 from serving import EAGER, FLOAT32, LONG_PROMPT, PROMPTS, serve
 
 from bench import demo_model
@@ -51,19 +48,8 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def dense(model, tmp_path_factory) -> Dense:
-    """The first worker of a run that needs the answers asks for them, the others read its file."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    answers = folder / "dense.json"
-    with FileLock(f"{answers}.lock"):
-        if not answers.exists():
-            answers.write_text(json.dumps(asdict(ask_dense(model, folder / "dense.log"))))
-    return Dense(**json.loads(answers.read_text()))
-
-
-def ask_dense(model: Path, log: Path) -> Dense:
     """The answers of one dense rank, which is started for this."""
+    log = tmp_path_factory.getbasetemp() / "dense.log"
     with serve(model, *FLOAT32, *EAGER, log=log, num_ranks=1) as server:
         choices = [server.complete(prompt) for prompt in PROMPTS]
         texts = [choice["prompt_token_ids"] + choice["token_ids"] for choice in choices]

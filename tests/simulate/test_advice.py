@@ -1,16 +1,16 @@
 """The choice between candidates, and what keeps an SLO."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 
+from vllm_balance.config import parse
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Layout, hardware, models, skewed
 from vllm_balance.simulate.advice import (
-    CANDIDATES,
     Advice,
     Candidate,
     Question,
@@ -18,6 +18,7 @@ from vllm_balance.simulate.advice import (
     advise,
     candidates,
     most_within,
+    settings_of,
 )
 
 MODEL = models.load("gpt-oss-20b")
@@ -58,13 +59,40 @@ def test_a_gain_within_the_error_is_none(gain, error, worth):
     assert made.worth_it is worth
 
 
-def test_fetching_needs_a_host_link_and_even_homes():
-    assert len(candidates(question())) == len(CANDIDATES) + 2
-    assert candidates(question(layout=Layout(data=3))) == CANDIDATES
-    found = question("cpu-avx512", layout=Layout(tensor=2))
-    assert len(candidates(found)) == len(CANDIDATES) + 2
-    alone = found.hardware.model_copy(update={"host": None})
-    assert candidates(replace(found, hardware=alone)) == CANDIDATES
+def test_candidates_are_what_a_server_accepts():
+    """32 experts on 8 ranks: 36, 40 and 48 are 40 and 48; 2 and 8 slots on each of 8 ranks."""
+    assert candidates(question()) == (
+        ("static", 1.0),
+        *((name, ratio) for name in ("eplb", "first_copy", "metro") for ratio in (1.25, 1.5)),
+        ("harmoeny", 1.5),
+        ("harmoeny", 3.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": Layout(data=3)},
+        {"layout": Layout(data=16)},
+        {"hardware": hardware.load("h20")[0].model_copy(update={"host": None})},
+    ],
+)
+def test_fetching_needs_a_host_link_even_homes_and_one_node(changes):
+    assert "harmoeny" not in [name for name, _ in candidates(question(**changes))]
+
+
+@pytest.mark.parametrize("machine", ["h20", "cpu-avx512"])
+def test_the_settings_of_every_candidate_are_accepted_and_mean_as_many_experts(machine):
+    asked = question(machine, layout=Layout(tensor=2))
+    for name, ratio in candidates(asked):
+        settings = settings_of(asked, Candidate(balancer=name, redundancy=ratio, concurrency=0,
+                                                outcome=None))  # fmt: skip
+        config = parse({"name": name, **settings})
+        extra = 2 * config.dynamic_slots if config.fetches else config.num_redundant_experts or 0
+        assert (32 + extra) / 32 == ratio and extra % 2 == 0
+        assert (config.knee_tokens is not None) == (name in ("metro", "harmoeny"))
+        runs_in_turn = name == "metro" and machine == "cpu-avx512"
+        assert (config.free_tokens is not None) == runs_in_turn
 
 
 def test_more_requests_fit_into_a_looser_slo():

@@ -170,23 +170,25 @@ def test_an_unknown_balancer_is_refused():
         policy_of("fair", 4)
 
 
-def test_fetches_hide_behind_computation_until_they_are_longer():
+def test_fetches_of_the_papers_system_hide_behind_computation_until_they_are_longer():
     time_LS, activated_LS = np.array([[100.0, 100.0, 100.0]]), np.array([[10, 10, 10]])
-    made = with_fetches(time_LS, activated_LS, np.array([[0, 1, 3]]), 40.0)
+    made = with_fetches(time_LS, activated_LS, np.array([[0, 1, 3]]), 40.0, hidden=True)
     assert made.tolist() == [[100.0, 100.0, 3 * 40.0 + 10.0]]
 
 
-def test_a_core_that_computes_copies_in_its_own_time():
+def test_fetches_of_production_take_a_ranks_own_time():
     time_LS, activated_LS = np.array([[100.0, 50.0]]), np.array([[10, 0]])
-    made = with_fetches(time_LS, activated_LS, np.array([[0, 3]]), 40.0, in_turn=True)
+    made = with_fetches(time_LS, activated_LS, np.array([[0, 3]]), 40.0)
     assert made.tolist() == [[100.0, 50.0 + 3 * 40.0]]
 
 
-@pytest.mark.parametrize(("name", "counted"), [("cpu-avx512", True), ("b200", False)])
-def test_the_schedule_counts_a_copy_where_it_takes_the_computing_core(name, counted):
-    rules = fetching_policy("harmoeny", MODEL, hardware.load(name)[0], 4.0).rules
+@pytest.mark.parametrize("name", ["cpu-avx512", "b200"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_schedule_counts_a_copy_that_nothing_hides(name, hidden):
+    machine, _ = hardware.load(name)
+    rules = fetching_policy("harmoeny", MODEL, machine, 4.0, hidden=hidden).rules
     assert rules.threshold_tokens > 1 and rules.knee_tokens == 4.0
-    assert rules.fetch_tokens == (rules.threshold_tokens if counted else 0)
+    assert rules.fetch_tokens == (0 if hidden else rules.threshold_tokens)
 
 
 def test_a_fetch_takes_the_host_link():

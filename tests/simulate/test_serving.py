@@ -41,6 +41,14 @@ def test_a_long_prompt_is_cut_and_decoding_goes_first():
     assert steps.decode_N.tolist() == [0, 1, 1, 2, 1, 1]
 
 
+def test_the_first_request_of_a_burst_has_a_step_to_itself_and_the_others_wait_for_its_end():
+    steps = schedule(load(concurrency=3, prompt_tokens=2, output_tokens=3, token_budget=64))
+    assert steps.prefill_N.tolist() == [2, 4, 0, 0]
+    assert steps.decode_N.tolist() == [0, 1, 3, 2]
+    assert steps.arrived_R.tolist() == [0, 0, 0]
+    assert steps.first_R.tolist() == [0, 1, 1]
+
+
 @given(
     st.integers(1, 40),
     st.integers(1, 60),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +76,13 @@ def plan(
 
 def layout_of(tensor: int | None, data: int | None, dispatch: str, ranks: int) -> Layout:
     """The layout asked for; by default one node with data-parallel attention, or tensor-parallel
-    where a node has only two ranks. Raises BalancerError for an unknown dispatch."""
+    where a node has only two ranks. Raises BalancerError for a layout that no server accepts, and
+    for an unknown dispatch."""
+    if (tensor or 1) > 1 and (data or 1) > 1:
+        raise BalancerError(
+            f"--tensor {tensor} and --data {data} were asked for together; a server with "
+            f"--moe-balancer refuses tensor inside data parallelism. Leave one of them out."
+        )
     from vllm_balance.simulate.layout import Dispatch, Layout
 
     for known in get_args(Dispatch):
@@ -120,7 +128,8 @@ def report(question: Question, found: Advice) -> None:
         f"{question.output_tokens} out. Modelled, not measured.",
         caption="x: physical / logical experts; TPOT and TTFT in ms; gain: tok/s against static; "
         "experts: activated on the worst rank of a layer; wait: share of the experts' time; "
-        "GB: redundant experts of a rank; none: no room, or misses the SLO",
+        "GB: redundant experts of a rank; none: no room, or misses the SLO; TTFT -: no request "
+        "arrives in the simulated steps",
     )
     table.add_column("balancer")
     for heading in HEADINGS:
@@ -129,7 +138,7 @@ def report(question: Question, found: Advice) -> None:
     for each in found.candidates:
         cells = _cells(question, each, base)
         style = "bold" if each is found.best else None
-        table.add_row(each.balancer, f"{each.redundancy:g}", *cells, style=style)
+        table.add_row(each.balancer, f"{each.redundancy:.4g}", *cells, style=style)
     Console().print(table)
     Console().print(answer(question, found), soft_wrap=True)
 
@@ -138,10 +147,11 @@ def _cells(question: Question, each: Candidate, base: float) -> list[str]:
     if each.outcome is None:
         return ["none", *["-"] * 7]
     made = each.outcome
+    ttft_us = made.ttft_us_at(0.5)
     return [
         str(each.concurrency),
         f"{made.tpot_us / 1e3:.1f}",
-        f"{made.ttft_us_at(0.5) / 1e3:.0f}",
+        "-" if math.isnan(ttft_us) else f"{ttft_us / 1e3:.0f}",
         f"{each.tokens_per_s:,.0f}",
         f"{each.tokens_per_s / base - 1:+.1%}",
         f"{made.activated_N.mean() / question.model.num_moe_layers:.1f}",
@@ -151,12 +161,14 @@ def _cells(question: Question, each: Candidate, base: float) -> list[str]:
 
 
 def answer(question: Question, found: Advice) -> str:
-    """One sentence that says what to do."""
+    """What to do, in one or two sentences."""
+    from vllm_balance.simulate.advice import settings_of
+
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
     if found.best.balancer == "static":
         return f"No, leave it off: nothing beats serving without redundant experts {at}."
     band = f"{found.gain - found.error:+.1%} to {found.gain + found.error:+.1%}"
-    name = f"{found.best.balancer} with redundancy {found.best.redundancy:g}"
+    name = f"{found.best.balancer} with redundancy {found.best.redundancy:.4g}"
     if not found.worth_it:
         return (
             f"No, leave it off: the best, {name}, is predicted to give {found.gain:+.1%} tokens/s "
@@ -166,5 +178,6 @@ def answer(question: Question, found: Advice) -> str:
     return (
         f"Yes: {name} is predicted to give {found.gain:+.1%} tokens/s {at} ({band}), for "
         f"{found.best.outcome.redundant_bytes / 1e9:.1f} GB more memory on each rank. Measure "
-        f"before you believe it."
+        f"before you believe it, with --moe-balancer {found.best.balancer} "
+        f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
     )

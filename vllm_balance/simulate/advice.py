@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_balance.config import DEFAULT_DYNAMIC_SLOTS
 from vllm_balance.errors import BalancerError
 from vllm_balance.profiles import Profile
+from vllm_balance.routing import FETCHING
+from vllm_balance.simulate.decisions import num_redundant
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.memory import most_requests
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
-from vllm_balance.simulate.run import Arm, simulate
+from vllm_balance.simulate.run import Arm, expert_times, simulate
 from vllm_balance.simulate.serving import Load
 from vllm_balance.simulate.traffic import Traffic
 
 REDUNDANCIES = (1.125, 1.25, 1.5)
-CANDIDATES = (
-    ("static", 1.0),
-    *((name, ratio) for name in ("eplb", "first_copy", "metro") for ratio in REDUNDANCIES),
-)
-FETCHING_CANDIDATES = (("harmoeny", 1.125), ("harmoeny", 1.25))
-"""Where experts can be fetched from host memory; the ratio counts dynamic slots."""
+REPLICATING = ("eplb", "first_copy", "metro")
+DYNAMIC_SLOTS = (2, DEFAULT_DYNAMIC_SLOTS)
+"""Of `harmoeny`, per rank: the fewest that a server accepts, and its default."""
 STEPS = 16
 """Simulated steps per candidate and concurrency."""
 CLOSE = 100
@@ -57,6 +57,7 @@ class Candidate:
 
     balancer: str
     redundancy: float
+    """Physical / logical experts; dynamic slots count."""
     concurrency: int
     """0: there is no room for what was asked for, or it misses the SLO."""
     outcome: Outcome | None
@@ -115,11 +116,41 @@ def _cheapest_of_the_best(found: tuple[Candidate, ...]) -> Candidate:
 
 
 def candidates(question: Question) -> tuple[tuple[str, float], ...]:
-    """Balancers and redundancies that this deployment could use."""
-    even = question.model.num_experts.value % question.layout.num_ranks == 0
-    if question.hardware.host is None or not even:
-        return CANDIDATES
-    return CANDIDATES + FETCHING_CANDIDATES
+    """Balancers and redundancies that a server of this deployment would accept."""
+    experts, ranks = question.model.num_experts.value, question.layout.num_ranks
+    ratios = dict.fromkeys(1 + num_redundant(experts, ranks, r) / experts for r in REDUNDANCIES)
+    slots = [n for n in DYNAMIC_SLOTS if n <= experts - experts // ranks]
+    return (
+        ("static", 1.0),
+        *((name, ratio) for name in REPLICATING for ratio in ratios),
+        *(("harmoeny", 1 + n * ranks / experts) for n in slots if _can_fetch(question)),
+    )
+
+
+def _can_fetch(question: Question) -> bool:
+    """Whether one host store serves all ranks, and each has as many home experts."""
+    layout, machine = question.layout, question.hardware
+    one_node = layout.num_ranks <= (layout.ranks_per_node or machine.ranks_per_node.value)
+    even = question.model.num_experts.value % layout.num_ranks == 0
+    return machine.host is not None and one_node and even
+
+
+def settings_of(question: Question, candidate: Candidate) -> dict[str, float]:
+    """What a server is told to be this candidate: keys of --moe-balancer-config."""
+    if candidate.balancer == "static":
+        return {}
+    arm = _arm(question, candidate.balancer, candidate.redundancy, 1)
+    if candidate.balancer in FETCHING:
+        settings: dict[str, float] = {
+            "dynamic_slots": arm.num_redundant // question.layout.num_ranks
+        }
+    else:
+        settings = {"num_redundant_experts": arm.num_redundant}
+    if candidate.balancer in ("metro", *FETCHING):
+        settings["knee_tokens"] = round(expert_times(arm).knee_tokens, 1)
+    if candidate.balancer == "metro" and question.hardware.experts == "in_turn":
+        settings["free_tokens"] = round(expert_times(arm).free_tokens, 1)
+    return settings
 
 
 def _cannot_serve(question: Question) -> str:

@@ -38,7 +38,10 @@ def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = Non
 
 
 def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
-    """Redundant experts for a ratio of physical to logical ones, rounded up as production does."""
+    """Redundant experts for a ratio of physical to logical ones, rounded up to full ranks.
+
+    Production refuses what does not divide, and says which numbers do.
+    """
     asked = round((redundancy - 1) * num_experts)
     return asked + -(num_experts + asked) % num_ranks
 

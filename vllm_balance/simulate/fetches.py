@@ -1,8 +1,9 @@
 """Balancers with dynamic slots (HarMoEny and its baselines), and what their fetches cost.
 
 The schedule is production's own (`FetchingPolicy.schedule`). A fetched expert's weights come over
-the host link of its rank, one expert after the other, while the resident ones compute; where one
-core does everything, in that core's own time.
+the host link of its rank, one expert after the other. In production nothing hides that: a CPU's
+core copies and computes, and a GPU's experts wait. HarMoEny's own system computes the resident
+experts meanwhile (`hidden`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def fetch_us(model: Model, hardware: Hardware) -> float:
 
 
 def fetching_policy(
-    name: str, model: Model, hardware: Hardware, knee_tokens: float
+    name: str, model: Model, hardware: Hardware, knee_tokens: float, *, hidden: bool = False
 ) -> FetchingPolicy:
     """The policy with the threshold that production derives from the same rates."""
     peak = hardware.peak(model.expert_number).per_us * hardware.efficiency.expert_compute.value
@@ -47,11 +48,10 @@ def fetching_policy(
         copy_bytes_per_s=bytes_per_s,
     )
     threshold = cost.threshold_tokens
-    # As production counts it where a copy takes the core that computes.
     return FETCHING[name](
         Rules(
             threshold_tokens=threshold,
-            fetch_tokens=threshold if hardware.experts == "in_turn" else 0,
+            fetch_tokens=0 if hidden else threshold,
             knee_tokens=knee_tokens,
         )
     )
@@ -107,16 +107,15 @@ class FetchingDecider:
 
 
 def with_fetches(
-    time_LS: Array, activated_LS: Array, fetched_LS: Array, each_us: float, *, in_turn: bool = False
+    time_LS: Array, activated_LS: Array, fetched_LS: Array, each_us: float, *, hidden: bool = False
 ) -> Array:
     """Time of each rank with its fetches, [L, S].
 
-    `in_turn`: the rank's one core copies and computes, so every copy is time of its own. Otherwise
-    fetches run beside the experts that are there: a rank ends when it has computed everything, and
-    not before its last fetched expert, which starts after its weights have come and takes as long
-    as the rank's mean expert.
+    `hidden`: fetches run beside the experts that are there. A rank ends when it has computed
+    everything, and not before its last fetched expert, which starts after its weights have come and
+    takes as long as the rank's mean expert.
     """
-    if in_turn:
+    if not hidden:
         return np.asarray(time_LS + fetched_LS * each_us)
     last_LS = time_LS / np.maximum(activated_LS, 1)
     waits_LS = np.where(fetched_LS > 0, fetched_LS * each_us + last_LS, 0.0)

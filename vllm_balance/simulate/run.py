@@ -29,6 +29,8 @@ from vllm_balance.simulate.traffic import Traffic
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
 """Decode batches that redundant experts are placed by, and their size."""
+NUMBERS = {"bfloat16": "float16", "float16": "float16", "float32": "float32"}
+"""Format of the arithmetic of a profile's dtype."""
 _STATE_BYTES = 2
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
@@ -47,8 +49,10 @@ class Arm:
     profile: Profile | None = None
     """Measured expert times in place of the roofline."""
     seed: int = 0
+    hidden_fetches: bool = False
+    """Fetches run beside the resident experts, as in HarMoEny's own system."""
     warm_batches: int = 0
-    """Batches of the load's first step that were served before and left dynamic slots filled."""
+    """Batches as large as the load's largest that were served before and filled dynamic slots."""
 
     @property
     def num_redundant(self) -> int:
@@ -73,8 +77,11 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
     decider = decider_of(arm, placed_by)
     if isinstance(decider, FetchingDecider):
+        largest = int(steps.tokens_N.argmax())
         for _ in range(arm.warm_batches):
-            decider.slots(traffic.batch(int(steps.decode_N[0]), int(steps.prefill_N[0])))
+            decider.slots(
+                traffic.batch(int(steps.decode_N[largest]), int(steps.prefill_N[largest]))
+            )
     stage = _MoeStage(arm, decider, network)
     rows = [
         stage.step(traffic, int(decode), int(prefill))
@@ -106,7 +113,9 @@ def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
     knee = times.knee_tokens
     free = times.free_tokens if arm.hardware.experts == "in_turn" else None
     if arm.balancer in FETCHING:
-        fetching = fetching_policy(arm.balancer, arm.model, arm.hardware, knee)
+        fetching = fetching_policy(
+            arm.balancer, arm.model, arm.hardware, knee, hidden=arm.hidden_fetches
+        )
         num_experts = arm.model.num_experts.value
         return FetchingDecider.of(
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
@@ -125,7 +134,9 @@ def expert_times(arm: Arm) -> ExpertTimes:
 
 
 def _is_of(profile: Profile, model: Model) -> bool:
-    return (profile.shape.hidden, profile.shape.inner) == (model.hidden.value, model.inner.value)
+    shape = profile.shape
+    same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
+    return same_size and NUMBERS.get(shape.dtype) == model.expert_number
 
 
 class _MoeStage:
@@ -143,15 +154,13 @@ class _MoeStage:
         time_LS, activated_LS, pairs_LS = self.times.of(tokens_LP, self.decider.num_ranks)
         busy = float(time_LS.mean(1).sum())
         if fetched_LS is not None:
-            in_turn = self.arm.hardware.experts == "in_turn"
-            time_LS = with_fetches(
-                time_LS, activated_LS, fetched_LS, self.fetch_us, in_turn=in_turn
-            )
+            hidden = self.arm.hidden_fetches
+            time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us, hidden=hidden)
         layers = len(tokens_LP)
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
         return (
             layers * exchange,
-            layers * self._decide_us(num_prefill),
+            layers * self.arm.hardware.decide_us(self.arm.balancer),
             dispatch,
             float(time_LS.max(1).sum()),
             combine,
@@ -159,14 +168,6 @@ class _MoeStage:
             float(activated_LS.max(1).sum()),
             float(pairs_LS.max(1).sum()),
         )
-
-    def _decide_us(self, num_prefill: int) -> float:
-        """Steps of decoding alone run in a CUDA graph, where metro's kernel routes instead of a
-        schedule made on the host."""
-        balancer = self.arm.balancer
-        if balancer in FETCHING and not num_prefill:
-            balancer = "metro"
-        return self.arm.hardware.decide_us(balancer)
 
     def _network(self, num_tokens: int, pairs_LS: Array) -> tuple[float, float, float]:
         """Exchange of one layer; dispatch and combine of all."""

@@ -29,8 +29,8 @@ class Load:
     """Most tokens in a step (vLLM's max_num_batched_tokens, times data-parallel ranks)."""
     max_steps: int
     steady: bool = True
-    """Start amid decoding, a finished request is followed by the next. False: all requests
-    arrive at once and none follows."""
+    """Start amid decoding, a finished request is followed by the next. False: a burst that none
+    follows. The engine begins a step with the first request, and the others wait for its end."""
 
     def __post_init__(self) -> None:
         least = min(self.concurrency, self.prompt_tokens, self.output_tokens, self.max_steps)
@@ -65,7 +65,7 @@ class Steps:
     """The same where a layer looks back `window` tokens only."""
     narrow_reads_N: Array
     arrived_R: Array
-    """Step at whose beginning the request was there."""
+    """Step at whose beginning, or of a burst at once behind whose beginning, the request came."""
     first_R: Array
     """Step that gave its first token; -1: before the first step."""
     last_R: Array
@@ -114,6 +114,8 @@ class _Requests:
         before_C = self.computed_C.copy()
         decoding_C = (before_C >= prompt) & (before_C < self.done)
         missing_C = np.maximum(prompt - before_C, 0)
+        if now == 0 and not self.load.steady:
+            missing_C[1:] = 0
         order_C = np.lexsort((np.arange(len(missing_C)), self.arrived_C))
         ahead_C = np.cumsum(missing_C[order_C]) - missing_C[order_C]
         room = self.load.token_budget - int(decoding_C.sum())
