@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from vllm_balance import profiles
 from vllm_balance.cost import CostModel, Fit
 from vllm_balance.maps import LayerMap, PlacementMap
 from vllm_balance.model_shape import ModelShape, from_config
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams.device import device_name
+from vllm_balance.seams.versions import kernel_versions
 
 
 def shuffled_map(shape: ModelShape, num_redundant: int, num_ranks: int = 2) -> PlacementMap:
@@ -45,7 +44,7 @@ def made_up_profile(model: Path) -> Profile:
         units=Units(),
         created=datetime.now(UTC),
         device=device_name(),
-        versions={package: version(package) for package in profiles.BOUND_VERSIONS},
+        versions=kernel_versions(),
         shape=from_config(model).model_copy(update={"dtype": "float32"}),
         ranks=[
             RankProfile(

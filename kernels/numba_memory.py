@@ -9,7 +9,6 @@ Triton overrides.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,38 +16,18 @@ import numba
 import numpy as np
 from numba import carray, types
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
+
+from vllm_balance.kernels.numba_cache import kept
 
 jit = numba.njit(nogil=True)
 """A stage: compiled into the entries that call it, without the GIL."""
 inline = numba.njit(nogil=True, inline="always")
 
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("**/*.py")))
-).hexdigest()
-
-
-class _SourcesCache(FunctionCache):
-    """numba's cache on disk, keyed by all kernel sources instead of the entry's file alone:
-    an entry holds the code of stages in other files and must not outlive them."""
-
-    def _index_key(self, signature, codegen):
-        return (*super()._index_key(signature, codegen), _SOURCES)
-
 
 def entry(function: Callable) -> Callable:
-    """What Python calls: compiled without the GIL and kept on disk, where numba keeps its caches.
-
-    Where no such directory can be written every process compiles anew (about 10 s).
-    """
-    dispatcher = numba.njit(nogil=True)(function)
-    try:
-        dispatcher._cache = _SourcesCache(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-    return dispatcher
+    """What Python calls: compiled without the GIL, kept on disk until a kernel's source changes."""
+    return kept(function, Path(__file__).parent, nogil=True)
 
 
 @intrinsic

@@ -99,18 +99,19 @@ def test_a_recording_is_started_and_stopped_on_every_rank():
     stopped = http.post("/moe_balancer/record/stop")
     assert stopped.json() == {"ranks": [{"state": "moe_record_stop"}] * 2}
     settings = {"file": "t.npz", "what": "ids", "max_bytes": 256 * 2**20}
-    assert engine.asked == [
-        ("moe_record_start", {"settings": settings}),
-        ("moe_record_stop", {}),
-    ]
+    (start, asked), stop = engine.asked
+    assert (start, asked["settings"]) == ("moe_record_start", settings)
+    assert stop == ("moe_record_stop", {})
 
 
-def test_a_rank_that_refuses_to_record_stops_the_others():
+def test_a_rank_that_refuses_to_record_takes_back_what_this_request_started():
     engine = Engine({"moe_balancer": {"name": "metro"}})
     engine.refuses = True
     answer = client(engine).post("/moe_balancer/record/start", json={"file": "t.npz"})
     assert (answer.status_code, answer.json()["detail"]) == (409, "File exists.")
-    assert [method for method, _ in engine.asked] == ["moe_record_start", "moe_record_stop"]
+    (start, asked), cancel = engine.asked
+    assert start == "moe_record_start" and len(asked["asked_by"]) == 32
+    assert cancel == ("moe_record_cancel", {"asked_by": asked["asked_by"]})
 
 
 @pytest.mark.parametrize("body", [{}, {"file": "t.npz", "what": "x"}, {"file": "t", "max": 1}])

@@ -80,6 +80,24 @@ def test_steps_take_decode_tokens_of_different_requests():
     assert (trace.steps(12, 20, 0)[:, 0] <= 2).all()
 
 
+def test_prefill_steps_take_prompt_tokens_where_a_trace_knows_them():
+    """Expert 0 is of prompts, expert 1 of generated tokens; without prompts all are taken."""
+    phase = np.tile([0, 1, 1, 0], 20).astype(np.uint8)
+    trace = Trace(
+        name="t",
+        num_experts=2,
+        top_k=1,
+        layer_index_L=np.arange(1),
+        topk_ids_TLK=phase[:, None, None],
+        request_id_T=np.repeat(np.arange(4), 20),
+        phase_T=phase,
+    )
+    assert trace.prefill_steps(10, 6, 0)[:, 0].tolist() == [[10, 0]] * 6
+    assert trace.prefill_steps(10_000, 1, 0)[0, 0].tolist() == [40, 0]
+    decoded = replace(trace, phase_T=np.ones(80, np.uint8))
+    assert decoded.prefill_steps(80, 1, 0)[0, 0].tolist() == [40, 40]
+
+
 def test_counts_are_thinned_to_the_batch_and_kept_where_they_were_zero():
     trace = count_trace()
     trace.counts_NLE[:, 1, 4] = 0

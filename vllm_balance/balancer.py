@@ -73,7 +73,7 @@ class LayerBalancer:
         return physical_TK
 
     def _ranks_may_differ(self, topk_ids_TK: torch.Tensor) -> bool:
-        """Whether ranks with the same tokens may have other ids, where counts decide.
+        """Whether ranks with the same tokens may have chosen other ids for them.
 
         vLLM's all-reduce in shared memory adds a rank's own part first. From three ranks on, hidden
         states then differ in the last bit, and a near tie of two experts falls differently.
@@ -83,12 +83,11 @@ class LayerBalancer:
             and topk_ids_TK.is_cpu
             and topk_ids_TK.numel() > 0
             and self.tables.num_ranks > 2
-            and self.policy.counts_decide
         )
 
     def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        """What rank 0 chose; a collective. Ranks that decided by other counts would compute a pair
-        twice or not at all."""
+        """What rank 0 chose; a collective. With ids of their own, ranks would compute a pair twice or
+        not at all."""
         is_first = self.rank == 0
         return self.summed(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
 
@@ -144,11 +143,6 @@ class LayerBalancer:
         A collective where the way is one.
         """
         replace(self, tables=tables)._route(ids_TK, None)
-
-    @property
-    def decisions(self) -> int:
-        """Batches since the last reset, from the device: those of CUDA graphs count too."""
-        return num_batches(layer_metrics(self.tables.counters, self.tables.num_ranks))
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -282,7 +276,10 @@ def warm_up(layer: LayerBalancer, *, top_k: int) -> None:
 
     Routes two tokens on scratch buffers: nothing is counted. Every rank takes part.
     """
-    tables = replace(layer.tables, load_P=None, counters=torch.zeros_like(layer.tables.counters))
+    load_P, counters = layer.tables.load_P, torch.zeros_like(layer.tables.counters)
+    # vLLM's kernel takes no batch without a load, and ours would be compiled for another case.
+    scratch_P = None if load_P is None else torch.zeros_like(load_P)
+    tables = replace(layer.tables, load_P=scratch_P, counters=counters)
     device = tables.counters.device
     for dtype in (torch.int32, torch.int64):
         layer.warm_up(torch.zeros((2, top_k), dtype=dtype, device=device), tables)

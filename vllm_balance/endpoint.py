@@ -11,6 +11,7 @@ a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit.
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
@@ -55,12 +56,13 @@ async def replay(request: Request) -> dict[str, str]:
 
 @router.post("/moe_balancer/record/start")
 async def start_recording(request: Request, settings: RecordSettings) -> dict[str, Any]:
-    """The state of every recording rank; 409 and no recording if one of them refuses."""
-    ranks = await _ask(request, "moe_record_start", {"settings": settings.model_dump(mode="json")})
+    """The state of every recording rank; 409 if one of them refuses: then no rank starts one."""
+    asked = {"settings": settings.model_dump(mode="json"), "asked_by": uuid.uuid4().hex}
+    ranks = await _ask(request, "moe_record_start", asked)
     refusals = [rank["error"] for rank in ranks if rank and "error" in rank]
     if refusals:
         if len(refusals) < sum(rank is not None for rank in ranks):
-            await _ask(request, "moe_record_stop", {})
+            await _ask(request, "moe_record_cancel", {"asked_by": asked["asked_by"]})
         raise HTTPException(409, refusals[0])
     return {"ranks": [rank for rank in ranks if rank]}
 

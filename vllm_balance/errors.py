@@ -1,5 +1,9 @@
-"""The one exception users see: what was asked, found and allowed, and what to do."""
+"""The one exception users see: what was asked, found and allowed, and what to do.
+
+Raised before weights are loaded, but where only they can tell (a rank's weights did not arrive), or
+while serving a fetch fails.
+"""
 
 
 class BalancerError(ValueError):
-    """A request that vllm-balance refuses, raised before weights are loaded."""
+    """What vllm-balance refuses."""

@@ -118,6 +118,13 @@ class Recorder:
         if self._writer is not None:
             self._writer.stop()
 
+    def cancel(self) -> None:
+        """Ends a recording as if it had not been started: without its file."""
+        if self._writer is not None:
+            self._writer.stop()
+            self._writer.settings.file.unlink(missing_ok=True)
+            self._writer = None
+
     def status(self) -> dict[str, Any]:
         """State and extent of the recording, the last one if it ended."""
         if self._writer is None:

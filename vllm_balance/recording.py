@@ -83,14 +83,15 @@ class RecordingFile:
         try:
             self._file = path.open("xb")
         except OSError as error:
-            raise BalancerError(
-                f"The recording {path} cannot be made ({error.strerror}). Name a new file in a "
-                f"folder that exists and can be written to."
-            ) from error
+            raise _cannot_make(path, error) from error
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
-        for name, value in {"recording": VERSION, **header}.items():
-            self._write(f"{name}.npy", _npy(np.asarray(value)))
-        self._file.flush()
+        try:
+            for name, value in {"recording": VERSION, **header}.items():
+                self._write(f"{name}.npy", _npy(np.asarray(value)))
+            self._file.flush()
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _cannot_make(path, error) from error
 
     @property
     def num_bytes(self) -> int:
@@ -119,6 +120,13 @@ class RecordingFile:
     def _write(self, name: str, data: bytes) -> None:
         self._archive.writestr(name, data)
         self._directory_bytes += 46 + len(name)
+
+
+def _cannot_make(path: Path, error: OSError) -> BalancerError:
+    return BalancerError(
+        f"The recording {path} cannot be made ({error.strerror}). Name a new file in a folder that "
+        f"exists and can be written to."
+    )
 
 
 def path_of_rank(path: Path, rank: int) -> Path:

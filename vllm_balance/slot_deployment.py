@@ -34,9 +34,9 @@ def num_dynamic_slots(config: BalancerConfig, deployment: Deployment) -> int:
     _check_beside_slots(config, slots * ranks)
     if not deployment.one_machine:
         raise BalancerError(
-            f"--moe-balancer {config.name} fetches experts from one host store per machine, which "
-            f"the ranks of that machine fill; ranks on several machines are not supported. Use "
-            f"eplb or metro there."
+            f"--moe-balancer {config.name} fetches experts from one host store, which all ranks "
+            f"fill; ranks on several machines, or of engines that are started one by one, are not "
+            f"supported. Start all ranks with one command on one machine, or use eplb or metro."
         )
     if not deployment.on_cpu and not deployment.is_eager:
         raise BalancerError(

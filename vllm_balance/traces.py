@@ -78,9 +78,7 @@ class Trace:
         random = np.random.default_rng(seed)
         if self.topk_ids_TLK is None:
             return self._thin(batch, num_steps, random, Phase.DECODE)
-        allowed = np.arange(len(self.topk_ids_TLK))
-        if self.phase_T is not None and (self.phase_T == 1).any():
-            allowed = np.flatnonzero(self.phase_T == 1)
+        allowed = self.tokens_of(Phase.DECODE)
         request = allowed if self.request_id_T is None else self.request_id_T[allowed]
         order = np.argsort(request, kind="stable")
         allowed = allowed[order]
@@ -96,22 +94,31 @@ class Trace:
         Requests are put one behind the other in random order, the row is turned by a random
         number of tokens and cut into batches of `batch` consecutive tokens; again, with another
         order, until there are enough; if there are not more tokens than `batch`, each batch is all
-        of them. A trace of counts is thinned as in `steps`, from steps of prefill if there are any.
+        of them. Tokens of phase 0 only, if there are any. A trace of counts is thinned as in
+        `steps`, from steps of prefill if there are any.
         """
         random = np.random.default_rng(seed)
         if self.topk_ids_TLK is None:
             return self._thin(batch, num_steps, random, Phase.PREFILL)
-        total = len(self.topk_ids_TLK)
+        allowed = self.tokens_of(Phase.PREFILL)
+        total = len(allowed)
         size = min(batch, total)
-        request = np.zeros(total, int) if self.request_id_T is None else self.request_id_T
-        by_request = np.argsort(request, kind="stable")
-        parts = np.split(by_request, np.flatnonzero(np.diff(request[by_request])) + 1)
+        request = np.zeros(total, int) if self.request_id_T is None else self.request_id_T[allowed]
+        order = np.argsort(request, kind="stable")
+        parts = np.split(allowed[order], np.flatnonzero(np.diff(request[order])) + 1)
         batches: list[Array] = []
         while len(batches) < num_steps:
             row = np.concatenate([parts[i] for i in random.permutation(len(parts))])
             row = np.roll(row, random.integers(total))
             batches += list(row[: total // size * size].reshape(-1, size))
         return self.count(np.array(batches[:num_steps]))
+
+    def tokens_of(self, phase: Phase) -> Array:
+        """Which recorded tokens are of a phase, in recorded order; all of them if none is."""
+        assert self.topk_ids_TLK is not None
+        if self.phase_T is not None and (self.phase_T == int(phase)).any():
+            return np.flatnonzero(self.phase_T == int(phase))
+        return np.arange(len(self.topk_ids_TLK))
 
     def chunks(self, tokens: int) -> Array:
         """Batches of consecutive tokens: [steps, L, E] int32, in recorded order.

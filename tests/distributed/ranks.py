@@ -210,7 +210,7 @@ def run_case(
         all_reduce=exchange.all_reduce,
     )
     mine = batches.rows(rank)
-    takes_first = way == "replicated" and policy.counts_decide and world_size > 2
+    takes_first = way == "replicated" and world_size > 2
     if way == "replicated":
         hidden, weights = batches.hidden_GD, batches.weights_GK
         ids_GK = near_ties(batches.ids_GK, rank) if takes_first else batches.ids_GK.clone()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from vllm_balance.experts import huge_pages
 from vllm_balance.experts.huge_pages import HUGE_PAGE_BYTES, gather_into_huge_pages
 
 
@@ -32,8 +34,26 @@ def test_contents_stay_and_the_number_says_what_the_system_did(offset: int) -> N
     gathered = gather_into_huge_pages([weights])
 
     torch.testing.assert_close(weights, before, rtol=0, atol=0)
-    assert gathered in (0, weights.nbytes)
+    assert gathered == 0 or 7 * HUGE_PAGE_BYTES <= gathered <= weights.nbytes
     assert (_huge_bytes(weights) > 0) == (gathered > 0)
+
+
+def test_a_piece_that_the_system_refuses_costs_only_itself_and_is_asked_for_again(monkeypatch):
+    weights = torch.zeros(4 * huge_pages.PIECE_BYTES, dtype=torch.uint8)
+    refused, asked = huge_pages._pieces(weights)[1:3], []
+    assert all(last - first == huge_pages.PIECE_BYTES for first, last in refused)
+
+    def advise(first, last, advice):
+        asked.append((first, last))
+        return (first, last) not in refused or (
+            (first, last) == refused[1] and asked.count(refused[1]) == 3
+        )
+
+    monkeypatch.setattr(huge_pages, "_advise", advise)
+    gathered = gather_into_huge_pages([weights])
+    pages = weights.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+    assert pages - 2 * huge_pages.PIECE_BYTES < gathered <= pages - huge_pages.PIECE_BYTES
+    assert asked.count(refused[0]) == 1 + huge_pages.ROUNDS
 
 
 def test_less_than_a_huge_page_is_left_alone() -> None:

@@ -24,11 +24,10 @@ def test_numba_is_loaded_by_the_first_call():
 
 def test_cache_key_covers_all_kernel_sources(tmp_path, monkeypatch):
     """An entry compiled from other sources of a stage in another file is not found again."""
-    from vllm_balance.kernels import numba_memory
     from vllm_balance.kernels.metro import numba_cpu
 
     cache = numba_cpu._choose._cache
     codegen = numba_cpu._choose.targetctx.codegen()
     before = cache._index_key("signature", codegen)
-    monkeypatch.setattr(numba_memory, "_SOURCES", "changed")
+    monkeypatch.setattr(cache, "_sources", "changed")
     assert cache._index_key("signature", codegen) != before

@@ -342,6 +342,7 @@ def test_a_recording_that_cannot_be_made(moe_model, refused, tmp_path):
 
 def test_later_processes_find_the_file_that_a_rank_made(moe_model, tmp_path, monkeypatch):
     monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
+    monkeypatch.setenv("VLLM_BALANCE_SET_UP", "1")
     (tmp_path / "t.npz").touch()
     assert configured(moe_model, *TWO_RANKS, "--moe-record", str(tmp_path / "t.npz"))
 

@@ -88,7 +88,18 @@ def test_free_memory_is_asked_for_before_there_are_ranks_and_not_again(
     with pytest.raises(BalancerError, match="and 10 bytes"):
         configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
+    monkeypatch.delenv(deployment._SET_UP, raising=False)
+    with pytest.raises(BalancerError, match="and 10 bytes"):
+        configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
+    monkeypatch.setenv(deployment._SET_UP, "1")
     configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
+
+
+def test_what_a_deployment_starts_knows_that_it_was_set_up(moe_model, monkeypatch):
+    monkeypatch.delenv(deployment._SET_UP, raising=False)
+    configure_with(moe_model, {"name": "static"}, tensor_parallel_size=2)
+    assert os.environ[deployment._SET_UP] == "1"
+    monkeypatch.delenv(deployment._SET_UP)
 
 
 def test_a_cache_on_gpus_takes_nothing_from_the_host(monkeypatch):

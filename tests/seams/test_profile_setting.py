@@ -1,19 +1,19 @@
 """A profile in the settings: the knee that it sets, and foreign ones refused."""
 
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_balance import documents, plugin, profiles
+from vllm_balance import documents, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import from_config
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import device_name
 from vllm_balance.seams.settings_files import measured_costs
+from vllm_balance.seams.versions import kernel_versions
 
 BETA_US = 0.5
 
@@ -48,7 +48,7 @@ def write(moe_model, tmp_path):
             "units": Units(),
             "created": datetime(2026, 11, 22, tzinfo=UTC),
             "device": device_name(),
-            "versions": {package: version(package) for package in profiles.BOUND_VERSIONS},
+            "versions": kernel_versions(),
             "shape": from_config(Path(moe_model)),
             "ranks": [
                 RankProfile(

@@ -175,6 +175,42 @@ def test_data_parallel_ranks_record_their_own_tokens_in_step(tmp_path, way):
     assert trace.phase_N.tolist() == [Phase.MIXED, Phase.DECODE]
 
 
+def test_a_start_is_taken_back_by_who_asked_for_it_and_nobody_else(tmp_path):
+    """A rank that records already refuses, and goes on when the others' start is taken back."""
+    running, other = (
+        Worker(None, rank=0, way="after_gather"),
+        Worker(None, rank=1, way="after_gather"),
+    )
+    assert running.moe_record_start({"file": str(tmp_path / "a.npz")}, "first")["state"] == (
+        "recording"
+    )
+    asked = {"file": str(tmp_path / "b.npz")}, "second"
+    assert "is running" in running.moe_record_start(*asked)["error"]
+    assert other.moe_record_start(*asked)["state"] == "recording"
+    for worker in (running, other):
+        worker.moe_record_cancel("second")
+    assert running.moe_record_status()["state"] == "recording"
+    assert other.moe_record_status() == {"state": "off"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert other.moe_record_start(*asked)["state"] == "recording", "its file is not in the way"
+    running.shutdown()
+    other.shutdown()
+
+
+def test_a_preempted_request_that_is_computed_anew_does_not_decode(tmp_path):
+    worker = Worker(RecordSettings(file=tmp_path / "t.npz", what="ids"))
+    worker.compile_or_warm_up_model()
+    for step, worker.order in (
+        (output(new={"a": 3}), ["a"]),
+        (output(cached={"a": (1, 3, 1)}), ["a"]),
+        (output(cached={"a": (5, 0, 2)}), ["a"]),
+        (output(cached={"a": (1, 5, 2)}), ["a"]),
+    ):
+        worker.execute_model(step)
+    worker.shutdown()
+    assert traces.load(tmp_path / "t.npz").phase_T.tolist() == [0] * 3 + [1] + [0] * 5 + [1]
+
+
 def test_a_start_that_fails_is_an_answer_and_not_an_exception(tmp_path):
     worker = Worker(None)
     (tmp_path / "t.npz").touch()

@@ -145,7 +145,8 @@ def test_shared_experts_that_are_slots():
 
 
 def test_layers_are_checked_while_they_are_built(monkeypatch):
-    config = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=True))
+    parallel = SimpleNamespace(enable_eplb=True)
+    config = SimpleNamespace(parallel_config=parallel, additional_config={})
     monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
     monkeypatch.setattr(router, "require_balanceable", lambda runner: None)
     with pytest.raises(BalancerError, match="was built without vLLM's EPLB"):

@@ -12,8 +12,8 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
-from vllm_balance.seams import slots
-from vllm_balance.seams.router import require_balanceable
+from vllm_balance.seams import router, slots
+from vllm_balance.seams.router import require_balanceable, require_predictable
 from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.worker import BalancedWorker
 
@@ -95,10 +95,7 @@ def layer():
     return SimpleNamespace(experts=None, rank=0, tables=tables, summed=summed)
 
 
-def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
-    shared = model_slots(group, [runner(0), runner(1)], look_ahead="router")
-    with pytest.raises(BalancerError, match="layer 1 does not tell vLLM where its router is"):
-        shared.connect([layer(), layer()], 2.0)
+def test_a_layer_asks_the_router_of_the_next(group):
     gate = torch.nn.Linear(8, NUM_EXPERTS)
     runners = [runner(0), runner(1, gate=lambda rows: (gate(rows), None))]
     shared = model_slots(group, runners, look_ahead="router")
@@ -120,17 +117,34 @@ def test_a_layer_that_hides_its_router_cannot_be_asked_early(group):
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus scores"),
     ],
 )
-def test_a_router_that_takes_others_than_the_largest_logits_is_not_asked_early(
-    group, changes, reason
-):
-    runners = [runner(0), runner(1, gate=lambda rows_ND: (rows_ND, None))]
-    runners[1].router = CPURouter(top_k=2, global_num_experts=NUM_EXPERTS, **changes)
-    shared = model_slots(group, runners, look_ahead="router")
+def test_a_router_that_takes_others_than_the_largest_logits_is_not_asked_early(changes, reason):
+    found = runner(1, gate=lambda rows_ND: (rows_ND, None))
+    require_predictable(found)
+    found.router = CPURouter(top_k=2, global_num_experts=NUM_EXPERTS, **changes)
     with pytest.raises(BalancerError, match=rf"layer 1 chooses otherwise \({reason}\)"):
-        shared.connect([layer(), layer()], 2.0)
-    runners[1].router = SimpleNamespace()
+        require_predictable(found)
+    found.router = SimpleNamespace()
     with pytest.raises(BalancerError, match="unknown scores"):
-        shared.connect([layer(), layer()], 2.0)
+        require_predictable(found)
+
+
+@pytest.mark.parametrize("look_ahead", ["router", "off"])
+def test_a_layer_that_hides_its_router_is_refused_while_it_is_built(monkeypatch, look_ahead):
+    settings = {"name": "harmoeny", "look_ahead": look_ahead}
+    config = SimpleNamespace(
+        additional_config={"moe_balancer": settings},
+        parallel_config=SimpleNamespace(enable_eplb=True),
+    )
+    monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(router, "require_balanceable", lambda runner: None)
+    monkeypatch.setattr(router, "require_known_slots", lambda runner, enabled: None)
+    hidden = runner(1)
+    hidden._shared_experts = None
+    if look_ahead == "off":
+        assert router._select_forward(lambda self: None)(hidden) is torch.ops.vllm.moe_forward
+        return
+    with pytest.raises(BalancerError, match="layer 1 does not tell vLLM where its router is"):
+        router._select_forward(lambda self: None)(hidden)
 
 
 def built_layer(*names: str):

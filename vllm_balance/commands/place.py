@@ -28,6 +28,7 @@ from vllm_balance.placement import (
 )
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
+from vllm_balance.recording import Phase
 
 POLICIES = (*PLACEMENT, *TRACED)
 
@@ -125,12 +126,12 @@ def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed:
     Raises:
         BalancerError: a batch of prefill would be all tokens of the trace, every time.
     """
-    held = None if trace.topk_ids_TLK is None else len(trace.topk_ids_TLK)
+    held = None if trace.topk_ids_TLK is None else len(trace.tokens_of(Phase.PREFILL))
     if prefill and held is not None and batch >= held:
         raise BalancerError(
             f"--prefill with --batch {batch} asks for that many consecutive tokens, and a half of "
-            f"trace {trace.name} holds {held}, so that all batches would be one and the same. "
-            f"Allowed are fewer than {held}: lower --batch, or record more."
+            f"trace {trace.name} holds {held} of prompts, so that all batches would be one and the "
+            f"same. Allowed are fewer than {held}: lower --batch, or record more."
         )
     draw = trace.prefill_steps if prefill else trace.steps
     return draw(batch, steps, seed)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +25,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams.device import device_name, kernel_isa
+from vllm_balance.seams.versions import kernel_versions
 
 COARSE = (1, 4, 16, 64)
 """Tokens per expert of the first samples, which find the knee."""
@@ -72,7 +72,7 @@ def profile(
         units=Units(),
         created=datetime.now(UTC),
         device=device_name(),
-        versions={name: version(name) for name in profiles.BOUND_VERSIONS},
+        versions=kernel_versions(),
         shape=shape,
         ranks=ranks_of(points_RSN, [f"core {core}" for core in cores]),
     )
@@ -196,8 +196,7 @@ def form_of(model: CostModel) -> str:
 def _check(stored: Profile, shape: ModelShape) -> None:
     """Measures a few stored points again; exit status 1 if they have moved."""
     isa, ranks = kernel_isa(), len(stored.ranks)
-    here = {name: version(name) for name in profiles.BOUND_VERSIONS}
-    stored.require(shape=shape, device=device_name(), versions=here)
+    stored.require(shape=shape, device=device_name(), versions=kernel_versions())
     points = stored.ranks[0].points
     local = max(len(point.tokens_E) for point in points)
     chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[

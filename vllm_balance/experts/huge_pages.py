@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Iterable
 
 import torch
 
 HUGE_PAGE_BYTES = 2 << 20
+PIECE_BYTES = 16 * HUGE_PAGE_BYTES
+"""Memory that one call is about."""
+ROUNDS = 3
+"""Times that a piece is asked for, until the system moves it."""
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 """Linux 6.1 and later; refused with EINVAL before."""
@@ -19,31 +24,42 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     """Pages that are first touched from now on may be huge, where the system allows it."""
-    _advise(tensor, _MADV_HUGEPAGE)
+    for first, last in _pieces(tensor):
+        _advise(first, last, _MADV_HUGEPAGE)
 
 
 def gather_into_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
     """Moves memory that is in use already into huge pages, in place.
 
-    The system does so by itself only where ``transparent_hugepage`` is ``always``.
+    The system does so by itself only where ``transparent_hugepage`` is ``always``. It refuses where
+    there is not enough unfragmented memory, and gives up the rest of what it was asked for in one
+    call: so it is asked for piece by piece, and for refused pieces again.
 
     Args:
         tensors: contiguous CPU tensors; those smaller than a huge page are left alone.
 
     Returns:
-        Bytes of the tensors that the system moved or that lay in huge pages already; it refuses
-        where there is not enough unfragmented memory.
+        Bytes of the pieces that the system moved or that lay in huge pages already.
     """
-    gathered = 0
+    left = []
     for tensor in tensors:
         if tensor.nbytes >= HUGE_PAGE_BYTES:
             ask_for_huge_pages(tensor)
-            gathered += tensor.nbytes if _advise(tensor, _MADV_COLLAPSE) else 0
-    return gathered
+            left += _pieces(tensor)
+    asked = sum(last - first for first, last in left)
+    for _ in range(ROUNDS):
+        left = [piece for piece in left if not _advise(*piece, _MADV_COLLAPSE)]
+    return asked - sum(last - first for first, last in left)
 
 
-def _advise(tensor: torch.Tensor, advice: int) -> bool:
-    """Whether the system follows the advice for all whole pages of the tensor."""
+def _pieces(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """(first, last) address of the tensor's whole pages, cut where PIECE_BYTES divide them."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    return last > first and _libc.madvise(first, last - first, advice) == 0
+    cuts = range((first // PIECE_BYTES + 1) * PIECE_BYTES, last, PIECE_BYTES)
+    return list(itertools.pairwise([first, *cuts, last])) if last > first else []
+
+
+def _advise(first: int, last: int, advice: int) -> bool:
+    """Whether the system follows the advice for all these pages."""
+    return _libc.madvise(first, last - first, advice) == 0

@@ -120,6 +120,14 @@ def decide(
     return Decision(swaps=swaps, step_us=step_us, gain_us=gain_us, reason=reason)
 
 
+def compile_ahead(cluster: Cluster) -> None:
+    """Compiles the search, which takes seconds the first time: no request should wait for it."""
+    experts = 2 * cluster.num_ranks
+    history_NE = np.ones((2, experts), np.int64)
+    slots_P = np.arange(experts)
+    _chain(history_NE, slots_P, 0.0, cluster, coefficients(cluster), most=1)
+
+
 def drift(before_LE: Array, now_LE: Array) -> float:
     """How much of the load went to other experts: mean total variation distance, 0 to 1.
 

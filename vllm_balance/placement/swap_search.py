@@ -11,10 +11,14 @@ further_NS, time_NS), counts exact integers, so that nothing drifts while it is 
 
 from __future__ import annotations
 
-import numba
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+from vllm_balance.kernels.numba_cache import kept
+
+compiled = partial(kept, folder=Path(__file__).parent, nogil=True, error_model="numpy")
 
 
 @compiled

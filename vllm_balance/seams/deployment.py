@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
+import os
 import re
 import sys
 from pathlib import Path
@@ -40,6 +41,10 @@ _UNDER_EIGHT_BITS = re.compile(r"fp[46]|int4|awq|deepseek_v4|bits?\W+[2-6]\b")
 """How quantisation methods and checkpoints say that weights have fewer than eight bits."""
 
 
+_SET_UP = "VLLM_BALANCE_SET_UP"
+"""Set where a deployment was set up, and so in all processes that it starts."""
+
+
 def settings_of(vllm_config: Any) -> BalancerConfig | None:
     """The balancer's settings in a ``VllmConfig``, or None without a balancer."""
     additional = vllm_config.additional_config
@@ -73,6 +78,7 @@ def configure(vllm_config: Any) -> None:
         _check_replay(config, vllm_config.model_config)
     settled = _settled(config, vllm_config, redundant)
     _set_up(vllm_config, config, settled)
+    os.environ[_SET_UP] = "1"
     _announce(config, redundant, deployment)
 
 
@@ -167,6 +173,9 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         "tensor parallelism inside data parallelism": parallel.tensor_parallel_size > 1
         and parallel.data_parallel_size > 1,
         "round-robin expert placement": parallel.expert_placement_strategy != "linear",
+        # vLLM's own check has run by now, with EPLB off.
+        "--all2all-backend moonep, whose weights EPLB does not know": config.uses_eplb
+        and parallel.all2all_backend == "moonep",
         # vLLM's filter reads the experts of the linear placement only, where EPLB is off.
         "a map and --enable-ep-weight-filter": parallel.enable_ep_weight_filter
         and config.map is not None
@@ -224,12 +233,13 @@ def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
 
 
 def _is_first_process() -> bool:
-    """Whether the deployment is set up here.
+    """Whether the deployment is set up here: in a program of its own, or in a process of one that
+    has set none up.
 
     Later processes (API servers, engines) configure themselves again, while the ranks may have
     taken their memory and made their files already.
     """
-    return multiprocessing.parent_process() is None
+    return multiprocessing.parent_process() is None or _SET_UP not in os.environ
 
 
 def _check_device(config: BalancerConfig) -> None:
@@ -329,15 +339,20 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
     if config.fetches or config.name in LOADED_BY_MAP:
-        # The placement stays; a step counter never gets here.
+        # The placement stays; a step counter never gets here. Balancedness is a collective, which
+        # an idle rank would start before, and a busy one behind, those of `online`.
         eplb.window_size, eplb.step_interval = 1, sys.maxsize
+        eplb.log_balancedness = False
     if current_platform.is_cpu():
         # ParallelConfig refuses EPLB on CPU while it is validated. torch_nccl is the class that
         # works on the group it is given, which is gloo here; torch_gloo asks for an accelerator.
         eplb.use_async, eplb.communicator = False, "torch_nccl"
         parallel.enable_eplb, parallel.eplb_config = True, eplb
         return
-    vllm_config.parallel_config = dataclasses.replace(parallel, enable_eplb=True, eplb_config=eplb)
+    # Another ParallelConfig checks EPLB and chooses its communicator, and draws ports of its own:
+    # the first one stays, whose ports other processes know.
+    checked = dataclasses.replace(parallel, enable_eplb=True, eplb_config=eplb)
+    parallel.enable_eplb, parallel.eplb_config = True, checked.eplb_config
 
 
 def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:

@@ -11,8 +11,8 @@ import torch
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.config import BalancerConfig
 from vllm_balance.online import OnlinePlacement, recording, require_whole_batch
-from vllm_balance.placement.online import Decision
-from vllm_balance.placement.policy import Array
+from vllm_balance.placement.online import Decision, compile_ahead
+from vllm_balance.placement.policy import Array, Cluster
 from vllm_balance.seams.loading import write_maps
 from vllm_balance.seams.settings_files import measured_costs
 
@@ -102,6 +102,8 @@ def online_placement(
     require_whole_batch(layers[0].way)
     costs = measured_costs(config, vllm_config)
     assert config.online is not None and costs is not None
+    if layers[0].rank == 0:  # Which decides for all.
+        compile_ahead(Cluster(costs=costs))
     (state,) = eplb_state.model_states.values()
     ranks = WorkerRanks(state)
     placement_LP = ranks.placement_LP

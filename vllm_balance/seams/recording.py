@@ -28,6 +28,8 @@ class RecordingWorker:
     _requests: dict[str, int]
     """Numbers of the requests seen while recording ids."""
     _num_requests: int = 0
+    _asked_by: str = ""
+    """Who asked for the recording, see :meth:`moe_record_start`."""
 
     def attach_recorder(
         self,
@@ -95,16 +97,27 @@ class RecordingWorker:
             self.recorder.stop()
         super().shutdown()  # type: ignore[misc]
 
-    def moe_record_start(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Starts a recording; for ``collective_rpc``. The state, or the reason under ``error``."""
+    def moe_record_start(
+        self, settings: dict[str, Any], asked_by: str = ""
+    ) -> dict[str, Any] | None:
+        """Starts a recording; for ``collective_rpc``. The state, or the reason under ``error``.
+
+        Args:
+            asked_by: who may take it back with :meth:`moe_record_cancel`.
+        """
         if self.recorder is None:
             return None
         try:
             self.recorder.start(RecordSettings.model_validate(settings))
         except BalancerError as error:
             return {"error": str(error)}
-        self._requests = {}
+        self._requests, self._asked_by = {}, asked_by
         return self.recorder.status()
+
+    def moe_record_cancel(self, asked_by: str) -> None:
+        """Ends a recording that `asked_by` started, if it runs here, and removes its file."""
+        if self.recorder is not None and asked_by == self._asked_by:
+            self.recorder.cancel()
 
     def moe_record_stop(self) -> dict[str, Any] | None:
         """Ends the recording and closes its file; for ``collective_rpc``."""
@@ -155,9 +168,15 @@ class RecordingWorker:
 
 
 def _decoding(scheduler_output: Any) -> set[str]:
-    """Requests of a step whose prompt was computed before it."""
+    """Requests of a step that compute the token they generated last, and nothing else: those that
+    were preempted compute their prompt and what they generated anew."""
     cached = scheduler_output.scheduled_cached_reqs
-    return {request for request in cached.req_ids if not cached.is_context_phase(request)}
+    return {
+        request
+        for request in cached.req_ids
+        if not cached.is_context_phase(request)
+        and scheduler_output.num_scheduled_tokens[request] == 1
+    }
 
 
 def _num_computed(scheduler_output: Any) -> dict[str, int]:

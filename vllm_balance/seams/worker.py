@@ -11,6 +11,7 @@ import torch
 from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
+from vllm_balance.experts.prefetch import Prefetch
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
@@ -32,6 +33,8 @@ class BalancedWorker(RecordingWorker):
     loading: PlacedLoading | None
     _replay_as: Callable[[ReplaySettings], None] | None = None
     """Routes by these settings from now on; None if the model's own router decides."""
+    _prefetch: Prefetch | None = None
+    """Of a balancer that fetches."""
     model_runner: Any
     """vLLM's, of the worker class that this is mixed into."""
 
@@ -98,6 +101,12 @@ class BalancedWorker(RecordingWorker):
         self.worker_balancer.start_serving()
         return times
 
+    def shutdown(self) -> None:
+        """vLLM's, behind the end of what copies experts."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+        super().shutdown()
+
     def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
 
@@ -106,6 +115,7 @@ class BalancedWorker(RecordingWorker):
         shared.prefetch = for_executor(
             shared.prefetch, vllm_config.parallel_config.distributed_executor_backend
         )
+        self._prefetch = shared.prefetch
         knee_tokens, _ = regime_of(config)
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)

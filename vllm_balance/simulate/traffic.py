@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.recording import Phase
 from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate.models import Model
@@ -105,11 +106,7 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
         )
     random = np.random.default_rng(seed)
     layers_L = np.arange(num_layers) % trace.num_layers
-    total = len(trace.topk_ids_TLK)
-    decoding = np.arange(total)
-    if trace.phase_T is not None and (trace.phase_T == 1).any():
-        decoding = np.flatnonzero(trace.phase_T == 1)
-    drawn = random.choice(decoding, rows)
+    drawn = random.choice(trace.tokens_of(Phase.DECODE), rows)
     return Traffic(
         name=trace.name,
         num_experts=trace.num_experts,
@@ -119,15 +116,14 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
 
 
 def _in_requests(trace: Trace, random: np.random.Generator) -> Array:
-    """Tokens of a trace, [T]: requests, which may have any numbers, whole and in random order."""
-    assert trace.topk_ids_TLK is not None
-    request_T = trace.request_id_T
-    if request_T is None:
-        return np.arange(len(trace.topk_ids_TLK))
-    numbers_R, index_T = np.unique(request_T, return_inverse=True)
+    """Prompt tokens of a trace: requests, which may have any numbers, whole and in random order."""
+    prompts = trace.tokens_of(Phase.PREFILL)
+    if trace.request_id_T is None:
+        return prompts
+    numbers_R, index_T = np.unique(trace.request_id_T[prompts], return_inverse=True)
     place_R = np.empty(len(numbers_R), np.int64)
     place_R[random.permutation(len(numbers_R))] = np.arange(len(numbers_R))
-    return np.argsort(place_R[index_T], kind="stable")
+    return prompts[np.argsort(place_R[index_T], kind="stable")]
 
 
 def _rows(trace: Trace, tokens_N: Array, layers_L: Array) -> Array:
