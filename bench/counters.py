@@ -63,6 +63,13 @@ def counted(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def huge_page_share(ranks: Ranks) -> float | None:
+    """Of the expert weights, what lies in huge pages on the rank with the least."""
+    return min(
+        (rank["huge_page_share"] for rank in ranks if "huge_page_share" in rank), default=None
+    )
+
+
 def samples(answered: Answered) -> list[dict[str, Any]]:
     """Fields of a row's samples: what changed from one look to the next."""
     found, before = [], None

@@ -108,6 +108,7 @@ def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[st
         **counters.counted(ranks),
         **waiting.shares(ranks),
         "memory_bytes": server.memory_bytes(),
+        "huge_page_share": counters.huge_page_share(ranks),
         "samples": counters.samples(answered),
         "layers": counters.heat(answered),
     }

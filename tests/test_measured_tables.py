@@ -172,6 +172,12 @@ def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
     ]
 
 
+def test_a_server_whose_memory_was_fragmented_is_named():
+    whole, half = (row("static", huge_page_share=share) for share in (1.0, 0.5))
+    assert "huge pages" not in arms_table([whole, row("eplb")]).caption
+    assert "Only 50% of the expert weights lay in huge pages" in arms_table([whole, half]).caption
+
+
 def test_cases_of_a_slowed_rank_have_lines_of_their_own():
     slowed = [
         row(arm, case=case, tpot_ms=tpot_ms, slow=1.16)

@@ -86,8 +86,8 @@ class LayerBalancer:
         )
 
     def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        """What rank 0 chose; a collective. With ids of their own, ranks would compute a pair twice or
-        not at all."""
+        """What rank 0 chose; a collective. With ids of their own, ranks would compute a pair twice
+        or not at all."""
         is_first = self.rank == 0
         return self.summed(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
 
@@ -224,6 +224,8 @@ class WorkerBalancer:
     placement: str = "vLLM's own"
     """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
+    huge_page_share: float | None = None
+    """Of the bytes of expert weights, what lies in huge pages, where the worker asks for them."""
     online: FollowsSteps | None = None
     """What moves experts while serving, if anything does."""
 
@@ -261,6 +263,8 @@ class WorkerBalancer:
             **summed,
             "stepped_aside": first.stepped_aside(summed),
         }
+        if self.huge_page_share is not None:
+            status["huge_page_share"] = self.huge_page_share
         if self.online is not None:
             status["online"] = self.online.status()
         if per_layer:

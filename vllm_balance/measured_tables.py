@@ -155,7 +155,7 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     return MeasuredTable(
         title=rows[0].title,
         caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}"
-        f"{CORES_NOTE if watched else ''}",
+        f"{CORES_NOTE if watched else ''}{_in_small_pages(rows)}",
         headings=headings + [heading for heading, _, _ in columns],
         body=body,
         origin=origin(rows),
@@ -302,6 +302,14 @@ def _e2e_ms(row: Measurement) -> float:
 
 def _in_turn(rows: list[Measurement]) -> str:
     return " Ratios are of loads in turn, with quartiles." if rows[0].in_turns else ""
+
+
+def _in_small_pages(rows: list[Measurement]) -> str:
+    """A warning if some server had to read expert weights in small pages."""
+    least = min((row.huge_page_share for row in rows if row.huge_page_share is not None), default=1)
+    if least > 0.99:
+        return ""
+    return f" Only {least:.0%} of the expert weights lay in huge pages in one of the servers."
 
 
 def _compared(rows: list[Measurement]) -> str:

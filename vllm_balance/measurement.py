@@ -93,6 +93,9 @@ class Measurement(Document):
     machine: str
     machine_speed: list[KernelTime] | None = None
     """How fast its cores were meanwhile; None in rows that are older than this field."""
+    huge_page_share: float | None = None
+    """Of the expert weights, what lay in huge pages on the rank with the least; None in rows that
+    are older than this field, and where no worker asks for them."""
     gate: str
     """The proof that this arm answers as one dense rank does, see docs/benchmarks.md."""
 

@@ -105,6 +105,7 @@ def test_the_counters_are_those_of_the_load(measured):
     assert 0 <= found.waiting_share_by_experts < 0.5
     assert found.experts_us_per_layer > 0 and found.decide_us_per_layer > 0
     assert found.memory_bytes > 2**29
+    assert 0 <= found.huge_page_share <= 1
 
 
 def test_the_machine_was_timed_beside_the_load(measured):

@@ -40,7 +40,7 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
             self._attach_eplb()
         model = self.model_runner.get_model()
         self.bind(self.vllm_config, model)
-        _use_huge_pages(model)
+        self.worker_balancer.huge_page_share = _use_huge_pages(model)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)
@@ -73,8 +73,12 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)
 
 
-def _use_huge_pages(model: torch.nn.Module) -> None:
-    """Puts the weights of all experts into huge pages, which every balancer streams faster."""
+def _use_huge_pages(model: torch.nn.Module) -> float:
+    """Puts the weights of all experts into huge pages, which every balancer streams faster.
+
+    Returns:
+        The share of the weights that lies there.
+    """
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     start = time.perf_counter()
@@ -92,3 +96,4 @@ def _use_huge_pages(model: torch.nn.Module) -> None:
         asked / 2**30,
         time.perf_counter() - start,
     )
+    return gathered / asked
