@@ -58,7 +58,6 @@ def tables():
         ("efficiency", "dense_exposed", 0.1),
         ("scale_up", "bandwidth", 0.01),
         ("host", "bandwidth", 0.01),
-        ("fixed", "request", 0.1),
         ("fixed", "request_ahead", 0.05),
         # Set by hand, from servers whose ranks did not yield: repeats differ by tens of per cent.
         ("fixed", "layer", 0.5),

@@ -30,8 +30,9 @@ def test_what_is_between_the_marks_is_replaced(root):
     lines = (root / "README.md").read_text().splitlines()
     assert lines[:3] == ["# Title", "", "<!-- table:decode -->"]
     assert lines[3] == "Decode <of> a test. Medians of 2 measurements per line."
-    assert lines[5].startswith("| arm | TPOT against static | TPOT against eplb | TPOT ms |")
-    assert lines[8].startswith("| eplb | +29.9% | +0.0% | 130.5 |")
+    compared = "| arm | TPOT against static | TPOT against eplb | TPOT ms, lowest to highest |"
+    assert lines[5].startswith(compared)
+    assert lines[8].startswith("| eplb | +29.9% | +0.0% | 130 to 131 | 130.5 |")
     assert lines[-4:-1] == [
         "Measured on A machine; commit abc1234; `python -m bench.run configs/runs/decode.toml`.",
         "<!-- end -->",

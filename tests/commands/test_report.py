@@ -115,7 +115,7 @@ def test_tabs_change_the_run_and_its_table_has_the_numbers(page):
     expect(page.get_by_text("Old")).to_have_count(0)
     cells = page.locator("section:visible tbody tr").nth(1).locator("td")
     assert cells.first.inner_text() == "eplb"
-    assert [cells.nth(1).inner_text(), cells.nth(3).inner_text()] == ["+29.9%", "130.5"]
+    assert [cells.nth(1).inner_text(), cells.nth(4).inner_text()] == ["+29.9%", "130.5"]
     expect(page.locator("section:visible .js-plotly-plot")).to_have_count(4)
     page.get_by_role("tab", name="batch").click()
     expect(page.get_by_role("heading", name="Decode <of> a test")).to_be_hidden()

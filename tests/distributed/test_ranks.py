@@ -45,7 +45,8 @@ def test_every_rank_takes_part_in_as_many_collectives(findings):
         assert len({found["collectives"] for found in ranks}) == 1, key
         total += ranks[0]["collectives"]
     counts = 3 * 16  # Metro at each knee, once per batch, in one of the three ways.
-    ids = 3 * 14 if len(findings) > 2 else 0  # Tensor-parallel, where the batch has tokens.
+    # Tensor-parallel, where the batch has tokens.
+    ids = len(POLICIES) * 14 if len(findings) > 2 else 0
     assert total == counts + ids
 
 

@@ -64,8 +64,8 @@ def test_a_trace_serves_its_own_tokens():
     made = recorded(trace, MODEL, 5, seed=0, rows=64)
     decoding = {ids.tobytes() for ids in ids_TLK[1::2, 1].astype(np.int32)}
     assert {ids.tobytes() for ids in made.decode_LNK[4]} <= decoding
-    prompt = made.prefill_LNK[0, :10]
-    assert any((ids_TLK[start : start + 10, 0] == prompt).all() for start in range(0, 90, 10))
+    prompt = made.prefill_LNK[0, :5]
+    assert any((ids_TLK[start : start + 10 : 2, 0] == prompt).all() for start in range(0, 90, 10))
 
 
 @pytest.mark.parametrize("number", [lambda n: n, lambda n: n * 2**58 - 2**60])
