@@ -9,9 +9,9 @@ median over loads of predicted over measured time. With that, by non-negative le
 
 The first is of relative errors, and a median over repeats in which all requests decode together;
 rows have the experts' time on one rank, and by how much the slowest of each layer is behind is the
-simulator's. The second is the fastest of the repeats, as other work on the machine delays a first
-token and never hurries it; the median request of a burst has (n - 1) / 2 ahead of it. Attention is
-from how much longer a longer prompt takes.
+simulator's. The second is their median too, or the fastest of repeats that do not say how fast the
+machine was; the median request of a burst has (n - 1) / 2 ahead of it. Attention is from how much
+longer a longer prompt takes.
 
 All of it is of a machine that is as fast as when the profile was measured: times of rows that say
 how much slower the kernel was just then (bench/speed.py) are divided by it.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,8 @@ class Served:
     left_us: float
     """TPOT beyond the experts' measured time and the predicted rest; medians over repeats."""
     ttft_us: float
-    """Fastest of the repeats."""
     experts_us: float
-    """In the experts of all layers and steps on one rank, in that repeat."""
+    """In the experts of all layers and steps on one rank."""
     scores_us: float
     """Attention proper of the first step at the peak."""
     made: Outcome
@@ -158,7 +158,6 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
     heads = model.num_heads.value / machine.ranks_per_node.value
     scores = 2 * layers * heads * model.attention_width * float(made.steps.looks_N[0])
     rows = [_as_profiled(row, made, profile) for row in rows]
-    fastest = min(rows, key=lambda row: row["ttft_ms"])
     steps = min(row["steps"] for row in rows)
     together = [row for row in rows if row["steps"] <= LATE * steps]
     return Served(
@@ -166,11 +165,21 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
         load=load,
         tpot_us=1e3 * statistics.median(row["tpot_ms"] for row in together),
         left_us=statistics.median(_left_us(row, layers, made) for row in together),
-        ttft_us=1e3 * fastest["ttft_ms"],
-        experts_us=fastest["experts_us_per_layer"] * layers * fastest["steps"],
+        ttft_us=1e3 * _typical(together, lambda row: row["ttft_ms"]),
+        experts_us=_typical(
+            together, lambda row: row["experts_us_per_layer"] * layers * row["steps"]
+        ),
         scores_us=scores / machine.peak(model.dense_number).per_us,
         made=made,
     )
+
+
+def _typical(rows: list[Row], value: Callable[[Row], float]) -> float:
+    """Median over repeats; of the fastest where they do not say how fast the machine was, as other
+    work delays a first token and never hurries it."""
+    if all("machine_speed" in row for row in rows):
+        return statistics.median(map(value, rows))
+    return value(min(rows, key=lambda row: row["ttft_ms"]))
 
 
 def _as_profiled(row: Row, made: Outcome, profile: Profile) -> Row:
