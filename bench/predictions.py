@@ -9,7 +9,7 @@ from bench import real_size_model
 from bench.load import Load as Asked
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
-from vllm_balance.simulate.hardware import Number
+from vllm_balance.simulate.hardware import NUMBER_OF
 from vllm_balance.simulate.models import Model
 
 BASE = "qwen3-30b-a3b"
@@ -17,7 +17,7 @@ SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads",
 SHAPE += ("vocabulary",)
 """What a benchmark's model may have otherwise than BASE."""
 TOKEN_BUDGET = 8192
-NUMBERS: dict[str, tuple[Number, int]] = {"bfloat16": ("float16", 2), "float32": ("float32", 4)}
+NUMBERS = {dtype: (NUMBER_OF[dtype], width) for dtype, width in (("bfloat16", 2), ("float32", 4))}
 """What a model is served in: the format of its arithmetic, bytes of a weight or cached element."""
 Row = dict[str, Any]
 

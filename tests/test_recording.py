@@ -1,5 +1,6 @@
 """Recording files: read back as written, cut at any byte, merged over ranks, never too large."""
 
+import errno
 import io
 import zipfile
 
@@ -253,3 +254,13 @@ def test_a_file_is_made_only_where_there_is_none(tmp_path):
 def test_wrong_settings(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RecordSettings.model_validate({"file": "t.npz", **wrong})
+
+
+def test_a_disk_that_is_full_at_the_start_is_a_refusal_without_a_file(tmp_path, monkeypatch):
+    def full(self, name, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordingFile, "_write", full)
+    with pytest.raises(BalancerError, match="No space left on device"):
+        RecordingFile(tmp_path / "t.npz", "counts", 2**20, HEADER)
+    assert not (tmp_path / "t.npz").exists()

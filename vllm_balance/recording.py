@@ -20,6 +20,7 @@ members by the headers in front of them, and a chunk that is not whole ends the 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zipfile
 from collections.abc import Mapping
@@ -90,6 +91,9 @@ class RecordingFile:
                 self._write(f"{name}.npy", _npy(np.asarray(value)))
             self._file.flush()
         except OSError as error:
+            for opened in (self._archive, self._file):
+                with contextlib.suppress(OSError):
+                    opened.close()
             path.unlink(missing_ok=True)
             raise _cannot_make(path, error) from error
 

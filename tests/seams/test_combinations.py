@@ -3,6 +3,7 @@
 import pytest
 from deployments import deployment as facts
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
@@ -102,3 +103,31 @@ def test_ranks_that_exchange_counts_map_their_own_pairs_in_any_number(moe_model,
     layout = {"tensor_parallel_size": 1, "data_parallel_size": 2}
     config = stock_config(moe_model, max_num_batched_tokens=2**20, **layout)
     configured(config, {"name": "metro", "exchange": "all_reduce"})
+
+
+def test_a_backend_whose_weights_eplb_does_not_know_is_refused_with_it_alone(moe_model):
+    """vLLM's own check runs before EPLB is turned on."""
+    config = stock_config(moe_model)
+    config.parallel_config.all2all_backend = "moonep"
+    with pytest.raises(BalancerError, match="together with --all2all-backend moonep"):
+        configured(config, "metro")
+    configured(config, "static")
+
+
+@pytest.mark.parametrize(("name", "logs"), [("harmoeny", False), ("metro", True)])
+def test_balancedness_is_not_exchanged_where_nothing_is_rebalanced(moe_model, name, logs):
+    config = with_vllms_own(moe_model, name, log_balancedness=True)
+    assert config.parallel_config.eplb_config.log_balancedness == logs
+
+
+def test_eplb_on_gpus_is_checked_and_leaves_the_ports_that_others_know(moe_model, monkeypatch):
+    config = stock_config(moe_model, tensor_parallel_size=1, data_parallel_size=2)
+    parallel = config.parallel_config
+    port = parallel.data_parallel_master_port
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(current_platform, "is_cuda_alike", lambda: True)
+    deployment._enable_eplb(config, BalancerConfig(name="metro"), 4)
+    assert config.parallel_config is parallel and parallel.enable_eplb
+    assert parallel.eplb_config.num_redundant_experts == 4
+    assert parallel.eplb_config.communicator is not None
+    assert parallel.data_parallel_master_port == port

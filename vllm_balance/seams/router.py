@@ -89,10 +89,11 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_forward(self: Any) -> Callable[..., Any]:
         require_balanceable(self)
-        config = settings_of(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        config = settings_of(vllm_config)
         if config is not None and config.look_ahead == "router":
             require_predictable(self)
-        require_known_slots(self, get_current_vllm_config().parallel_config.enable_eplb)
+        require_known_slots(self, vllm_config.parallel_config.enable_eplb)
         forward = original(self)
         if not current_platform.is_cpu():
             return forward

@@ -24,6 +24,12 @@ from vllm_balance.simulate.quantities import (
 )
 
 Number = Literal["float32", "float16", "float8", "float4"]
+NUMBER_OF: dict[str, Number] = {
+    "bfloat16": "float16",
+    "float16": "float16",
+    "float32": "float32",
+}
+"""Format of the arithmetic of a dtype that a model is served and profiled in."""
 """Formats that arithmetic runs in; float16 stands for bfloat16 too."""
 
 

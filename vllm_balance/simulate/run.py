@@ -18,7 +18,7 @@ from vllm_balance.simulate.fetches import (
     fetching_policy,
     with_fetches,
 )
-from vllm_balance.simulate.hardware import Hardware
+from vllm_balance.simulate.hardware import NUMBER_OF, Hardware
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
 from vllm_balance.simulate.models import Model
@@ -29,8 +29,6 @@ from vllm_balance.simulate.traffic import Traffic
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
 """Decode batches that redundant experts are placed by, and their size."""
-NUMBERS = {"bfloat16": "float16", "float16": "float16", "float32": "float32"}
-"""Format of the arithmetic of a profile's dtype."""
 _STATE_BYTES = 2
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
@@ -136,7 +134,7 @@ def expert_times(arm: Arm) -> ExpertTimes:
 def _is_of(profile: Profile, model: Model) -> bool:
     shape = profile.shape
     same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
-    return same_size and NUMBERS.get(shape.dtype) == model.expert_number
+    return same_size and NUMBER_OF.get(shape.dtype) == model.expert_number
 
 
 class _MoeStage:
