@@ -47,7 +47,7 @@ def render(runs: list[list[Measurement]]) -> str:
     except ModuleNotFoundError as error:
         raise BalancerError(
             f"vllm-balance report needs {error.name}, which is not installed: "
-            f"pip install 'vllm-balance[report]'."
+            f"run pip install '.[report]' in the repository."
         ) from error
     template = jinja2.Template(
         TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined

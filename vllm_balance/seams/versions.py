@@ -39,7 +39,7 @@ def unsupported_version() -> str | None:
     remedy = (
         "upgrade vllm-balance, or install a supported vLLM"
         if newer
-        else "install a supported vLLM (pip install 'vllm-balance[cuda]'; on CPUs `make env`)"
+        else "install a supported vLLM (in the repository: pip install '.[cuda]'; on CPUs `make env`)"
     )
     return (
         f"vllm-balance supports vLLM {SUPPORTED} (tested: {TESTED}); vLLM {found} is installed. "

@@ -156,7 +156,7 @@ def _computed(chunks: list[list[Cell]], address: str | None) -> Iterator[list[Ro
     except ImportError as error:
         raise BalancerError(
             "A sweep runs in parallel with Ray, which is not installed: "
-            "pip install 'vllm-balance[sweep]'."
+            "run pip install '.[sweep]' in the repository."
         ) from error
     if not chunks:
         return
