@@ -63,19 +63,33 @@ TYPES = {
     "counters": "*i64",
     "out": "*i32",
     "knee_tokens": "fp32",
+    "split": "*i32",
+    "offset": "*i32",
+    "tokens": "*i32",
 }
+"""Of the arguments of all kernels that are no int32: vLLM's types of maps and ids."""
+OPTIONS = ("num_warps", "maxnreg")
 
 
 def compile_route(capability: int, sizes: dict[str, int]):
-    """The route kernel compiled for ``sm_<capability>`` with vLLM's types of maps and ids."""
+    """The route kernel with all that it can record, compiled for ``sm_<capability>``."""
     from vllm_balance.kernels.metro.triton_gpu import BLOCK_PAIRS, route_kernel
 
-    options = {name: sizes[name] for name in ("num_warps", "maxnreg")}
-    constants = {name: value for name, value in sizes.items() if name not in options}
-    constants |= {"HAS_LOAD": True, "HAS_RECORD": True, "HAS_VALID": True, "BLOCK": BLOCK_PAIRS}
-    names = route_kernel.arg_names
+    flags = {"HAS_LOAD": True, "HAS_RECORD": True, "HAS_VALID": True}
+    return compile_kernel(route_kernel, capability, sizes | flags | {"BLOCK": BLOCK_PAIRS})
+
+
+def compile_kernel(kernel, capability: int, settings: dict[str, int | None]):
+    """A kernel compiled for ``sm_<capability>``.
+
+    Args:
+        settings: options of the compiler and values known to it; an absent argument is None.
+    """
+    options = {name: settings[name] for name in OPTIONS if name in settings}
+    constants = {name: value for name, value in settings.items() if name not in OPTIONS}
+    names = kernel.arg_names
     source = ASTSource(
-        fn=route_kernel,
+        fn=kernel,
         signature={
             name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names
         },

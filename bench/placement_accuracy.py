@@ -70,7 +70,7 @@ def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
     local = trace.num_experts // RANKS
     layer = trace.num_layers // 2
     fitted, held_out = trace.split(SEED)
-    with probing(shape, kernel_isa(), cores_of(RANKS), local) as probe:
+    with probing(shape, kernel_isa(shape.dtype), cores_of(RANKS), local) as probe:
         fits = curves(sample(probe, local))
         cluster = Cluster(costs=tuple(found.model for found in fits))
         for kind, batch in BATCHES.items():

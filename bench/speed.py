@@ -69,7 +69,7 @@ def watching(ranks: int, dtype: str) -> Iterator[Watch]:
         ranks: that a server has, a core each.
         dtype: that models are served in.
     """
-    with probing(experts_of(dtype), kernel_isa(), rank_cores(ranks), EXPERTS) as probe:
+    with probing(experts_of(dtype), kernel_isa(dtype), rank_cores(ranks), EXPERTS) as probe:
         yield Watch(probe)
 
 

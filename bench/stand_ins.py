@@ -43,7 +43,7 @@ def made_up_profile(model: Path) -> Profile:
     return Profile(
         units=Units(),
         created=datetime.now(UTC),
-        device=device_name(),
+        device=device_name("float32"),
         versions=kernel_versions(),
         shape=from_config(model).model_copy(update={"dtype": "float32"}),
         ranks=[

@@ -1,4 +1,8 @@
-"""Registers operations with PyTorch, so that torch.compile and CUDA graphs see one opaque call."""
+"""Registers operations with PyTorch, so that torch.compile and CUDA graphs see one opaque call.
+
+In a server the whole MoE layer is such a call already. This is for code that calls the kernels from
+a model of its own.
+"""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ ROOT = TESTS.parent
 RUN_FIRST = (
     "test_demo_model.py",
     "distributed",
-    "kernels",
     "server",
 )
 """Files and folders in the order in which they are run, before all others. The first may train the
-demo model, on one core, and what follows does without it, until the servers."""
+demo model, on one core; meanwhile the second does without it. Servers take longest, one after the
+other, so they begin next, and all else is run beside them."""
 
 # Read when torch loads OpenMP. Two test processes with two threads each on two cores would spend
 # more than half of the time spinning until the threads of the other give way. A server's ranks
@@ -58,6 +58,7 @@ class OneServerAtATime(LoadFileScheduling):
         return "server" if Path(file).is_relative_to("tests/server") else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneServerAtATime:
     return OneServerAtATime(config, log)
 
@@ -77,6 +78,7 @@ if "bench" not in sys.modules:
 _load("apart", TESTS / "apart.py")
 _load("cases", TESTS / "cases.py")
 _load("deployments", TESTS / "deployments.py")
+_load("json_places", TESTS / "json_places.py")
 _load("measured", TESTS / "measured.py")
 _load("serving", TESTS / "server" / "serving.py")
 _load("gloo", TESTS / "distributed" / "gloo.py")

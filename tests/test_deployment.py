@@ -14,7 +14,13 @@ from vllm_balance.config import (
     LOADED_BY_MAP,
     BalancerConfig,
 )
-from vllm_balance.deployment import Deployment, check_gpu_limits, num_redundant_experts
+from vllm_balance.deployment import (
+    MAX_REDUNDANT,
+    Deployment,
+    check_eplb_limit,
+    check_gpu_limits,
+    num_redundant_experts,
+)
 
 REPLICATING = [
     name for name in BALANCERS if name not in ("static", *LOADED_BY_MAP) and name not in FETCHES
@@ -62,6 +68,20 @@ def test_the_default_always_fits_the_ranks(num_experts, num_ranks, name):
     assert (num_experts + redundant) % num_ranks == 0
     least = num_experts * (DEFAULT_REDUNDANCY - 1)
     assert least <= redundant < least + num_ranks
+
+
+def test_one_copy_of_each_cannot_be_helped_by_redundant_experts():
+    text = refused(BalancerConfig(name="static"), deployment(num_experts=60, num_ranks=8))
+    assert "60 experts do not divide over 8 ranks" in text
+    assert "number of ranks that divides 60" in text and "num_redundant_experts" not in text
+
+
+def test_more_redundant_experts_than_vllms_eplb_makes_maps_for():
+    check_eplb_limit(BalancerConfig(name="metro"), MAX_REDUNDANT)
+    check_eplb_limit(BalancerConfig(name="static"), 2000)
+    for name in ("metro", "even_split"):
+        text = refusal(check_eplb_limit, BalancerConfig(name=name), MAX_REDUNDANT + 1)
+        assert f"{name} asks for 1,024 slots" in text and "at most 1,023" in text
 
 
 def test_count_and_ratio_must_agree():

@@ -55,7 +55,7 @@ class LayerBalancer:
         return self._decide(topk_ids_TK, num_valid_tokens)
 
     def after_gather(self, topk_ids_GK: torch.Tensor) -> torch.Tensor:
-        """Slots of the pairs of all ranks' tokens; ids of padding rows are -1 already."""
+        """Slots of the pairs of all ranks' tokens; ids of padding rows are below 0 already."""
         if self.way != "after_gather":
             return topk_ids_GK
         return self._decide(topk_ids_GK, None)

@@ -125,6 +125,12 @@ class BalancerConfig(BaseModel):
         """Whether it needs the state of vLLM's EPLB: maps and the exchange of weights."""
         return self.replicates or self.online is not None
 
+    @property
+    def moves(self) -> bool:
+        """Whether experts move from slot to slot while serving, so that their weights do."""
+        stays = self.fetches or (self.name in LOADED_BY_MAP and self.online is None)
+        return self.uses_eplb and not stays
+
 
 def parse(settings: Any) -> BalancerConfig:
     """Checked settings from a mapping, or from a bare balancer name.
@@ -145,7 +151,7 @@ def parse(settings: Any) -> BalancerConfig:
             f"`name` into the configuration; NAME is one of {', '.join(BALANCERS)}."
         )
     if settings["name"] not in BALANCERS:
-        raise BalancerError(_unknown("balancer", str(settings["name"]), BALANCERS))
+        raise BalancerError(unknown("balancer", str(settings["name"]), BALANCERS))
     try:
         return BalancerConfig.model_validate(dict(settings))
     except ValidationError as error:
@@ -187,14 +193,20 @@ def _load(source: str) -> dict[str, Any]:
     if text.startswith("{"):
         return _parse_json(text, "--moe-balancer-config")
     path = Path(source).expanduser()
-    if not path.is_file():
-        raise BalancerError(
-            f"--moe-balancer-config names {source!r}, which is not a file (looked in "
-            f"{path.resolve().parent}). It takes a .toml or .json file, or JSON that starts "
-            f"with '{{'."
-        )
     try:
+        if not path.is_file():
+            raise BalancerError(
+                f"--moe-balancer-config names {source!r}, which is not a file (looked in "
+                f"{path.resolve().parent}). It takes a .toml or .json file, or JSON that starts "
+                f"with '{{'."
+            )
         content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BalancerError(
+            f"--moe-balancer-config names {source!r}, which cannot be read: {error.strerror}. Let "
+            f"the user that starts the server read the file and its folder, or pass the settings "
+            f"as JSON that starts with '{{'."
+        ) from error
     except UnicodeDecodeError as error:
         raise BalancerError(f"{path} is not a text file in UTF-8: {error}.") from error
     if path.suffix == ".json":
@@ -220,7 +232,8 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
     return settings
 
 
-def _unknown(what: str, found: str, allowed: Iterable[str]) -> str:
+def unknown(what: str, found: str, allowed: Iterable[str]) -> str:
+    """What to say of a name that does not exist: the nearest one, and all that do."""
     allowed = list(allowed)
     near = difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -232,7 +245,7 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parts.append(_unknown("key", where, _keys_beside(item["loc"])))
+            parts.append(unknown("key", where, _keys_beside(item["loc"])))
         else:
             parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")
     return "The settings of the MoE balancer are wrong. " + " ".join(parts)

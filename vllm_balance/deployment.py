@@ -14,6 +14,9 @@ from vllm_balance.config import (
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
 
+MAX_REDUNDANT = 1023
+"""Redundant experts of a layer that vLLM's EPLB makes maps for (``EplbState.add_model``)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
@@ -24,7 +27,7 @@ class Deployment:
     """Logical experts per layer; 0 for a dense model."""
     num_moe_layers: int
     expert_bytes: int
-    """Bytes of one expert of one layer; a lower bound for quantised models."""
+    """Bytes of one expert of one layer, by its configuration; of a quantised one without scales."""
     num_ranks: int
     """Expert-parallel ranks: tensor times data parallel."""
     enable_expert_parallel: bool
@@ -65,7 +68,7 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
             f"redundant experts were asked for. Leave `num_redundant_experts` and `redundancy` "
             f"out, or use eplb, first_copy or metro, or gem with a map that has them."
         )
-    _check_divides(redundant, deployment)
+    _check_divides(redundant, deployment, replicates=config.replicates)
     _check_memory(redundant, deployment)
     return redundant
 
@@ -100,6 +103,20 @@ def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
         raise BalancerError(
             f"--moe-balancer {config.name} needs at least two expert-parallel ranks, and there is "
             f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away."
+        )
+
+
+def check_eplb_limit(config: BalancerConfig, num_redundant: int) -> None:
+    """Returns if vLLM's EPLB takes so many slots beyond the logical experts.
+
+    Raises:
+        BalancerError: it does not.
+    """
+    if config.uses_eplb and num_redundant > MAX_REDUNDANT:
+        raise BalancerError(
+            f"--moe-balancer {config.name} asks for {num_redundant:,} slots per layer beyond the "
+            f"experts, over all ranks, and vLLM's EPLB takes at most {MAX_REDUNDANT:,}. Lower "
+            f"`num_redundant_experts`, `redundancy` or `dynamic_slots`."
         )
 
 
@@ -189,11 +206,17 @@ def _asked_for(config: BalancerConfig, deployment: Deployment) -> int:
     return count
 
 
-def _check_divides(redundant: int, deployment: Deployment) -> None:
+def _check_divides(redundant: int, deployment: Deployment, *, replicates: bool) -> None:
     experts, ranks = deployment.num_experts, deployment.num_ranks
     physical = experts + redundant
     if physical % ranks == 0:
         return
+    if not replicates:
+        raise BalancerError(
+            f"{experts} experts do not divide over {ranks} ranks, and this balancer keeps one copy "
+            f"of each. Use a number of ranks that divides {experts}, or a balancer that can have "
+            f"redundant experts (eplb, first_copy, metro)."
+        )
     below, above = physical // ranks * ranks, -(-physical // ranks) * ranks
     fitting = [slots - experts for slots in (below, above) if slots >= experts]
     values = " or ".join(f"{n} (redundancy {1 + n / experts:.6g})" for n in fitting)

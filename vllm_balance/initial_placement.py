@@ -14,6 +14,11 @@ from vllm_balance.maps import PlacementMap
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+VLLMS_OWN = "vLLM's own"
+EVERY_LAYER = -1
+"""Index of a row that holds for every layer."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InitialPlacement:
     """The expert of every slot of every MoE layer at load time."""
@@ -21,7 +26,7 @@ class InitialPlacement:
     origin: str
     """What decided it, for people, e.g. ``gem map``."""
     layers: tuple[int, ...]
-    """Index in the model of each row, counting dense layers."""
+    """Index in the model of each row, counting dense layers; or EVERY_LAYER alone."""
     placement_LP: Array
     """Logical expert of each slot, int32 [L, P]; -1 is a slot that starts empty."""
     checksum: str
@@ -55,6 +60,12 @@ class InitialPlacement:
             checksum=found.checksum,
         )
 
+    @classmethod
+    def vllms_own(cls, num_experts: int, redundant: int) -> Self:
+        """vLLM's own, in every layer: the experts in order, the first ones again behind them."""
+        slots_P = np.arange(num_experts + redundant) % num_experts
+        return cls.of(VLLMS_OWN, (EVERY_LAYER,), slots_P[None])
+
     @property
     def num_physical(self) -> int:
         """Slots of each layer."""
@@ -66,6 +77,8 @@ class InitialPlacement:
         Raises:
             BalancerError: the layer has no row.
         """
+        if self.layers == (EVERY_LAYER,):
+            layer = EVERY_LAYER
         if layer not in self.layers:
             raise BalancerError(
                 f"The initial placement ({self.origin}) has no entry for layer {layer} of the "

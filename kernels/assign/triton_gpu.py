@@ -35,7 +35,7 @@ def occurrences(ids, start, pairs, valid_pairs, expert, seen, BLOCK: tl.constexp
     return pair, mine, number, seen + tl.sum(counted, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def assign_kernel(ids, split, table, offset, valid, out, pairs, top_k, E, R, split_stride, stride,
                   HAS_OFFSET: tl.constexpr, HAS_VALID: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip

@@ -74,7 +74,7 @@ def record_even(tokens_E, table, replicas, stride, E, P, S, counters, expert_E,
 
 @triton.jit
 def split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, expert, stride, P,
-                 record_load, BLOCK: tl.constexpr):  # fmt: skip
+                 record_load, HAS_LOAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Writes the slots of one expert's pairs under the even split and records its load."""
     count = tl.minimum(tl.maximum(tl.load(replicas + expert).to(tl.int32), 1), stride)
     row = table + expert.to(tl.int64) * stride
@@ -82,9 +82,10 @@ def split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, ex
     for column in range(0, count):
         share = even_share(expert, tokens, count, column)
         first = tl.where((first < 0) & (share > 0), column, first)
-        slot = tl.load(row + column).to(tl.int32)
-        if record_load & (share > 0) & (slot >= 0) & (slot < P):
-            tl.store(load + slot, tl.load(load + slot) + share)
+        if HAS_LOAD:
+            slot = tl.load(row + column).to(tl.int32)
+            if record_load & (share > 0) & (slot >= 0) & (slot < P):
+                tl.store(load + slot, tl.load(load + slot) + share)
     first = tl.maximum(first, 0)
     seen = tl.zeros([], tl.int32)
     for start in range(0, pairs, BLOCK):
@@ -98,7 +99,7 @@ def split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, ex
         tl.store(out + pair, tl.load(row + column_B, mask=mine), mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, out,
                  knee_tokens, pairs, top_k, E, P, S, stride,
                  HAS_LOAD: tl.constexpr, HAS_RECORD: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -118,7 +119,7 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
         else:
             tokens = tl.sum(tl.where(expert_E == program - 1, tokens_E, 0), 0)
             split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, program - 1,
-                         stride, P, record_load, BLOCK)  # fmt: skip
+                         stride, P, record_load, HAS_LOAD, BLOCK)  # fmt: skip
     elif program == 0:
         packed_E = load_ranks(table, replicas, stride, E, P, S, expert_E, RB)
         column_E, activated_S, tokens_S = choose_columns(
@@ -127,8 +128,8 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
         address_E = table + expert_E.to(tl.int64) * stride + tl.maximum(column_E, 0)
         slot_E = tl.load(address_E, mask=expert_E < E, other=-1).to(tl.int32)
         map_pairs(ids, out, pairs, slot_E, E, BLOCK)
-        if record_load:
-            uses_E = (column_E >= 0) & (slot_E >= 0)
+        if HAS_LOAD:
+            uses_E = record_load & (column_E >= 0) & (slot_E >= 0)
             old_E = tl.load(load + slot_E, mask=uses_E, other=0)
             tl.store(load + slot_E, old_E + tokens_E, mask=uses_E)
         add_batch(counters, activated_S, tokens_S, S, MEMORY_BOUND, SB)
@@ -155,9 +156,15 @@ def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str,
         "SB": SB,
         "SC": min(SB, 8 if EB > 256 else 16),
         "num_warps": num_warps,
-        # One program runs alone on its multiprocessor: it may have all registers.
-        "maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255),
-    }
+    } | _registers(num_warps)
+
+
+def _registers(num_warps: int) -> dict[str, int]:
+    """One program runs alone on its multiprocessor: it may have all registers. AMD's compiler has
+    no such option."""
+    if torch.version.hip is not None:
+        return {}
+    return {"maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255)}
 
 
 def _require_limits(num_experts: int, num_physical: int, num_ranks: int) -> None:

@@ -4,8 +4,7 @@ HarMoEny (arXiv 2506.12417): tokens of overloaded ranks are computed on underloa
 dynamic slots take in the experts that this needs. ``docs/harmoeny.md`` describes the methods.
 
 The decision is made on the host, from counts. Batches for which it matters are compute-bound
-prefills, which vLLM runs eagerly, so the host may read a few counts there; batches inside a CUDA
-graph are routed by ``kernels.metro.route`` on the device, over the same tables.
+prefills, and servers that fetch experts run eagerly, so the host may read a few counts there.
 """
 
 from __future__ import annotations

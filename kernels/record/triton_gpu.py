@@ -50,11 +50,11 @@ def valid_pairs_of(valid, pairs, top_k, HAS_VALID: tl.constexpr):
 
 @triton.jit
 def recording(record_enabled, HAS_LOAD: tl.constexpr, HAS_RECORD: tl.constexpr):
-    """Whether the load is to be recorded."""
-    enabled = HAS_LOAD
+    """Whether the load is to be recorded; known to the compiler if there is no flag."""
     if HAS_LOAD and HAS_RECORD:
-        enabled = tl.load(record_enabled) != 0
-    return enabled
+        return tl.load(record_enabled) != 0
+    else:
+        return HAS_LOAD
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def count_ids(ids, begin, end, bound, BINS: tl.constexpr, BLOCK: tl.constexpr):
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def record_kernel(ids, load, record_enabled, valid, counters, pairs, top_k, P, S, regime,
                   HAS_LOAD: tl.constexpr, HAS_RECORD: tl.constexpr, HAS_VALID: tl.constexpr,
                   PB: tl.constexpr, SB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip

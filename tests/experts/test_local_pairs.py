@@ -12,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.experts.local_pairs import LocalPairExperts, extended_map, select_local_pairs
+from vllm_balance.experts.local_pairs import (
+    LocalPairExperts,
+    PairBuffers,
+    extended_map,
+    select_local_pairs,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 HIDDEN = 6
@@ -108,6 +113,25 @@ def test_output_is_the_sum_of_the_local_pairs(dtype, batch, seed):
     computed = [expert for _, _, experts in kernel.calls for expert in experts]
     assert computed == local_TK[local_TK >= 0].tolist()
     assert len(kernel.calls) == (len(computed) > 0)
+
+
+def test_layers_share_their_buffers():
+    """48 layers with rows of their own would take gibibytes that no check of memory knows."""
+    map_P, buffers = torch.tensor([0, -1, 1, -1]), PairBuffers()
+    layers = [LocalPairExperts(map_P, buffers) for _ in range(3)]
+    kernels = [Experts(2, torch.float32) for _ in layers]
+    hidden_TD, ids_TK = (
+        tokens(5, torch.float32),
+        torch.tensor([[0, 2], [1, 3], [2, 0], [0, 1], [3, 2]]),
+    )
+    weights_TK = weights(ids_TK)
+    local_TK = map_P[ids_TK]
+    for experts, kernel in zip(layers, kernels, strict=True):
+        output_TD = torch.full_like(hidden_TD, torch.nan)
+        experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
+        assert torch.equal(output_TD, dense(hidden_TD, weights_TK, local_TK, kernel))
+    rows = {kernel.calls[0][1]._base.data_ptr() for kernel in kernels}
+    assert len(rows) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

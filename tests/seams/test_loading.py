@@ -121,6 +121,48 @@ def test_experts_that_are_loaded_together_are_refused():
         loading.load(rank.original, rank, call(0, "w1", torch.tensor(1.0)))
 
 
+@pytest.mark.parametrize("offered", [EXPERTS, EXPERTS + 2], ids=["fused", "each expert"])
+def test_redundant_experts_are_loaded_without_a_map_whatever_the_checkpoint(offered):
+    """From fused checkpoints vLLM offers the first E physical experts only."""
+    loading = PlacedLoading(InitialPlacement.vllms_own(EXPERTS, redundant=2))
+    ranks = [Rank(number, EXPERTS + 2) for number in range(2)]
+    for rank in ranks:
+        for physical in range(offered):
+            for shard, value in (("w1", physical % EXPERTS), ("w2", 10 + physical % EXPERTS)):
+                loading.load(rank.original, rank, call(physical, shard, torch.tensor(value)))
+    slots = torch.cat([rank.weight for rank in ranks])
+    assert slots.tolist() == [[e, 10 + e] for e in (0, 1, 2, 3, 0, 1)]
+    assert loading.problem(ranks, "auto") is None
+
+
+def test_vllms_own_placement_leaves_other_loaders_alone():
+    rank = Rank(0, EXPERTS + 2)
+    loading = PlacedLoading(InitialPlacement.vllms_own(EXPERTS, redundant=2))
+    assert loading.problem([rank], "sharded_state") is None
+    asked = []
+
+    def original(layer, **given) -> bool:
+        asked.append(given["expert_id"])
+        return True
+
+    assert loading.load(original, rank, call(5, "w1", torch.zeros(4, 2, 2)))
+    assert asked == [5]
+
+
+def test_a_redundant_expert_that_did_not_arrive_is_named(monkeypatch):
+    rank = Rank(1, EXPERTS + 2)
+    loading = PlacedLoading(InitialPlacement.vllms_own(EXPERTS, redundant=2))
+    same = loading.placement.checksum
+    for shard in ("w1", "w2"):
+        loading.load(rank.original, rank, call(0, shard, torch.tensor(0.0)))
+        loading.load(rank.original, rank, call(3, shard, torch.tensor(3.0)))
+    with pytest.raises(BalancerError, match=r"slot 5 .* expert 1, got nothing.*balancer static"):
+        verified(monkeypatch, loading, rank, (same, None))
+    for shard in ("w1", "w2"):
+        loading.load(rank.original, rank, call(1, shard, torch.tensor(1.0)))
+    assert verified(monkeypatch, loading, rank, (same, None)) == "vLLM's own"
+
+
 def test_a_layer_without_entry_is_refused():
     rank = Rank(0, EXPERTS)
     loading = PlacedLoading(InitialPlacement.of("test", (5,), np.array([[3, 2, 1, 0]])))

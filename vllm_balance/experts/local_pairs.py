@@ -73,12 +73,35 @@ def select_local_pairs(
     )
 
 
-class LocalPairExperts:
-    """Runs a kernel on the local pairs of a batch and sums them per token, reusing its buffers."""
+class PairBuffers:
+    """Inputs and outputs of a rank's pairs, for all its layers: one computes at a time."""
 
-    def __init__(self, expert_map_P: torch.Tensor) -> None:
+    def __init__(self) -> None:
+        self._inputs_ND: torch.Tensor | None = None
+        self._outputs_ND: torch.Tensor | None = None
+
+    def room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""
+        inputs_ND, outputs_ND = self._inputs_ND, self._outputs_ND
+        if (
+            inputs_ND is None
+            or outputs_ND is None
+            or inputs_ND.shape[0] < num_pairs
+            or inputs_ND.shape[1] != like.shape[1]
+            or inputs_ND.dtype != like.dtype
+        ):
+            shape = (num_pairs, like.shape[1])
+            inputs_ND = self._inputs_ND = like.new_empty(shape)
+            outputs_ND = self._outputs_ND = like.new_empty(shape)
+        return inputs_ND[:num_pairs], outputs_ND[:num_pairs]
+
+
+class LocalPairExperts:
+    """Runs a kernel on the local pairs of a batch and sums them per token."""
+
+    def __init__(self, expert_map_P: torch.Tensor, buffers: PairBuffers | None = None) -> None:
         self._extended_map_P1 = extended_map(expert_map_P)
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers = PairBuffers() if buffers is None else buffers
         self.arrivals: Arrivals | None = None
         """What tells experts that are still on their way; None: all are always there."""
         self.before: Callable[[torch.Tensor], None] | None = None
@@ -112,7 +135,7 @@ class LocalPairExperts:
             output_TD.zero_()
             self.recent_ns.append(0)
             return
-        outputs_ND = self._room_for(num_pairs, hidden_states_TD)[1]
+        outputs_ND = self._buffers.room_for(num_pairs, hidden_states_TD)[1]
         kernel_ns_before = self.kernel_ns
         if self.arrivals is None:
             away_ns = self._compute(hidden_states_TD, pairs, None, 0, num_pairs, kernel)
@@ -158,7 +181,7 @@ class LocalPairExperts:
         kernel: PairKernel,
     ) -> int:
         """Computes pairs ``first`` to ``last`` of the order into these rows; time there in ns."""
-        inputs_ND, outputs_ND = self._room_for(last, hidden_states_TD)
+        inputs_ND, outputs_ND = self._buffers.room_for(last, hidden_states_TD)
         chosen_N = slice(first, last) if order_N is None else order_N[first:last]
         rows_ND = inputs_ND[first:]
         torch.index_select(hidden_states_TD, 0, pairs.token_N[chosen_N], out=rows_ND)
@@ -172,14 +195,6 @@ class LocalPairExperts:
         """Sets the times to zero."""
         self.kernel_ns = self.wrapping_ns = 0
         self.recent_ns.clear()
-
-    def _room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""
-        buffers = self._buffers
-        if buffers is None or buffers[0].shape[0] < num_pairs or buffers[0].dtype != like.dtype:
-            shape = (num_pairs, like.shape[1])
-            buffers = self._buffers = (like.new_empty(shape), like.new_empty(shape))
-        return buffers[0][:num_pairs], buffers[1][:num_pairs]
 
 
 def _present_first(expert_N1: torch.Tensor, pending: set[int]) -> tuple[torch.Tensor | None, int]:

@@ -1,7 +1,7 @@
 """The paper's even split: the tokens of every expert over all ranks, all experts everywhere.
 
 With D dynamic slots per rank it is the hottest experts, as many as fit, that are everywhere; the
-others stay at home. With E slots per rank it is the even split of the paper.
+others stay at home. With a slot for every foreign expert it is the even split of the paper.
 """
 
 from __future__ import annotations

@@ -13,7 +13,12 @@ from typing import Any
 
 from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
 from vllm_balance.cost import free_of, knee_of
-from vllm_balance.deployment import Deployment, check_gpu_limits, num_redundant_experts
+from vllm_balance.deployment import (
+    Deployment,
+    check_eplb_limit,
+    check_gpu_limits,
+    num_redundant_experts,
+)
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.maps import PlacementMap
@@ -88,6 +93,7 @@ def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_conf
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
     else:
         redundant = num_redundant_experts(config, deployment)
+    check_eplb_limit(config, redundant)
     if not deployment.on_cpu:
         pairs = _mapped_pairs(vllm_config, _way(config, vllm_config.parallel_config))
         check_gpu_limits(config, deployment, num_redundant=redundant, mapped_pairs=pairs)
@@ -276,15 +282,16 @@ def read_deployment(vllm_config: Any) -> Deployment:
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     text = model.hf_text_config
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
     local_ranks = parallel.tensor_parallel_size * (parallel.data_parallel_size_local or 1)
+    if parallel.data_parallel_size == 1:
+        local_ranks = -(-local_ranks // parallel.nnodes)
     on_cpu = current_platform.is_cpu()
     free_host_bytes = _free_host_bytes(vllm_config, local_ranks)
     return Deployment(
         model=model.model,
         num_experts=model.get_num_experts(),
         num_moe_layers=len(moe_layers(text)),
-        expert_bytes=int(3 * text.hidden_size * inner * _weight_bytes(model)),
+        expert_bytes=int(_expert_weights(text) * _weight_bytes(model)),
         num_ranks=num_ranks(vllm_config),
         enable_expert_parallel=parallel.enable_expert_parallel,
         free_bytes=free_host_bytes if on_cpu else _device_bytes(vllm_config),
@@ -296,6 +303,15 @@ def read_deployment(vllm_config: Any) -> Deployment:
         and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
         ranks_hold_memory=not _is_first_process(),
     )
+
+
+def _expert_weights(text: Any) -> int:
+    """Weights of one expert: gate, up and down projection; Nemotron-H has no gate, and experts of
+    another width than the model's where it says so."""
+    hidden = getattr(text, "moe_latent_size", None) or text.hidden_size
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
+    matrices = 2 if getattr(text, "mlp_hidden_act", None) == "relu2" else 3
+    return int(matrices * hidden * inner)
 
 
 def _weight_bytes(model: Any) -> float:

@@ -2,30 +2,77 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
+from vllm_balance.config import unknown
 from vllm_balance.errors import BalancerError
 
+DTYPES = {
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
+"""vLLM's names for `--dtype` beside `auto`, and what torch calls each."""
+_NAMES = ("auto", *DTYPES)
 
-def kernel_isa() -> str:
+
+def served_dtype(asked: str, of_model: str) -> str:
+    """What vLLM serves a model's weights in, as in `torch.bfloat16`.
+
+    Args:
+        asked: `auto`, which is the model's own except for float32, or a key of DTYPES.
+        of_model: the dtype in its config.json.
+
+    Raises:
+        BalancerError: another name.
+    """
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked != "auto":
+        raise BalancerError(f"--dtype asks for {asked!r}. {unknown('dtype', asked, _NAMES)}")
+    if of_model != "float32":
+        return of_model
+    from vllm.platforms import current_platform
+
+    return str(current_platform.supported_dtypes[0]).removeprefix("torch.")
+
+
+def unprofiled_device() -> str | None:
+    """What this device is, if it is no x86 CPU: others cannot be profiled yet."""
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if not current_platform.is_cpu():
+        return str(current_platform.get_device_name())
+    is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    return None if is_x86 else f"a CPU of type {platform.machine()}"
+
+
+def kernel_isa(dtype: str) -> str:
     """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
+
+    Args:
+        dtype: of the weights, as in `torch.bfloat16`; AMX computes bfloat16 only.
 
     Raises:
         BalancerError: this is no x86 CPU; other devices are not profiled yet.
     """
     import torch
-    from vllm.platforms import CpuArchEnum, current_platform
 
-    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+    if (found := unprofiled_device()) is not None:
         raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is "
-            f"{current_platform.get_device_name()}. Run it on the machine that serves."
+            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is {found}. "
+            f"Run it on the machine that serves."
         )
-    return "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    has_amx = dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
+    return "amx" if has_amx else "vec"
 
 
-def device_name() -> str:
-    """Processor and kernel of this machine. Raises BalancerError as `kernel_isa` does."""
+def device_name(dtype: str) -> str:
+    """Processor of this machine and kernel for experts of a dtype. Raises BalancerError as
+    `kernel_isa` does."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {kernel_isa()}"
+    return f"{names[0] if names else 'unknown processor'}, {kernel_isa(dtype)}"

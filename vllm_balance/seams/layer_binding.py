@@ -11,7 +11,7 @@ from vllm_balance.balancer import LayerBalancer, new_counters
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
-from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.experts.local_pairs import LocalPairExperts, PairBuffers
 from vllm_balance.initial_placement import tables
 from vllm_balance.routing import LayerTables
 from vllm_balance.seams.cpu import EXPERTS
@@ -25,16 +25,19 @@ def bind_layer(
     runner: Any,
     make: Callable[..., Balancer],
     config: BalancerConfig,
+    buffers: PairBuffers,
     loading: PlacedLoading | None = None,
 ) -> Balancer:
     """Gives one layer's router and dispatch their balancer.
 
     Args:
         make: the balancer from the keyword arguments that every one takes.
+        buffers: of this rank's pairs, for all its layers; used on CPU.
         loading: what put the layer's weights in place.
 
     Raises:
-        BalancerError: vLLM's EPLB is on, and its maps do not cover the layer.
+        BalancerError: vLLM's EPLB is on, and its maps do not cover the layer; or data-parallel
+            ranks gather their tokens in front of its router.
     """
     from vllm.distributed import get_ep_group
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
@@ -45,6 +48,13 @@ def bind_layer(
     kernel = runner.routed_experts.quant_method.moe_kernel
     dispatch = None if kernel is None else kernel.prepare_finalize
     gathers = isinstance(dispatch, MoEPrepareAndFinalizeNaiveDPEPModular)
+    if kernel is None and runner.moe_config.dp_size > 1:
+        raise BalancerError(
+            f"{runner.layer_name} has no modular kernel, so that vLLM gathers the tokens of all "
+            f"data-parallel ranks in front of the router, where --moe-balancer {config.name} takes "
+            f"them for this rank's own. Use tensor parallelism, or another checkpoint or "
+            f"--moe-backend, or leave --moe-balancer away."
+        )
     balancer = make(
         layer_name=runner.layer_name,
         tables=_tables(runner, group.world_size, loading),
@@ -55,7 +65,7 @@ def bind_layer(
         ),
         rank=group.rank_in_group,
         all_reduce=group.all_reduce,
-        experts=_local_experts(runner),
+        experts=_local_experts(runner, buffers),
     )
     setattr(runner.router, BALANCER, balancer)
     if gathers:
@@ -63,13 +73,13 @@ def bind_layer(
     return balancer
 
 
-def _local_experts(runner: Any) -> LocalPairExperts | None:
+def _local_experts(runner: Any, buffers: PairBuffers) -> LocalPairExperts | None:
     """On CPU: what hands vLLM's experts the pairs of this rank; otherwise None."""
     expert_map = runner.routed_experts.expert_map
     kernel = runner.routed_experts.quant_method.moe_kernel
     if expert_map is None or not expert_map.is_cpu or kernel is None:
         return None
-    experts = LocalPairExperts(expert_map)
+    experts = LocalPairExperts(expert_map, buffers)
     setattr(kernel.fused_experts, EXPERTS, experts)
     return experts
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.initial_placement import Array, InitialPlacement, tables
+from vllm_balance.initial_placement import VLLMS_OWN, Array, InitialPlacement, tables
 from vllm_balance.seams import Seam
 
 
@@ -21,6 +21,7 @@ class PlacedLoading:
         self.placement = placement
         self._loaded: dict[tuple[str, int], Counter[tuple[str, str]]] = {}
         """Layer name and slot -> how often each part of an expert was put there."""
+        self._is_vllms = placement.origin == VLLMS_OWN
 
     def load(self, original: Callable[..., Any], layer: Any, call: dict[str, Any]) -> bool:
         """Puts a logical expert's weight into every slot of this rank that is to hold it.
@@ -31,9 +32,17 @@ class PlacedLoading:
         Returns whether anything was loaded here.
 
         Raises:
-            BalancerError: the weight is of several experts at once, or of a shared one.
+            BalancerError: the weight is of several experts at once, or of a shared one, and the
+                placement is not vLLM's own.
         """
-        _require_single_expert(layer, call)
+        problem = _unlike_single_expert(layer, call)
+        if problem is not None:
+            if self._is_vllms:
+                return bool(original(layer, **call, return_success=True))
+            raise BalancerError(
+                f"An initial placement of experts was asked for, and {layer.layer_name} cannot "
+                f"take one: {problem}. Leave `map` away for this model."
+            )
         logical = call["expert_id"]
         if logical >= layer.moe_config.num_logical_experts:
             return False
@@ -48,7 +57,9 @@ class PlacedLoading:
         return done
 
     def place_state(self, model: Any, state: Any) -> None:
-        """Writes the placement into the maps of vLLM's EPLB, in place."""
+        """Writes the placement into the maps of vLLM's EPLB, in place; its own is there already."""
+        if self._is_vllms:
+            return
         for row, layer in enumerate(model.moe_layers):
             slots_P = self.placement.slots_P(layer_index(layer.layer_name))
             write_maps(state, row, slots_P, model.num_logical_experts)
@@ -63,7 +74,8 @@ class PlacedLoading:
                 if is_local(layer, slot)
             }
             whole = Counter(set().union(*parts.values())) if parts else Counter()
-            if load_format == "dummy" and not whole:
+            # vLLM's own placement is left to loaders that go other ways.
+            if not whole and (load_format == "dummy" or self._is_vllms):
                 continue
             if not whole:
                 return (
@@ -106,18 +118,14 @@ def _named(parts: Counter[tuple[str, str]]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def _require_single_expert(layer: Any, call: dict[str, Any]) -> None:
+def _unlike_single_expert(layer: Any, call: dict[str, Any]) -> str | None:
+    """Why a weight cannot be put into slots of our choice, or None."""
     quantised = layer.quant_config and layer.quant_config.get_name()
     if quantised == "gpt_oss_mxfp4" or call["loaded_weight"].dim() > 2:
-        problem = "this checkpoint's experts are loaded all at once"
-    elif layer.expert_map_manager.num_fused_shared_experts:
-        problem = "shared experts are fused into the routed ones"
-    else:
-        return
-    raise BalancerError(
-        f"An initial placement of experts was asked for, and {layer.layer_name} cannot take one: "
-        f"{problem}. Leave `map` away for this model."
-    )
+        return "this checkpoint's experts are loaded all at once"
+    if layer.expert_map_manager.num_fused_shared_experts:
+        return "shared experts are fused into the routed ones"
+    return None
 
 
 _loading: PlacedLoading | None = None

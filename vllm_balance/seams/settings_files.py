@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.initial_placement import InitialPlacement
 from vllm_balance.maps import PlacementMap
 from vllm_balance.model_shape import ModelShape, from_mapping
-from vllm_balance.seams.device import device_name
+from vllm_balance.seams.device import device_name, unprofiled_device
 from vllm_balance.seams.versions import kernel_versions
+
+_FIRST_MOE_LAYER = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_EVERY_NTH = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
+_KIND_OF_LAYER: dict[str, Callable[[Any], bool]] = {
+    "mlp_layer_types": lambda kind: kind == "sparse",
+    "hybrid_override_pattern": lambda kind: kind == "E",
+    "moe_layer_freq": bool,
+}
+"""Key of a configuration with an entry for each layer -> whether the entry says MoE."""
 
 
 def read_map(config: BalancerConfig) -> PlacementMap | None:
@@ -34,17 +44,20 @@ def absolute(config: BalancerConfig) -> dict[str, str]:
 
 
 def initial_placement(config: BalancerConfig, vllm_config: Any) -> InitialPlacement | None:
-    """Where settled settings want the experts at load time; None leaves them to vLLM.
+    """Where settled settings want the experts at load time; None leaves them to vLLM, which loads
+    redundant experts from some checkpoints and from others not.
 
     Raises:
         BalancerError: the placement cannot be read or does not fit the model and the ranks.
     """
     if config.fetches:
         return home_placement(vllm_config, config.num_redundant_experts or 0)
-    found = read_map(config)
-    if found is None:
+    found, redundant = read_map(config), config.num_redundant_experts or 0
+    if found is not None:
+        return placement_of(found, vllm_config, redundant)
+    if not redundant:
         return None
-    return placement_of(found, vllm_config, config.num_redundant_experts or 0)
+    return InitialPlacement.vllms_own(vllm_config.model_config.get_num_experts(), redundant)
 
 
 def home_placement(vllm_config: Any, num_slots: int) -> InitialPlacement:
@@ -81,16 +94,21 @@ def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel,
 
     Raises:
         BalancerError: the profile is damaged, or of another model, dtype, device, version of
-            vLLM or torch, or number of ranks.
+            vLLM or torch, or number of ranks; or no profile can be of this device.
     """
     if config.profile is None:
         return None
+    if (device := unprofiled_device()) is not None:
+        raise BalancerError(
+            f"`profile` names {config.profile}, and profiles describe x86 CPUs only; this server "
+            f"runs on {device}. Leave `profile` out and set `knee_tokens` or `threshold_tokens`."
+        )
     model = vllm_config.model_config
     served = str(model.dtype).removeprefix("torch.")
     found = profiles.load(Path(config.profile).expanduser())
     found.require(
         shape=read_shape(model).model_copy(update={"dtype": served}),
-        device=device_name(),
+        device=device_name(served),
         versions=kernel_versions(),
     )
     return found.costs_of(num_ranks(vllm_config))
@@ -113,14 +131,33 @@ def read_shape(model_config: Any) -> ModelShape:
 
 def moe_layers(text: Any) -> tuple[int, ...]:
     """Indices of the MoE layers, by what the configurations of models say about dense ones."""
-    listed = getattr(text, "moe_layers", None)
-    if listed:
-        return tuple(listed)
-    first = getattr(text, "first_k_dense_replace", None) or 0
+    named = _named_layers(text)
+    if named is not None:
+        return named
+    first = max(_number(text, key) or 0 for key in _FIRST_MOE_LAYER)
     dense = set(getattr(text, "mlp_only_layers", None) or ())
-    step = max(1, getattr(text, "decoder_sparse_step", None) or 1)
+    step = max(_number(text, key) or 1 for key in _EVERY_NTH)
+    from_first = _number(text, "moe_layer_freq") or 1
     return tuple(
         layer
         for layer in range(first, text.num_hidden_layers)
-        if layer not in dense and (layer + 1) % step == 0
+        if layer not in dense and (layer + 1) % step == 0 and layer % from_first == 0
     )
+
+
+def _named_layers(text: Any) -> tuple[int, ...] | None:
+    """The MoE layers where a configuration says of each layer what it is; None if it does not."""
+    if listed := getattr(text, "moe_layers", None):
+        return tuple(listed)
+    if listed := getattr(text, "moe_layers_enum", None):
+        return tuple(int(layer) for layer in str(listed).split(","))
+    for key, is_moe in _KIND_OF_LAYER.items():
+        kinds = getattr(text, key, None)
+        if isinstance(kinds, str | list | tuple) and kinds:
+            return tuple(layer for layer, kind in enumerate(kinds) if is_moe(kind))
+    return None
+
+
+def _number(text: Any, key: str) -> int | None:
+    value = getattr(text, key, None)
+    return value if isinstance(value, int) else None

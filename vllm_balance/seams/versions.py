@@ -26,20 +26,30 @@ def kernel_versions() -> dict[str, str]:
     return {"vllm": installed_version(), "torch": version("torch")}
 
 
+def is_tested() -> bool:
+    """Whether servers were run with this release of vLLM, or another patch of it; of the other
+    supported ones signatures were compared."""
+    return _release()[:2] == Version(TESTED).release[:2]
+
+
+def _release() -> tuple[int, ...]:
+    """Of the installed vLLM; empty if its version string says none."""
+    try:
+        return Version(installed_version()).release
+    except InvalidVersion:
+        return ()
+
+
 def unsupported_version() -> str | None:
     """Why the installed vLLM cannot be balanced, or None if it can."""
-    found = installed_version()
-    try:
-        release = Version(found).release
-    except InvalidVersion:
-        release = ()
+    found, release = installed_version(), _release()
     if release and SUPPORTED.contains(".".join(map(str, release))):
         return None
     newer = bool(release) and Version(".".join(map(str, release))) >= Version("0.34")
     remedy = (
         "upgrade vllm-balance, or install a supported vLLM"
         if newer
-        else "install a supported vLLM (in the repository: pip install '.[cuda]'; on CPUs `make env`)"
+        else "install a supported vLLM (here: pip install '.[cuda]', on CPUs `make env`)"
     )
     return (
         f"vllm-balance supports vLLM {SUPPORTED} (tested: {TESTED}); vLLM {found} is installed. "

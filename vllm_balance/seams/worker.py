@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
+from vllm_balance.experts.local_pairs import PairBuffers
 from vllm_balance.experts.prefetch import Prefetch
+from vllm_balance.initial_placement import VLLMS_OWN
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
@@ -23,6 +26,28 @@ from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
 from vllm_balance.seams.slots import ModelSlots
+
+Regime = tuple[float, float | None]
+"""`knee_tokens` and `free_tokens` of :class:`MetroRouting`."""
+
+
+@contextmanager
+def explaining_eplb(config: BalancerConfig) -> Iterator[None]:
+    """Inside, what vLLM says against EPLB while it builds a model comes with what to do.
+
+    Raises:
+        BalancerError: vLLM's EPLB, which the balancer needs, cannot move this kind of weights.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if not config.uses_eplb or "EPLB" not in str(error):
+            raise
+        raise BalancerError(
+            f"--moe-balancer {config.name} needs vLLM's EPLB for redundant or moving experts, and "
+            f"vLLM says: {error} Use --moe-balancer static, or gem or exflow with a map without "
+            f"redundant experts, or a checkpoint that is quantised another way."
+        ) from error
 
 
 class BalancedWorker(RecordingWorker):
@@ -76,12 +101,14 @@ class BalancedWorker(RecordingWorker):
             rank=get_ep_group().rank_in_group,
             placement=self._verified_placement(vllm_config, runners),
         )
+        regime = self._agreed_regime(vllm_config.model_config.dtype)
         if self.balancer_config.fetches:
-            self._bind_slots(vllm_config, runners)
+            self._bind_slots(vllm_config, runners, regime)
         else:
-            make = partial(LayerBalancer, policy=make_policy(self.balancer_config))
+            make = partial(LayerBalancer, policy=make_policy(self.balancer_config, regime))
+            buffers = PairBuffers()
             for runner in runners:
-                layer = bind_layer(runner, make, self.balancer_config, self.loading)
+                layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
                 self.worker_balancer.layers.append(layer)
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
@@ -107,7 +134,29 @@ class BalancedWorker(RecordingWorker):
             self._prefetch.close()
         super().shutdown()
 
-    def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
+    def _agreed_regime(self, dtype: torch.dtype) -> Regime:
+        """`regime_of` on this rank, which must be that of all where it decides; a collective.
+
+        Raises:
+            BalancerError: on every rank, if their processors differ and the settings do not decide.
+        """
+        from vllm.distributed import get_ep_group
+
+        own, group = regime_of(self.balancer_config, dtype), get_ep_group()
+        if self.balancer_config.name != MetroRouting.name and not self.balancer_config.fetches:
+            return own
+        found: list[Regime] = [own] * group.world_size
+        torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+        if len(set(found)) > 1:
+            raise BalancerError(
+                f"Ranks must route a batch alike, and their processors suggest different "
+                f"`knee_tokens` and `free_tokens`: "
+                f"{', '.join(f'rank {rank}: {pair}' for rank, pair in enumerate(found))}. "
+                f"Set both in --moe-balancer-config."
+            )
+        return own
+
+    def _bind_slots(self, vllm_config: Any, runners: list[Any], regime: Regime) -> None:
         from vllm.distributed import get_ep_group
 
         config = self.balancer_config
@@ -116,13 +165,13 @@ class BalancedWorker(RecordingWorker):
             shared.prefetch, vllm_config.parallel_config.distributed_executor_backend
         )
         self._prefetch = shared.prefetch
-        knee_tokens, _ = regime_of(config)
+        knee_tokens, _ = regime
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)
-        layers = []
+        layers, buffers = [], PairBuffers()
         for index, runner in enumerate(runners):
             make = partial(shared.maker(index), policy=policy)
-            layers.append(bind_layer(runner, make, config, self.loading))
+            layers.append(bind_layer(runner, make, config, buffers, self.loading))
         shared.connect(layers, knee_tokens)
         self.worker_balancer.layers.extend(layers)
 
@@ -136,7 +185,7 @@ class BalancedWorker(RecordingWorker):
         from vllm.distributed import get_ep_group
 
         if self.loading is None:
-            return "vLLM's own"
+            return VLLMS_OWN
         layers = [runner.routed_experts for runner in runners]
         load_format = str(vllm_config.load_config.load_format)
         placement, group = self.loading.placement, get_ep_group()
@@ -147,18 +196,29 @@ class BalancedWorker(RecordingWorker):
         if len({checksum for checksum, _ in found}) > 1:
             problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
         if problems:
+            remedy = (
+                "Use --moe-balancer static" if placement.origin == VLLMS_OWN else "Leave `map` away"
+            )
             raise BalancerError(
                 f"The initial placement ({placement.origin}) did not arrive: "
-                f"{'; '.join(problems)}. Leave `map` away for this model or load format."
+                f"{'; '.join(problems)}. {remedy} for this model or load format."
             )
+        if placement.origin == VLLMS_OWN:
+            return VLLMS_OWN
         return f"{placement.origin} {placement.checksum[:12]} verified"
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's, where no host store keeps the weights that were loaded first.
+        """vLLM's, where weights are still in the slots that they were loaded to.
 
         Raises:
-            BalancerError: the balancer fetches experts.
+            BalancerError: the balancer fetches experts, or moves them while serving.
         """
+        if self.balancer_config.moves:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} moves experts between slots while "
+                f"serving, and vLLM reloads weights into the slots they had at first, so answers "
+                f"would be wrong. Restart the server, or use --moe-balancer static."
+            )
         if self.balancer_config.fetches:
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} fetches experts from a host store "
@@ -204,19 +264,20 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
     )
 
 
-def make_policy(config: BalancerConfig) -> RoutingPolicy:
+def make_policy(config: BalancerConfig, regime: Regime) -> RoutingPolicy:
     """The routing policy that the settings name."""
     policy = ROUTING[config.name]
     if policy is MetroRouting:
-        return MetroRouting(*regime_of(config))
+        return MetroRouting(*regime)
     return policy()
 
 
-def regime_of(config: BalancerConfig) -> tuple[float, float | None]:
+def regime_of(config: BalancerConfig, dtype: torch.dtype) -> Regime:
     """`knee_tokens` and `free_tokens` of the settings, or of this kind of device.
 
-    CPU: fitted to vLLM's kernel with Qwen3-30B-A3B experts (docs/log.md). GPU: 160, the middle of
-    what TEMPO (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
+    AMX computes bfloat16 only; other dtypes run on the kernel of CPUs without it. CPU: fitted to
+    vLLM's kernel with Qwen3-30B-A3B experts (docs/log.md). GPU: 160, the middle of what TEMPO
+    (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
     """
     from vllm.platforms import current_platform
 
@@ -224,4 +285,5 @@ def regime_of(config: BalancerConfig) -> tuple[float, float | None]:
         return config.knee_tokens, config.free_tokens
     if not current_platform.is_cpu():
         return 160.0, None
-    return (43.0, 20.0) if torch.cpu._is_amx_tile_supported() else (4.0, 2.0)
+    has_amx = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return (43.0, 20.0) if has_amx else (4.0, 2.0)

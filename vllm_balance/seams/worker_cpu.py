@@ -15,7 +15,7 @@ from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
-from vllm_balance.seams.worker import BalancedWorker
+from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -35,7 +35,8 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         super().init_device()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights=load_dummy_weights)
+        with explaining_eplb(self.balancer_config):
+            super().load_model(load_dummy_weights=load_dummy_weights)
         if self.parallel_config.enable_eplb:
             self._attach_eplb()
         model = self.model_runner.get_model()

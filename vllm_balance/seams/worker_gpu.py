@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_balance.seams import install
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
-from vllm_balance.seams.worker import BalancedWorker
+from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
 
 
 class BalancedGPUWorker(BalancedWorker, Worker):
@@ -21,5 +21,6 @@ class BalancedGPUWorker(BalancedWorker, Worker):
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights=load_dummy_weights)
+        with explaining_eplb(self.balancer_config):
+            super().load_model(load_dummy_weights=load_dummy_weights)
         self.bind(self.vllm_config, self.model_runner.get_model())

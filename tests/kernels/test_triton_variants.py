@@ -1,0 +1,70 @@
+"""Every kernel compiles for GPUs with and without each of its optional arguments.
+
+The interpreter does not show this: it meets a flag as a Python bool, the compiler as a constant.
+An assignment turns that into a tensor, and a branch over an absent argument is compiled after all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import sys
+from itertools import product
+from bench.metro_gpu import compile_kernel
+from vllm_balance.kernels.assign.triton_gpu import assign_kernel
+from vllm_balance.kernels.metro.triton_gpu import (
+    BLOCK_PAIRS, block_sizes, choose_kernel, route_kernel,
+)
+from vllm_balance.kernels.record.triton_gpu import record_kernel
+
+ARGUMENT = {
+    "HAS_LOAD": "load",
+    "HAS_RECORD": "record_enabled",
+    "HAS_VALID": "valid",
+    "HAS_OFFSET": "offset",
+}
+
+def variants(*flags):
+    for values in product((True, False), repeat=len(flags)):
+        chosen = dict(zip(flags, values))
+        yield chosen | {ARGUMENT[flag]: None for flag, given in chosen.items() if not given}
+
+sizes = block_sizes(32, 2, 2)
+recorded = ("HAS_LOAD", "HAS_RECORD", "HAS_VALID")
+plan = {
+    record_kernel: ({"PB": 32, "SB": 2, "BLOCK": BLOCK_PAIRS, "num_warps": 8}, recorded),
+    assign_kernel: ({"BLOCK": BLOCK_PAIRS, "num_warps": 4}, ("HAS_OFFSET", "HAS_VALID")),
+    choose_kernel: (sizes, ()),
+    route_kernel: (sizes | {"BLOCK": BLOCK_PAIRS}, recorded),
+}
+capability, compiled = int(sys.argv[1]), 0
+for kernel, (settings, flags) in plan.items():
+    # What an argument's absence changes is in front of what differs between GPUs.
+    for chosen in variants(*flags) if capability == 90 else [dict.fromkeys(flags, True)]:
+        made = compile_kernel(kernel, capability, settings | chosen)
+        assert made.asm["cubin"], (kernel, chosen)
+        compiled += 1
+print(compiled)
+"""
+
+
+@pytest.mark.parametrize(("capability", "variants"), [(80, 4), (90, 8 + 4 + 1 + 8), (100, 4)])
+def test_every_kernel_compiles_with_and_without_its_optional_arguments(capability, variants):
+    """In a process of its own: Triton must not be loaded in interpreter mode here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) == variants

@@ -1,0 +1,90 @@
+"""What ranks agree on, and what a worker refuses, without a model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, regime_of
+
+
+def worker(name: str, **settings) -> BalancedWorker:
+    made = BalancedWorker()
+    made.balancer_config = BalancerConfig(name=name, **settings)
+    return made
+
+
+@pytest.fixture
+def ranks_find(monkeypatch):
+    """Two ranks, of which the other finds this."""
+
+    def run(other) -> None:
+        def all_gather_object(found, own, group) -> None:
+            found[:] = [own, other]
+
+        group = SimpleNamespace(world_size=2, cpu_group=None)
+        monkeypatch.setattr("vllm.distributed.get_ep_group", lambda: group)
+        monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
+
+    return run
+
+
+def test_only_bfloat16_is_computed_by_amx(monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    metro = BalancerConfig(name="metro")
+    assert regime_of(metro, torch.bfloat16) == (43.0, 20.0)
+    assert regime_of(metro, torch.float32) == regime_of(metro, torch.float16) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ["metro", "harmoeny"])
+def test_ranks_with_other_processors_do_not_route_apart(name, ranks_find):
+    own = regime_of(BalancerConfig(name=name), torch.float32)
+    ranks_find(own)
+    assert worker(name)._agreed_regime(torch.float32) == own
+    ranks_find((own[0] + 1, own[1]))
+    with pytest.raises(BalancerError, match=r"rank 1: .*Set both in --moe-balancer-config"):
+        worker(name)._agreed_regime(torch.float32)
+    settled = worker(name, knee_tokens=own[0] + 1, free_tokens=own[1])
+    assert settled._agreed_regime(torch.float32) == (own[0] + 1, own[1])
+
+
+def test_who_routes_by_no_knee_needs_no_agreement(ranks_find):
+    ranks_find((1e9, None))
+    assert worker("static")._agreed_regime(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["metro", "eplb", "first_copy"])
+def test_weights_are_not_reloaded_into_slots_that_experts_have_left(name):
+    with pytest.raises(BalancerError, match=f"{name} moves experts between slots"):
+        worker(name).reload_weights()
+
+
+@pytest.mark.parametrize("settings", [{"name": "static"}, {"name": "gem", "map": "m.json"}])
+def test_weights_are_reloaded_where_experts_stay(settings):
+    reloaded = []
+
+    class Stock:
+        def reload_weights(self) -> None:
+            reloaded.append(True)
+
+    class Worker(BalancedWorker, Stock):
+        pass
+
+    made = Worker()
+    made.balancer_config = BalancerConfig(**settings)
+    made.reload_weights()
+    assert reloaded == [True]
+
+
+def test_vllms_word_against_eplb_comes_with_what_to_do():
+    said = NotImplementedError("EPLB is not supported AutoGPTQMoEMethod.")
+    metro, static = BalancerConfig(name="metro"), BalancerConfig(name="static")
+    remedy = r"AutoGPTQMoEMethod\. Use --moe-balancer static"
+    with pytest.raises(BalancerError, match=remedy), explaining_eplb(metro):
+        raise said
+    with pytest.raises(NotImplementedError, match="other"), explaining_eplb(metro):
+        raise NotImplementedError("other")
+    with pytest.raises(NotImplementedError, match="EPLB"), explaining_eplb(static):
+        raise said
