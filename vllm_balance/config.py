@@ -8,11 +8,10 @@ hash.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from vllm_balance.errors import BalancerError
+from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.recording import RecordSettings
 from vllm_balance.replay import STRATEGY
@@ -230,14 +229,6 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise BalancerError(f"{where} holds a JSON {type(settings).__name__}; an object is needed.")
     return settings
-
-
-def unknown(what: str, found: str, allowed: Iterable[str]) -> str:
-    """What to say of a name that does not exist: the nearest one, and all that do."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {what} {found!r}.{hint} Allowed: {', '.join(allowed)}."
 
 
 def _explain(error: ValidationError) -> str:

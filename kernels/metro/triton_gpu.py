@@ -129,9 +129,10 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
         slot_E = tl.load(address_E, mask=expert_E < E, other=-1).to(tl.int32)
         map_pairs(ids, out, pairs, slot_E, E, BLOCK)
         if HAS_LOAD:
-            uses_E = record_load & (column_E >= 0) & (slot_E >= 0)
-            old_E = tl.load(load + slot_E, mask=uses_E, other=0)
-            tl.store(load + slot_E, old_E + tokens_E, mask=uses_E)
+            if record_load:
+                uses_E = (column_E >= 0) & (slot_E >= 0)
+                old_E = tl.load(load + slot_E, mask=uses_E, other=0)
+                tl.store(load + slot_E, old_E + tokens_E, mask=uses_E)
         add_batch(counters, activated_S, tokens_S, S, MEMORY_BOUND, SB)
 
 
