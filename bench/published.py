@@ -23,6 +23,7 @@ from vllm_balance.simulate import (
 )
 
 Row = dict[str, Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 LAYERS, STEPS = 4, 24
 ZIPF = 0.3
 """Skew of the experts where a paper's traffic is not public: the busiest of 128 experts gets three
@@ -44,7 +45,8 @@ class Setup:
     prompt_tokens: int
     output_tokens: int
     skew: ReplaySettings
-    token_budget: int = 16384
+    token_budget: int | None = None
+    """None: vLLM's default, of each engine."""
     hidden_fetches: bool = False
 
 
@@ -78,6 +80,7 @@ def run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
 @cache
 def _run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
     model, (machine, _) = models.load(setup.model), hardware.load(setup.hardware)
+    budget = machine.engine.batched_tokens.value * setup.layout.data
     arm = Arm(
         model=model,
         hardware=machine,
@@ -90,7 +93,7 @@ def _run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
             concurrency=setup.concurrency,
             prompt_tokens=setup.prompt_tokens,
             output_tokens=setup.output_tokens,
-            token_budget=setup.token_budget,
+            token_budget=setup.token_budget or budget,
             max_steps=STEPS,
         ),
     )
@@ -132,8 +135,8 @@ def metro(seed: int) -> Iterator[Row]:
     none, even, one = (
         run(METRO_A100, *arm, seed) for arm in (("static", 1.0), ("eplb", 1.5), ("metro", 1.5))
     )
-    few = [run(METRO_SMALL, *arm, seed).activated_N for arm in (("static", 1.0), ("eplb", 1.5))]
-    experts = float(np.median(few[1]) / np.median(few[0])) - 1
+    few = [run(METRO_SMALL, *arm, seed) for arm in (("static", 1.0), ("eplb", 1.5))]
+    experts = _decoding_experts(few[1]) / _decoding_experts(few[0]) - 1
     yield _row("metro", "A100, batch 32, EPLB 1.5 x against none: activated experts", "+30 %",
                0.30, experts)  # fmt: skip
     yield _row("metro", "A100, EPLB 1.5 x against none: TPOT", "+14 %", 0.14, _slower(even, none))
@@ -148,8 +151,8 @@ def metro(seed: int) -> Iterator[Row]:
         "metro", "A100, METRO against EPLB, 1.5 x: throughput", "up to +15.9 %", 0.159,
         _faster(one, even),
     )  # fmt: skip
-    saved = (even.stage_us["experts"] - one.stage_us["experts"]).mean() / 48
-    yield _row("metro", "A100, experts' time saved in a layer", "81 us", 81.0, float(saved),
+    saved = even.mean(even.stage_us["experts"] - one.stage_us["experts"]) / 48
+    yield _row("metro", "A100, experts' time saved in a layer", "81 us", 81.0, saved,
                ratio=False, form=".0f")  # fmt: skip
     yield from _metro_b200(seed)
 
@@ -186,7 +189,7 @@ def harmoeny(seed: int) -> Iterator[Row]:
         setup = Setup(
             model=model, hardware="v100-dgx1",
             layout=Layout(data=8, dispatch="all_to_all"), concurrency=64, prompt_tokens=1024,
-            output_tokens=2, skew=ReplaySettings(hot=Hot(experts=1, fraction=0.9), seed=1),
+            output_tokens=1, skew=ReplaySettings(hot=Hot(experts=1, fraction=0.9), seed=1),
             token_budget=65536, hidden_fetches=True,
         )  # fmt: skip
         base, ours = run(setup, "static", 1.0, seed), run(setup, "harmoeny_paper", 1.25, seed)
@@ -208,9 +211,9 @@ def tempo(seed: int) -> Iterator[Row]:
         prompt_tokens=1, output_tokens=1024, skew=ReplaySettings(zipf=ZIPF, seed=1),
     )  # fmt: skip
     even, one = (run(setup, name, REDUNDANCY, seed) for name in ("eplb", "metro"))
-    predicted = one.stage_us["experts"].sum() / even.stage_us["experts"].sum() - 1
+    predicted = one.mean(one.stage_us["experts"]) / even.mean(even.stage_us["experts"]) - 1
     yield _row("tempo", "decode floor, METRO against uniform: block time",
-               f"{0.950 / 1.299 - 1:+.1%}", 0.950 / 1.299 - 1, float(predicted))  # fmt: skip
+               f"{0.950 / 1.299 - 1:+.1%}", 0.950 / 1.299 - 1, predicted)  # fmt: skip
 
 
 def _slower(one: Outcome, other: Outcome) -> float:
@@ -221,12 +224,22 @@ def _faster(one: Outcome, other: Outcome) -> float:
     return one.tokens_per_s / other.tokens_per_s - 1
 
 
+def _decoding_experts(made: Outcome) -> float:
+    """Experts on the worst rank in steps without prompts."""
+    return _over(made, made.steps.prefill_N == 0, made.activated_N)
+
+
 def _layer(made: Outcome) -> float:
     """Time of the MoE part of prefill steps."""
-    is_prefill = made.steps.prefill_N > 0
     stages = ("exchange", "decide", "dispatch", "experts", "combine")
-    return float(sum(made.stage_us[stage][is_prefill].sum() for stage in stages))
+    time_N = sum((made.stage_us[stage] for stage in stages), np.zeros(len(made.busy_us_N)))
+    return _over(made, made.steps.prefill_N > 0, time_N)
 
 
 def _prefill(made: Outcome) -> float:
-    return float(made.step_us_N[made.steps.prefill_N > 0].mean())
+    return _over(made, made.steps.prefill_N > 0, made.step_us_N)
+
+
+def _over(made: Outcome, chosen_N: Array, values_N: Array) -> float:
+    """Mean over some of the steps."""
+    return float(np.average(values_N[chosen_N], weights=made.steps.times_N[chosen_N]))

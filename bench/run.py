@@ -4,7 +4,8 @@ Every arm is a fresh `vllm serve`; arms go A B C C B A, so that a drift of the m
 alike; with `in_turns` load by load, on servers that are up together (bench/turn.py). An arm is
 measured only if it answers like one dense rank (bench/gate.py), and a row is refused if the ranks
 disagree or if the policy did not run. Rows are JSON lines in bench/results/
-(vllm_balance/measurement.py); a run that was ended continues behind its last row.
+(vllm_balance/measurement.py); a run that was ended continues behind its last row, in turn behind
+the last load that all arms have.
 
 What a run file may hold is in docs/benchmarks.md. A trace is looked for in the folder that --traces
 names; the trace "demo" is made.
@@ -33,12 +34,12 @@ from rich.progress import (
 )
 
 from bench import real_size_model, speed
-from bench.placed import Placed, prepared, said
-from bench.provenance import ROOT, config_hash, provenance, sources
+from bench.placed import Placed, prepared, said, traffic
+from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.speed import Watch
 from bench.starts import Cell, Start, plan
 from bench.turn import Turn
-from vllm_balance.measurement import IDENTITY, Measurement, read_measurements
+from vllm_balance.measurement import IDENTITY, Key, Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
 console = Console(stderr=True)
@@ -67,16 +68,16 @@ def run(
 def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
     """Measures what is missing in ``results`` of one run file."""
     settings = tomllib.loads(file.read_text())
-    origin = {"config_hash": config_hash(settings), "sources": sources(), **provenance()}
+    model = real_size_model.ensure(**settings["model"])
+    origin = {"config_hash": config_hash(settings), "traffic": traffic(settings, model, traces)}
+    origin |= {"sources": sources(), "harness": harness(), **provenance()}
     done = _done(results, tuple(origin[name] for name in IDENTITY))
     starts = plan(settings, rounds)
-    left = {
-        s.position: [cell for cell in s.cells if (s.position, cell) not in done] for s in starts
-    }
-    with _progress(sum(len(start.cells) for start in starts), len(done)) as (advance, say):
+    left = {start.position: _left(start, starts, done) for start in starts}
+    total = sum(len(start.cells) for start in starts)
+    with _progress(total, total - sum(map(len, left.values()))) as (advance, say):
         if not any(left.values()):
             return
-        model = real_size_model.ensure(**settings["model"])
         placed = prepared(settings, model, traces, origin["config_hash"])
         if placed is not None:
             console.print(said(placed.shown_slowdown))
@@ -91,16 +92,29 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
                     console.print(_line(row))
 
 
-def _done(results: Path, identity: tuple[Any, ...]) -> set[tuple[int, Cell]]:
-    """What need not be measured again; cuts off a last line that a killed run left unfinished."""
+def _done(results: Path, identity: tuple[Any, ...]) -> set[Key]:
+    """What was measured already; cuts off a last line that a killed run left unfinished."""
     if not results.exists():
         return set()
     content = results.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(results, whole)
-    rows = [row for row in read_measurements(results) if row.identity == identity]
-    return {(r.position, Cell(slow=r.slow, load=r.load, repeat=r.repeat)) for r in rows}
+    return {row.key for row in read_measurements(results) if row.identity == identity}
+
+
+def _left(start: Start, starts: Sequence[Start], done: set[Key]) -> list[Cell]:
+    """What is to be measured on a start.
+
+    Servers that are up together are compared load by load, so a load that one of them lacks is sent
+    to all of them again.
+    """
+    group = [other for other in starts if other.group == start.group]
+    return [
+        cell
+        for cell in start.cells
+        if any(other.key(cell) not in done for other in group if cell in other.cells)
+    ]
 
 
 def _append(results: Path, row: Measurement) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,11 @@ from bench.starter import Forked, starter
 
 START_TIMEOUT_S = 300.0
 RANKS_NICE = 10
+PORTS = range(20_000, 29_000)
+"""Below those that Linux gives to outgoing connections, 32768 and up: a server binds its port many
+seconds after it was chosen."""
+_turns = itertools.count(64 * os.getpid())
+"""Processes side by side begin at different ports, and no port is chosen twice in a row."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,11 +233,20 @@ def rank_cores(num_ranks: int) -> list[int]:
 
 
 def free_port() -> int:
-    """A TCP port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One of PORTS that nobody has.
+
+    Raises:
+        RuntimeError: all are taken.
+    """
+    for turn in itertools.islice(_turns, len(PORTS)):
+        port = PORTS[turn % len(PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(
+        f"A server needs a TCP port, and {PORTS.start} to {PORTS.stop - 1} are all taken. "
+        f"End what listens there."
+    )
 
 
 def stop(process: subprocess.Popen[bytes] | Forked, within_s: float = 20) -> None:

@@ -151,6 +151,8 @@ def run(request: dict[str, Any]) -> int | None:
     setproctitle.getproctitle()  # Finds the place of the title, which it cannot later.
     os.environ.clear()
     os.environ.update(request["environ"])
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [folder for folder in added if folder and folder not in sys.path]
     sys.argv = request["command"]
     get_context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: get_context(method and "fork")

@@ -10,6 +10,7 @@ from bench.load import Load
 from bench.placed import SLOW_RANK, Placed, Slowed
 from bench.server import Arm
 from vllm_balance.config import FETCHES
+from vllm_balance.measurement import Key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -57,6 +58,10 @@ class Start:
             for name, load in self.loads.items()
             for repeat in range(load.repeats)
         ]
+
+    def key(self, cell: Cell) -> Key:
+        """What `Measurement.key` of its row will be."""
+        return self.case, self.arm, self.position, cell.slow, cell.load, cell.repeat
 
 
 def plan(settings: dict[str, Any], rounds: int) -> list[Start]:

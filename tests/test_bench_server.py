@@ -1,6 +1,8 @@
 """The servers of benchmarks end with the run that started them."""
 
+import itertools
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from bench import starter
+from bench import server, starter
 
 SCRIPT = '''
 import subprocess, sys, time
@@ -84,3 +86,15 @@ def test_a_starter_that_has_ended_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(starter, "__file__", str(script))
     with pytest.raises(RuntimeError, match="the process that forks servers has ended"):
         starter.Starter().start(["vllm"], log=tmp_path / "log", environ={})
+
+
+def test_a_port_that_somebody_has_is_passed_over(monkeypatch):
+    """Also one that listens on another address than ours."""
+    with socket.socket() as taken:
+        port = server.free_port()
+        taken.bind(("127.0.0.1", port))
+        monkeypatch.setattr(server, "_turns", itertools.count(server.PORTS.index(port)))
+        assert server.free_port() in set(server.PORTS) - {port}
+        monkeypatch.setattr(server, "PORTS", range(port, port + 1))
+        with pytest.raises(RuntimeError, match=f"{port} to {port} are all taken"):
+            server.free_port()

@@ -191,6 +191,19 @@ def test_a_file_that_is_no_text_is_an_error_of_the_user(tmp_path):
         assert str(file) in message(read, "metro", str(file))
 
 
+def test_a_file_that_may_not_be_read_is_an_error_of_the_user(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "balancer.toml"
+    file.write_text(TOML)
+    for method in ("read_text", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(file), method, refuse)
+            text = message(read, "metro", str(file))
+        assert f"{str(file)!r}, which cannot be read: Permission denied" in text
+
+
 def test_json_that_is_no_object(tmp_path):
     file = tmp_path / "balancer.json"
     file.write_text("[1]")

@@ -88,6 +88,7 @@ def test_a_server_without_a_balancer_says_so(engine):
     for answer in (*map(http.get, paths), http.post("/moe_balancer/reset")):
         assert answer.status_code == 404
         assert "without --moe-balancer" in answer.json()["detail"]
+        assert "Start it with `--moe-balancer NAME`" in answer.json()["detail"]
     assert engine is None or engine.asked == []
 
 

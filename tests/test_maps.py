@@ -1,5 +1,6 @@
 """Map files: damaged, edited or foreign ones are refused with the reason."""
 
+import hashlib
 import json
 from datetime import UTC, datetime
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_places import WRONG, beside, keys, places, put, without
 
 from vllm_balance import maps
 from vllm_balance.errors import BalancerError
@@ -69,6 +71,90 @@ def test_any_changed_character_is_refused_or_changes_nothing(tmp_path_factory, p
     except BalancerError:
         return
     assert found == placement_map().sealed()
+
+
+def sealed(value) -> str:
+    """The text of a map file that says this, with the checksum of what it says."""
+    if isinstance(value, dict):
+        content = {key: part for key, part in value.items() if key != "checksum"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        value = content | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(value)
+
+
+def test_the_checksum_of_the_tests_is_that_of_the_files(tmp_path):
+    """Otherwise the tests below would meet no other check than that of the checksum."""
+    moved = put(json.loads(TEXT), ("layers", 0, "physical_to_logical"), [1, 0, 2, 3, 1, 1])
+    (tmp_path / "m.json").write_text(sealed(moved))
+    assert maps.load(tmp_path / "m.json").layers[0].physical_to_logical == [1, 0, 2, 3, 1, 1]
+
+
+PLACES = [path for path in places(json.loads(TEXT)) if path != ("checksum",)]
+
+
+@given(st.sampled_from(PLACES), st.sampled_from([*WRONG, 0, 1, 3, [0, 1], [0, 1, 2, 3] * 2]))
+def test_a_wrong_value_under_a_right_checksum_is_refused_or_meant(tmp_path_factory, path, new):
+    """A sealed file is refused with our error, or is again a map with all its promises."""
+    file = tmp_path_factory.getbasetemp() / "wrong.json"
+    file.write_text(sealed(put(json.loads(TEXT), path, new)))
+    try:
+        found = maps.load(file)
+    except BalancerError:
+        return
+    assert_promises(found)
+    maps.save(file, found)
+    assert maps.load(file) == found
+
+
+def assert_promises(found: PlacementMap) -> None:
+    indices = [layer.index for layer in found.layers]
+    assert indices == sorted(set(indices)) and indices[0] >= 0
+    assert indices[-1] < found.shape.num_layers
+    slots_LP = found.placement_LP(indices)
+    assert slots_LP.shape == (len(indices), found.num_physical)
+    assert found.num_physical % found.num_ranks == 0
+    for slots_P in slots_LP.tolist():
+        assert sorted(set(slots_P)) == list(range(found.shape.num_experts))
+
+
+REQUIRED = [
+    path
+    for path in keys(json.loads(TEXT))
+    if path[-1] not in ("kind", "format", "checksum") and path[:-1] != ("sources",)
+]
+"""`sources` holds any names; the others have values of their own."""
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_a_missing_key_and_an_unknown_key_are_refused(tmp_path, path):
+    value, file = json.loads(TEXT), tmp_path / "m.json"
+    file.write_text(sealed(without(value, path)))
+    with pytest.raises(BalancerError, match="Field required"):
+        maps.load(file)
+    file.write_text(sealed(beside(value, path, "surprise")))
+    with pytest.raises(BalancerError, match="surprise"):
+        maps.load(file)
+
+
+def test_a_map_without_a_checksum_is_refused(tmp_path):
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(without(json.loads(TEXT), ("checksum",))))
+    with pytest.raises(BalancerError, match="its checksum is empty"):
+        maps.load(file)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "bytes.json"
+    file.write_bytes(content)
+    with pytest.raises(BalancerError, match="no usable placement map"):
+        maps.load(file)
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    (tmp_path / "m.json").write_text("[" * 100_000)
+    with pytest.raises(BalancerError, match="no usable placement map"):
+        maps.load(tmp_path / "m.json")
 
 
 def test_an_edited_map_is_told_from_a_damaged_one(tmp_path):

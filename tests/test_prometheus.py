@@ -1,5 +1,8 @@
 """The counters as Prometheus reads them: every one of them, in base units, once per rank."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,12 +11,13 @@ from vllm_balance.balancer import WorkerBalancer, new_counters
 from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.prefetch import SyncPrefetch
 from vllm_balance.kernels.rebalance import Rules
-from vllm_balance.prometheus import COUNTERS, GAUGES, exposition, metric_name
+from vllm_balance.prometheus import COUNTERS, GAUGES, PREFIX, exposition, metric_name
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
 
 E, S, D = 8, 2, 2
+ASIDE = f"{PREFIX}stepped_aside_total"
 
 
 class Online:
@@ -57,7 +61,9 @@ def worker(rank: int) -> WorkerBalancer:
     )
     layer.in_router(torch.tensor([[0, 4]] * 30 + [[0, 1]] * 30), None)
     layer.decide_ns = 2_500_000
-    return WorkerBalancer(balancer="harmoeny", rank=rank, layers=[layer], online=Online())
+    return WorkerBalancer(
+        balancer="harmoeny", rank=rank, layers=[layer], huge_page_share=0.5, online=Online()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +72,15 @@ def statuses() -> list[dict]:
 
 
 def samples(text: bytes) -> dict[tuple[str, str], float]:
-    """Values by sample name and rank; every sample names the balancer."""
+    """Values by sample name and rank, and reason if it has one; every sample names the balancer."""
     found = {}
     for family in text_string_to_metric_families(text.decode()):
         assert family.documentation.endswith(".")
         for sample in family.samples:
-            assert sample.labels.keys() == {"balancer", "rank"}
-            assert sample.labels["balancer"] == "harmoeny"
-            found[sample.name, sample.labels["rank"]] = sample.value
+            assert sample.labels.pop("balancer") == "harmoeny"
+            by_reason = ("reason",) if sample.name == ASIDE else ()
+            assert sample.labels.keys() == {"rank", *by_reason}
+            found[sample.name, *sample.labels.values()] = sample.value
     return found
 
 
@@ -86,7 +93,8 @@ def test_every_number_of_the_status_is_a_metric_of_its_rank(statuses):
     suffixed = [f"{metric_name(key)}_total" for key in COUNTERS]
     names = suffixed + [metric_name(key) for key in GAUGES]
     assert len(set(names)) == len(COUNTERS) + len(GAUGES)
-    assert found.keys() == {(name, str(rank)) for name in names for rank in range(S)}
+    plain = {key for key in found if key[0] != ASIDE}
+    assert plain == {(name, str(rank)) for name in names for rank in range(S)}
     assert all(name.startswith("vllm_moe_balancer_") for name in names)
 
 
@@ -104,8 +112,25 @@ def test_values_are_in_base_units_and_lists_are_the_rank_s_own(statuses):
         assert value("fetched_bytes_total") == status["fetched_bytes"] == 100 * rank
         assert value("fetched_schedules_total") == value("layers") == 1
         assert value("physical_experts") == E + S * D
+        assert value("huge_page_share") == 0.5
         assert value("online_deciding_seconds_total") == 2 and value("online_drift") == 0.25
         assert value("rank_online_slowdown") == [1.0, 1.5][rank]
+
+
+def test_what_a_balancer_did_not_do_is_a_metric_for_each_reason(statuses):
+    found = samples(exposition(statuses))
+    for rank, status in enumerate(statuses):
+        for reason, batches in status["stepped_aside"].items():
+            assert found[ASIDE, str(rank), reason] == batches
+    assert sum(key[0] == ASIDE for key in found) == 4 * S
+
+
+def test_every_metric_is_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    names = {f"{metric_name(key)}_total" for key in COUNTERS} | {ASIDE}
+    names |= {metric_name(key) for key in GAUGES}
+    listed = {PREFIX + name for name in re.findall(r"`\.\.\.([a-z_]+)`", page)}
+    assert listed == names
 
 
 def test_a_rank_that_sees_only_its_own_tokens_has_no_share_of_the_batch(statuses):

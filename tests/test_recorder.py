@@ -1,6 +1,9 @@
 """The recorder of one rank: what its layers added is in the file, and serving never waits."""
 
+import itertools
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,6 +61,14 @@ def run(chosen: Recorder, number: int, ids_LTK: torch.Tensor, **step) -> None:
     chosen.end_step(step_of(number, ids_LTK.shape[1], **step))
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns when it holds, and fails after half a minute."""
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "the recorder did not come to it"
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("sizes", [[0], [1], [16], [3, 0, 16, 1, 5] * 30])
 @pytest.mark.parametrize("what", ["counts", "ids"])
@@ -68,8 +79,7 @@ def test_what_layers_add_is_in_the_file(tmp_path, monkeypatch, dtype, sizes, wha
     chosen.start(settings(tmp_path, what))
     batches = [random_ids(size, seed).to(dtype) for seed, size in enumerate(sizes)]
     for number, ids_LTK in enumerate(batches):
-        while not chosen._writer._free:
-            threading.Event().wait(0.001)
+        wait_until(lambda: bool(chosen._writer._free))
         run(chosen, number, ids_LTK)
     chosen.stop()
     status = chosen.status()
@@ -126,8 +136,7 @@ def test_it_is_written_without_a_stop(tmp_path, monkeypatch):
     chosen = recorder()
     chosen.start(settings(tmp_path))
     run(chosen, 0, random_ids(4, 0))
-    while chosen.status()["steps"] == 0:
-        threading.Event().wait(0.005)
+    wait_until(lambda: chosen.status()["steps"] > 0)
     assert traces.load(tmp_path / "t.npz").counts_NLE.sum() == 4 * TOP_K * LAYERS
     chosen.stop()
 
@@ -138,10 +147,14 @@ def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch
     chosen = recorder(log=lines.append)
     limit = 2**16
     chosen.start(settings(tmp_path, "ids", limit))
-    number = 0
-    while chosen.is_recording:
+    numbers = itertools.count()
+
+    def is_full_after_a_step() -> bool:
+        number = next(numbers)
         run(chosen, number, random_ids(16, number))
-        number += 1
+        return not chosen.is_recording
+
+    wait_until(is_full_after_a_step)
     chosen.stop()
     status = chosen.status()
     assert status["state"] == "full"
@@ -149,7 +162,7 @@ def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch
     assert len(lines) == 1 and "65,536 bytes" in lines[0]
     assert len(traces.load(tmp_path / "t.npz").topk_ids_TLK) == status["tokens"]
     chosen.start(RecordSettings(file=tmp_path / "next.npz"))
-    run(chosen, number, random_ids(2, 0))
+    run(chosen, next(numbers), random_ids(2, 0))
     chosen.stop()
     assert len(traces.load(tmp_path / "next.npz").counts_NLE) == 1
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -85,6 +86,7 @@ def test_ids_come_back(tmp_path):
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("make", [counts_chunk, lambda first, n: ids_chunk(first, [1] * n)])
 def test_a_file_cut_at_any_byte_is_read_up_to_its_last_whole_chunk(tmp_path, make, closed):
+    """Every byte around the ends of chunks, and every seventh of the others."""
     path, cut = tmp_path / "t.npz", tmp_path / "cut.npz"
     file = RecordingFile(path, "ids" if "topk_ids" in make(0, 1) else "counts", 2**20, HEADER)
     ends = [path.stat().st_size]
@@ -95,7 +97,8 @@ def test_a_file_cut_at_any_byte_is_read_up_to_its_last_whole_chunk(tmp_path, mak
         file.close()
     data = path.read_bytes()
     whole = traces.load(path)
-    for length in range(len(data)):
+    near = {end + off for end in ends for off in range(-64, 65)}
+    for length in sorted(near.intersection(range(len(data))) | {*range(0, len(data), 7)}):
         cut.write_bytes(data[:length])
         num_chunks = sum(length >= end for end in ends) - 1
         if num_chunks < 1:
@@ -180,7 +183,7 @@ def test_the_limit_holds_also_for_what_cannot_be_compressed(tmp_path_factory, li
         written += num_steps
     file.close()
     assert path.stat().st_size <= limit
-    assert file is not None and written < 100 * num_steps
+    assert written < 100 * num_steps
     if written:
         assert len(traces.load(path).counts_NLE) == written
 
@@ -207,6 +210,38 @@ def test_tokens_of_ranks_are_put_together_step_by_step(tmp_path):
     expected = np.concatenate([first["topk_ids"][2:], second["topk_ids"]])
     assert np.array_equal(trace.topk_ids_TLK, expected)
     assert trace.request_id_T.tolist() == [4, 6, 1, 3, 5]
+
+
+def test_sums_beyond_16_bits_are_right_and_beyond_32_are_refused(tmp_path):
+    first, second = counts_chunk(5, 2), counts_chunk(5, 2)
+    first["counts"][:], second["counts"][:] = 60_000, 50_000
+    for folder, factor in (("small", 1), ("large", 20_000)):
+        (tmp_path / folder).mkdir()
+        for rank, part in enumerate((first, second)):
+            counts = {"counts": part["counts"].astype(np.int32) * factor}
+            path = path_of_rank(tmp_path / folder / "t.npz", rank)
+            write(path, [part | counts], num_ranks=2, rank=rank)
+    assert (traces.load(tmp_path / "small" / "t.npz").counts_NLE == 110_000).all()
+    with pytest.raises(BalancerError, match="allowed are 0 to 2147483647"):
+        traces.load(tmp_path / "large" / "t.npz")
+
+
+def test_reading_takes_a_few_times_what_was_recorded(tmp_path):
+    """Its chunks, all of them joined, and those as 32 bits."""
+    random, path = np.random.default_rng(0), tmp_path / "t.npz"
+    file = RecordingFile(path, "counts", 2**25, HEADER)
+    size = (500, LAYERS * 200, EXPERTS)
+    for first in range(0, 2000, 500):
+        counts = random.integers(0, 9, size).astype(np.uint16)
+        assert file.append(counts_chunk(first, 500) | {"counts": counts})
+    file.close()
+    recorded.read(path)
+    tracemalloc.start()
+    found = recorded.read(path)["counts"]
+    found = found.astype(np.int32, copy=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3.5 * 2 * found.size
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """A layer with dynamic slots: what it decides, counts and reports, and that it keeps nothing."""
 
 import gc
+import itertools
 import time
 
 import numpy as np
@@ -211,42 +212,60 @@ def test_a_copy_made_at_once_is_waiting_and_not_looking_ahead():
     assert 0 < first.look_ahead_ns <= taken_ns - following.dynamic.waiting_ns
 
 
+class Copied:
+    """A rank with real copies and experts of 256 KiB, and the truth for its share of a batch."""
+
+    def __init__(self) -> None:
+        self.whole = [torch.randn(E, HIDDEN, 1024), torch.randn(E, 1024, HIDDEN)]
+        store = HostStore.shared(
+            ExpertLayout.of(self.whole),
+            num_layers=1,
+            num_experts=E,
+            machine=Machine(rank=0, share=lambda mine: [mine]),
+        )
+        for expert in range(E):
+            store.write(0, expert, expert, self.whole)
+        home = E // S
+        tensors = [torch.cat([each[:home], each.new_full((D, *each.shape[1:]), torch.nan)])
+                   for each in self.whole]  # fmt: skip
+
+        def copy(each) -> None:
+            store.read(each.layer, each.expert, each.slot, tensors)
+
+        def kernel(out, rows, weights, ids) -> None:
+            out.copy_(rows * weights * tensors[0][ids.flatten().long(), :, 0])
+
+        self.prefetch, self.kernel, self.per_rank = ThreadPrefetch(copy), kernel, home + D
+        self.balancer = layer(self.prefetch)
+        map_P = torch.cat([torch.arange(self.per_rank), torch.full((self.per_rank,), -1)]).int()
+        self.experts = LocalPairExperts(map_P)
+        self.experts.arrivals = self.balancer.dynamic
+
+    def run(self, ids_TK, hidden_TH, weights_TK, output_TH) -> None:
+        """One batch, compared with what this rank's pairs add up to."""
+        slots_TK = self.balancer.in_router(ids_TK, None)
+        self.experts(output_TH, hidden_TH, weights_TK, slots_TK, self.kernel)
+        local_TK = (slots_TK < self.per_rank) * weights_TK
+        pair_TKH = hidden_TH[:, None] * self.whole[0][:, :, 0][ids_TK]
+        torch.testing.assert_close(output_TH, (pair_TKH * local_TK[..., None]).sum(1))
+
+
 def test_memory_does_not_grow_over_2000_batches():
-    """A rank with real copies and experts, skew that changes in every batch."""
-    tensors = [torch.randn(E // S + D, HIDDEN, 64), torch.randn(E // S + D, 64, HIDDEN)]
-    store = HostStore.shared(
-        ExpertLayout.of(tensors),
-        num_layers=1,
-        num_experts=E,
-        machine=Machine(rank=0, share=lambda mine: [mine]),
-    )
-    for expert in range(E):
-        store.write(0, expert, expert % (E // S), tensors)
-
-    def copy(each) -> None:
-        store.read(each.layer, each.expert, each.slot, tensors)
-
-    prefetch = ThreadPrefetch(copy)
-    balancer = layer(prefetch)
-    per_rank = NUM_PHYSICAL // S
-    map_P = torch.cat([torch.arange(per_rank), torch.full((per_rank,), -1)]).int()
-    experts = LocalPairExperts(map_P)
-    experts.arrivals = balancer.dynamic
-
-    def kernel(out, rows, weights, ids) -> None:
-        out.copy_(rows * weights * tensors[0][ids.flatten().long(), :, 0])
-
-    rng = np.random.default_rng(0)
-    process, output = psutil.Process(), torch.empty(64, HIDDEN)
-    hidden, weights = torch.randn(64, HIDDEN), torch.ones(64, K)
+    """Skew that changes in every batch, in two windows: an object or an expert kept per fetch
+    would show in both."""
+    rank, rng, process = Copied(), np.random.default_rng(0), psutil.Process()
+    batch = torch.randn(64, HIDDEN), torch.rand(64, K), torch.empty(64, HIDDEN)
     sizes = []
-    for batch in range(2000):
-        slots_TK = balancer.in_router(hot(int(rng.integers(E)), 64, seed=batch % 50), None)
-        experts(output, hidden, weights, slots_TK, kernel)
-        if batch in (500, 1999):
+    for number in range(2001):
+        rank.run(hot(int(rng.integers(E)), 64, seed=number % 50), *batch)
+        if number in (800, 1400, 2000):
             gc.collect()
-            sizes.append((process.memory_info().rss, len(gc.get_objects())))
-    prefetch.close()
-    assert balancer.status()["fetches"] > 200 and balancer.status()["evictions"] > 200
-    assert sizes[1][0] - sizes[0][0] < 8 * 2**20
-    assert sizes[1][1] - sizes[0][1] < 1000
+            status = rank.balancer.status()
+            held = process.memory_info().rss, len(gc.get_objects())
+            sizes.append((*held, status["fetches"], status["evictions"]))
+    rank.prefetch.close()
+    for before, after in itertools.pairwise(sizes):
+        rss, objects, fetches, evictions = np.subtract(after, before)
+        assert fetches > 200 and evictions > 200
+        assert rss < 8 * 2**20 < fetches * 2**18
+        assert objects < 100

@@ -220,6 +220,21 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path_factory, place, flip):
     assert found.topk_ids_TLK.shape[1:] == (found.num_layers, found.top_k)
 
 
+def test_too_little_memory_is_not_damage(tmp_path, monkeypatch):
+    def full(path):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    traces.save(tmp_path / "t.npz", token_trace())
+    monkeypatch.setattr(traces.recorded, "read", full)
+    with pytest.raises(BalancerError, match=r"needs more memory than there is \(Unable to all"):
+        traces.load(tmp_path / "t.npz")
+
+
+def test_a_missing_trace_says_how_to_record_one(tmp_path):
+    with pytest.raises(BalancerError, match="Record one on a server with `--moe-record FILE`"):
+        traces.load(tmp_path / "t.npz")
+
+
 def test_files_of_other_kinds_are_refused(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     for name in ("one.npy", "missing.npz", "."):

@@ -22,8 +22,12 @@ class Document(BaseModel):
 DocumentT = TypeVar("DocumentT", bound=Document)
 
 
-def read(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
-    """The checked content of a file; `what` names it in messages, e.g. "profile".
+def read(path: Path, kind: type[DocumentT], what: str, made_by: str) -> DocumentT:
+    """The checked content of a file.
+
+    Args:
+        what: names it in messages, e.g. "profile".
+        made_by: the command that makes one.
 
     Raises:
         BalancerError: the file is missing, damaged, of another version, or holds a wrong value.
@@ -31,13 +35,16 @@ def read(path: Path, kind: type[DocumentT], what: str) -> DocumentT:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise BalancerError(f"The {what} {path} cannot be read: {error.strerror}.") from error
+        raise BalancerError(
+            f"The {what} {path} cannot be read: {error.strerror}. Name a file that was made by "
+            f"`{made_by}`, or make one with it."
+        ) from error
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         raise BalancerError(
-            f"{path} is no usable {what}. {explain(error)} Make it anew, or use the file as it "
-            f"was written."
+            f"{path} is no usable {what}. {explain(error)} Make it anew with `{made_by}`, or use "
+            f"the file as it was written."
         ) from error
 
 

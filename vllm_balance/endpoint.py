@@ -78,7 +78,9 @@ async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[An
     engine = getattr(request.app.state, ENGINE, None)
     if engine is None:
         raise HTTPException(
-            404, "This server runs without --moe-balancer, so there is nothing to report."
+            404,
+            "This server runs without --moe-balancer, so there is nothing to report. Start it with "
+            "`--moe-balancer NAME`, or with `--moe-record FILE` to record what the router chooses.",
         )
     # AsyncLLM.collective_rpc asks all engines of a data-parallel deployment, too, but returns the
     # answer of the first only.

@@ -56,11 +56,12 @@ class PlacementMap(Document):
                 f"layers have {sorted(sizes)} slots; needed is one size, a multiple of "
                 f"{self.num_ranks} ranks"
             )
+        last = self.shape.num_experts - 1
         for layer in self.layers:
-            if set(layer.physical_to_logical) != set(range(self.shape.num_experts)):
+            held = set(layer.physical_to_logical)
+            if (min(held), max(held), len(held)) != (0, last, last + 1):
                 raise ValueError(
-                    f"layer {layer.index} does not hold every expert from 0 to "
-                    f"{self.shape.num_experts - 1} and no other"
+                    f"layer {layer.index} does not hold every expert from 0 to {last} and no other"
                 )
         return self
 
@@ -109,7 +110,7 @@ def load(path: Path) -> PlacementMap:
     Raises:
         BalancerError: it is damaged, was changed by hand, or is no map.
     """
-    found = documents.read(path, PlacementMap, "placement map")
+    found = documents.read(path, PlacementMap, "placement map", "vllm-balance place")
     if found.checksum != found.computed_checksum():
         raise BalancerError(
             f"The placement map {path} was changed after it was written: its checksum is "

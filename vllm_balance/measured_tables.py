@@ -182,15 +182,13 @@ def slo_table(rows: list[Measurement]) -> MeasuredTable:
     has_cases = any(case for case, _ in loads)
     slo_ms = next(iter(groups.values()))[0].slo_tpot_ms or 0.0
     headings = ["case", "arm"] if has_cases else ["arm"]
-    headings += ["tokens/s within the SLO", "requests at once", "TPOT ms there"]
+    headings += ["tokens/s within the SLO", "requests at once", "TPOT ms there", "kept it"]
     for tpot_ms in (slo_ms, 2 * slo_ms):
         headings += [f"tokens/s at {tpot_ms:g} ms", *(f"against {base}" for base in bases)]
     body = []
     for (case, arm), measured in loads.items():
-        best = max(measured, key=lambda load: median(load, goodput_tokens_per_s))
         cells = [case, arm] if has_cases else [arm]
-        cells += [f"{median(best, goodput_tokens_per_s):.1f}", str(best[0].concurrency)]
-        cells += [f"{median(best, lambda row: row.tpot_ms.p50):.1f}"]
+        cells += _within_slo(slo_ms, measured)
         for tpot_ms in (slo_ms, 2 * slo_ms):
             ours = throughput_at(tpot_ms, measured)
             cells.append("-" if ours is None else f"{ours:.1f}")
@@ -200,15 +198,35 @@ def slo_table(rows: list[Measurement]) -> MeasuredTable:
         body.append(cells)
     return MeasuredTable(
         title=rows[0].title,
-        caption=f"The concurrency with the most tokens per second of requests whose TPOT was "
-        f"within {slo_ms:g} ms (goodput). Beside it tokens per second at a TPOT of exactly that "
-        f"and of twice that, on the line between the two concurrencies around it. Medians of "
-        f"{_count(groups.values())} per concurrency.",
+        caption=f"Of the concurrencies whose TPOT was within {slo_ms:g} ms, the one with the most "
+        f"tokens per second, and how many of its measurements were within it. Beside it tokens per "
+        f"second at a TPOT of exactly that and of twice that, on the line between the two "
+        f"concurrencies around it. Medians of {_count(groups.values())} per concurrency.",
         headings=headings,
         body=body,
         origin=origin(rows),
         command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
+
+
+def _within_slo(slo_ms: float, loads: list[list[Measurement]]) -> list[str]:
+    """Most tokens per second within the SLO, requests at once, TPOT there, and how many of the
+    measurements there kept the SLO; "-" if the median TPOT of no concurrency does.
+
+    Args:
+        loads: rows of each concurrency of one arm.
+    """
+    within = [own for own in loads if median(own, _tpot_ms) <= slo_ms]
+    if not within:
+        return ["-"] * 4
+    best = max(within, key=lambda own: median(own, _tokens_per_s))
+    kept = sum(_tpot_ms(row) <= slo_ms for row in best)
+    return [
+        f"{median(best, _tokens_per_s):.1f}",
+        str(best[0].concurrency),
+        f"{median(best, _tpot_ms):.1f}",
+        f"{kept} of {len(best)}",
+    ]
 
 
 def throughput_at(tpot_ms: float, loads: list[list[Measurement]]) -> float | None:
@@ -219,13 +237,8 @@ def throughput_at(tpot_ms: float, loads: list[list[Measurement]]) -> float | Non
     Returns:
         None if every TPOT is above, or every one below, so that it was not reached.
     """
-    return rate_at(
-        tpot_ms,
-        (
-            (median(own, lambda row: row.tpot_ms.p50), median(own, lambda row: row.tokens_per_s))
-            for own in loads
-        ),
-    )
+    points = ((median(own, _tpot_ms), median(own, _tokens_per_s)) for own in loads)
+    return rate_at(tpot_ms, points)
 
 
 def rate_at(tpot_ms: float, points: Iterable[tuple[float, float]]) -> float | None:
@@ -234,11 +247,6 @@ def rate_at(tpot_ms: float, points: Iterable[tuple[float, float]]) -> float | No
         if first_ms <= tpot_ms < second_ms:
             return first + (tpot_ms - first_ms) / (second_ms - first_ms) * (second - first)
     return None
-
-
-def goodput_tokens_per_s(row: Measurement) -> float:
-    """Generated tokens per second of the requests within the SLO."""
-    return (row.goodput_per_s or 0.0) * row.output_tokens
 
 
 def grouped(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
@@ -294,6 +302,14 @@ def _has_few_tokens(row: Measurement) -> bool:
 def _time_ms(row: Measurement) -> float:
     """What a load is about: time per token, or the first token where there are few."""
     return row.ttft_ms.p50 if _has_few_tokens(row) else row.tpot_ms.p50
+
+
+def _tpot_ms(row: Measurement) -> float:
+    return row.tpot_ms.p50
+
+
+def _tokens_per_s(row: Measurement) -> float:
+    return row.tokens_per_s
 
 
 def _e2e_ms(row: Measurement) -> float:

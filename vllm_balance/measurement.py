@@ -17,8 +17,11 @@ from vllm_balance.documents import Document, explain
 from vllm_balance.errors import BalancerError
 
 FORMAT: Literal["vllm-balance measurement 1"] = "vllm-balance measurement 1"
-IDENTITY = ("config_hash", "sources", "machine", "versions")
-"""Fields that rows have in common which may be compared: settings, code, machine, packages."""
+IDENTITY = ("config_hash", "traffic", "sources", "harness", "machine", "versions")
+"""Fields that rows have in common which may be compared: settings, recorded routing, code of the
+server and of the benchmark, machine, packages."""
+Key = tuple[str, str, int, float, str, int]
+"""Case, arm, position, slow, load and repeat of a row."""
 
 
 class Latency(Document):
@@ -90,6 +93,11 @@ class Measurement(Document):
     commit: str
     sources: str
     """Hash of the code that ran in the server, and of that which made its profile and map."""
+    traffic: str = ""
+    """Hash of the recorded routing that was replayed and placed by; empty where a seed draws it,
+    and in rows that are older than this field."""
+    harness: str = ""
+    """Hash of the code that measured; empty in rows that are older than this field."""
     machine: str
     machine_speed: list[KernelTime] | None = None
     """How fast its cores were meanwhile; None in rows that are older than this field."""
@@ -176,8 +184,13 @@ class Measurement(Document):
         """What rows that may be compared have in common; the values of IDENTITY."""
         return tuple(getattr(self, name) for name in IDENTITY)
 
+    @property
+    def key(self) -> Key:
+        """Which measurement of its run it is."""
+        return self.case, self.arm, self.position, self.slow, self.load, self.repeat
 
-def parse(line: str) -> Measurement:
+
+def parse(line: str | bytes) -> Measurement:
     """The row that a line holds.
 
     Raises:
@@ -187,47 +200,58 @@ def parse(line: str) -> Measurement:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """All rows of a file, oldest first; a last line that was cut short is no row yet.
+    """All rows of a file, oldest first; what is behind the last line feed is no row yet.
 
     Raises:
         BalancerError: the file is missing, or a line is not such a row.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise BalancerError(f"The results {path} cannot be read: {error.strerror}.") from error
+        raise _unreadable(path, error) from error
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            break
         try:
             rows.append(parse(line))
         except ValidationError as error:
             raise BalancerError(
-                f"Line {number} of {path} is no measurement of this version. {explain(error)} "
-                f"Measure anew with `python -m bench.run`."
+                f"Line {number} of {path} is no measurement of this version. {explain(error)} Name "
+                f"a file of rows, as `python -m bench.run` writes them, or measure anew with it."
             ) from error
     return rows
+
+
+def _unreadable(path: Path, error: OSError) -> BalancerError:
+    return BalancerError(
+        f"The results {path} cannot be read: {error.strerror}. Name files of rows, or folders of "
+        f"them; `python -m bench.run` writes them."
+    )
 
 
 def is_results(path: Path) -> bool:
     """Whether the first line of a file says that it holds measurements; one cut short says nothing.
 
     Raises:
-        OSError: the file cannot be read.
+        BalancerError: the file cannot be read.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             first = json.loads(file.readline())
-    except ValueError:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and first.get("format") == FORMAT
 
 
 def newest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """The rows of what was measured last: the same settings, code, machine and packages."""
+    """The rows of what was measured last: the same settings, routing, code, machine and packages.
+
+    Of a measurement that was made again only the last row.
+    """
     rows = list(rows)
-    return [row for row in rows if row.identity == rows[-1].identity]
+    same = [row for row in rows if row.identity == rows[-1].identity]
+    return list({row.key: row for row in same}.values())
 
 
 def newest_by_machine(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:

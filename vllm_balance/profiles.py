@@ -146,6 +146,9 @@ class Profile(Document):
             BalancerError: one paragraph with everything that differs.
         """
         wrong = [] if shape is None else self.shape.differences(shape)
+        flag = ""
+        if shape is not None and shape.dtype != self.shape.dtype:
+            flag = f", with `--dtype {shape.dtype}`"
         if device is not None and device != self.device:
             wrong.append(f"device {self.device!r} instead of {device!r}")
         for package in BOUND_VERSIONS if versions is not None else ():
@@ -156,7 +159,7 @@ class Profile(Document):
             raise BalancerError(
                 f"The profile of {self.created:%Y-%m-%d} was measured on something else: "
                 f"{'; '.join(wrong)}. Times do not carry over; run `vllm-balance profile` for "
-                f"this model on this machine."
+                f"this model on this machine{flag}."
             )
 
     def costs_of(self, num_ranks: int) -> tuple[CostModel, ...]:
@@ -176,4 +179,4 @@ class Profile(Document):
 
 def load(path: Path) -> Profile:
     """The profile in a file. Raises BalancerError if it is damaged or not one."""
-    return documents.read(path, Profile, "profile")
+    return documents.read(path, Profile, "profile", "vllm-balance profile")

@@ -52,11 +52,16 @@ GAUGES = {
     "num_ranks": "Expert-parallel ranks.",
     "num_logical_experts": "Experts of one layer.",
     "num_physical_experts": "Slots of one layer over all ranks.",
+    "huge_page_share": "CPU: share of the expert weights in huge pages, 0 to 1.",
     "counts_are_global": "0 if a rank saw only its own tokens and nothing was exchanged.",
     "online_swap_us": "Measured time of one exchange.",
     "online_drift": "Drift of the load since the last move: 0 the same, 1 entirely other experts.",
     "online_slowdown_per_rank": "Measured slowdown of this rank.",
 }
+
+
+ASIDE = ("stepped_aside", "Batches in which the balancer did not do what its name says, by reason.")
+"""The one key with several numbers: its family's name and what it says."""
 
 
 class StatusCollector:
@@ -69,7 +74,7 @@ class StatusCollector:
         ]
 
     def collect(self) -> Iterator[Metric]:
-        """One family per key, one sample per rank."""
+        """One family per key, one sample per rank, and per reason where it has several."""
         family: CounterMetricFamily | GaugeMetricFamily
         for key, meaning in (COUNTERS | GAUGES).items():
             if key in COUNTERS:
@@ -82,6 +87,12 @@ class StatusCollector:
                     family.add_metric((rank["balancer"], str(rank["rank"])), value)
             if family.samples:
                 yield family
+        aside = CounterMetricFamily(PREFIX + ASIDE[0], ASIDE[1], labels=(*LABELS, "reason"))
+        for rank in self._ranks:
+            for reason, batches in rank.get(ASIDE[0], {}).items():
+                aside.add_metric((rank["balancer"], str(rank["rank"]), reason), batches)
+        if aside.samples:
+            yield aside
 
 
 def metric_name(key: str) -> str:

@@ -56,16 +56,7 @@ def _arrays(path: Path) -> dict[str, Array] | None:
         start = file.read(_LOCAL_HEADER.size + len("recording.npy"))
         if not (start.startswith(_SIGNATURE) and start.endswith(b"recording.npy")):
             return None
-        data = start + file.read()
-    header: dict[str, Array] = {}
-    chunks: dict[str, list[Array]] = {}
-    for name, raw in _members(path, data):
-        array = np.load(io.BytesIO(raw), allow_pickle=False)
-        key, _, chunk = name.removesuffix(".npy").partition(".")
-        if chunk:
-            chunks.setdefault(key, []).append(array)
-        else:
-            header[key] = array
+    header, chunks = _header_and_chunks(path)
     if int(header["recording"]) != VERSION:
         raise BalancerError(
             f"Trace {path} has the recording format {int(header['recording'])}; this version of "
@@ -77,8 +68,22 @@ def _arrays(path: Path) -> dict[str, Array] | None:
         raise BalancerError(
             f"Trace {path} holds no whole step: nothing was recorded before it ended."
         )
-    joined = {name: np.concatenate(chunks[name][:whole]) for name in MEMBERS[kind]}
+    joined = {name: np.concatenate(chunks.pop(name)[:whole]) for name in MEMBERS[kind]}
     return {**header, **joined}
+
+
+def _header_and_chunks(path: Path) -> tuple[dict[str, Array], dict[str, list[Array]]]:
+    """The arrays in front of the chunks by name, and those of each chunk in order."""
+    header: dict[str, Array] = {}
+    chunks: dict[str, list[Array]] = {}
+    for name, raw in _members(path, path.read_bytes()):
+        array = np.load(io.BytesIO(raw), allow_pickle=False)
+        key, _, chunk = name.removesuffix(".npy").partition(".")
+        if chunk:
+            chunks.setdefault(key, []).append(array)
+        else:
+            header[key] = array
+    return header, chunks
 
 
 def _members(path: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -119,16 +124,26 @@ def _merge(parts: list[dict[str, Array]]) -> dict[str, Array]:
 
 def _sum_counts(parts: list[dict[str, Array]], common_N: Array) -> dict[str, Array]:
     chosen = [np.isin(part["step"], common_N) for part in parts]
-    counts_NLE = np.zeros((len(common_N), *parts[0]["counts"].shape[1:]), np.int64)
-    for part, rows in zip(parts, chosen, strict=True):
-        counts_NLE += part["counts"][rows]
     phase_SN = np.stack([part["phase"][rows] for part, rows in zip(parts, chosen, strict=True)])
+    counts_NLE = _only(parts[0]["counts"], chosen[0])
+    if len(parts) > 1:
+        most = sum(int(part["counts"].max(initial=0)) for part in parts)
+        counts_NLE = counts_NLE.astype(np.int32 if most < 2**31 else np.int64)
+    for part, rows in zip(parts[1:], chosen[1:], strict=True):
+        counts_NLE += _only(part["counts"], rows)
     phase_N = _phase_of_steps(phase_SN)
     busy_N = phase_N != Phase.IDLE
-    return {"counts": counts_NLE[busy_N], "phase": phase_N[busy_N]}
+    return {"counts": _only(counts_NLE, busy_N), "phase": phase_N[busy_N]}
+
+
+def _only(values: Array, rows_N: Array) -> Array:
+    """The chosen rows; the array itself if all are, for it may fill half of the memory."""
+    return values if rows_N.all() else values[rows_N]
 
 
 def _join_tokens(parts: list[dict[str, Array]], common_N: Array) -> dict[str, Array]:
+    if len(parts) == 1:
+        return {name: parts[0][name] for name in PER_TOKEN}
     for rank, part in enumerate(parts):
         part["step_T"] = np.repeat(part["step"], part["num_tokens"])
         part["request_id"] = part["request_id"] * len(parts) + rank

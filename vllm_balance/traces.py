@@ -36,7 +36,6 @@ _UNREADABLE = (
     KeyError,
     TypeError,
     SyntaxError,
-    MemoryError,
     RuntimeError,
     OverflowError,
     zlib.error,
@@ -56,7 +55,7 @@ class Trace:
     """Layer of the model that each recorded layer is, [L], rising."""
     topk_ids_TLK: Array | None = None
     counts_NLE: Array | None = None
-    """Pairs of each expert in each recorded step, [N, L, E] int64."""
+    """Pairs of each expert in each recorded step, [N, L, E] int32 as they are read."""
     request_id_T: Array | None = None
     position_T: Array | None = None
     phase_T: Array | None = None
@@ -128,7 +127,7 @@ class Trace:
         """
         if self.topk_ids_TLK is None:
             assert self.counts_NLE is not None
-            return self.counts_NLE.astype(np.int32)
+            return self.counts_NLE.astype(np.int32, copy=False)
         total = len(self.topk_ids_TLK)
         size = min(tokens, total)
         return self.count(np.arange(total // size * size).reshape(-1, size))
@@ -196,10 +195,25 @@ def load(path: Path) -> Trace:
     """The trace in a file, checked.
 
     Raises:
-        BalancerError: the file is missing, damaged, or does not hold what the format asks for.
+        BalancerError: the file is missing, damaged, too large for the memory, or does not hold what
+            the format asks for.
     """
+    try:
+        return _load(path)
+    except MemoryError as error:
+        raise BalancerError(
+            f"Trace {path} needs more memory than there is ({error}). Read it on a machine with "
+            f"more, or record less (`max_bytes`). If the file is small, it is damaged: copy or "
+            f"record it again."
+        ) from error
+
+
+def _load(path: Path) -> Trace:
     if not path.is_file():
-        raise BalancerError(f"Trace {path} does not exist or is not a file.")
+        raise BalancerError(
+            f"Trace {path} does not exist or is not a file. Record one on a server with "
+            f"`--moe-record FILE` (docs/recording.md), or bring an .npz file (docs/placement.md)."
+        )
     try:
         arrays = recorded.read(path)
         held = [] if arrays is None else list(arrays)
@@ -285,7 +299,7 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
         top_k=top_k,
         layer_index_L=layers_L.astype(np.int64),
         topk_ids_TLK=recorded if key == "topk_ids" else None,
-        counts_NLE=recorded.astype(np.int64) if key == "counts" else None,
+        counts_NLE=recorded.astype(np.int32, copy=False) if key == "counts" else None,
         phase_N=arrays.get("phase") if key == "counts" else None,
         **per_token,
     )

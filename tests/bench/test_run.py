@@ -15,7 +15,7 @@ from bench.load import Load
 from bench.provenance import ROOT
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
-from vllm_balance.measurement import KernelTime, read_measurements
+from vllm_balance.measurement import KernelTime, newest, read_measurements
 
 SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
 FILES = sorted(
@@ -115,7 +115,9 @@ def measuring(monkeypatch, tmp_path):
             "slow_shown",
             "in_turns",
             "config_hash",
+            "traffic",
             "sources",
+            "harness",
             "versions",
             "commit",
             "machine",
@@ -219,9 +221,36 @@ def test_a_killed_run_in_turns_continues_behind_its_last_row(measuring):
     whole = keys(measuring())
     measuring.results.unlink()
     with pytest.raises(Killed):
-        measuring(rows=15)
+        measuring(rows=16)
     assert keys(measuring()) == whole
     assert measuring.starts == ["static", "metro"]
+
+
+def test_a_load_that_not_all_servers_had_is_sent_to_all_of_them_again(measuring):
+    """Loads in turn are compared with their neighbours, and an old row has none."""
+    measuring.file.write_text(IN_TURNS)
+    whole = keys(measuring())
+    measuring.results.unlink()
+    with pytest.raises(Killed):
+        measuring(rows=15)
+    (alone,) = read_measurements(measuring.results)[14:]
+    assert (alone.case, alone.arm, alone.repeat) == ("skewed", "metro", 1)
+    rows = measuring()
+    assert keys(rows[15:17]) == whole[14:16]
+    assert keys(newest(rows)) == whole and alone not in newest(rows)
+    assert len(rows) == len(whole) + 1
+
+
+def test_arms_that_were_swapped_half_way_are_all_measured(measuring):
+    """The settings are the same ones, and so is their hash, but a position has another arm."""
+    with pytest.raises(Killed):
+        measuring(rows=4)
+    without = FILE.replace("[arms.static]\n", "")
+    measuring.file.write_text(without.replace("[eplb]", "[arms.static]\n[eplb]"))
+    rows = measuring()
+    assert len({row.config_hash for row in rows}) == 1
+    starts = Counter((row.case, row.arm, row.load, row.repeat) for row in rows)
+    assert len(starts) == 4 * 4 and min(starts.values()) == 2
 
 
 def test_a_finished_run_starts_nothing_and_writes_nothing(measuring):
@@ -232,13 +261,15 @@ def test_a_finished_run_starts_nothing_and_writes_nothing(measuring):
     assert measuring.results.stat().st_mtime_ns == 0
 
 
-@pytest.mark.parametrize("changed", ["settings", "code", "machine", "packages"])
+@pytest.mark.parametrize(
+    "changed", ["settings", "traffic", "sources", "harness", "machine", "packages"]
+)
 def test_what_is_other_than_in_the_rows_is_measured_anew(measuring, monkeypatch, changed):
     before = measuring()
     if changed == "settings":
         measuring.file.write_text(FILE.replace("zipf = 0.8", "zipf = 1.2"))
-    elif changed == "code":
-        monkeypatch.setattr(run, "sources", lambda: "other code")
+    elif changed in ("traffic", "sources", "harness"):
+        monkeypatch.setattr(run, changed, lambda *_: f"other {changed}")
     else:
         origin = run.provenance()
         other = {"machine": "another"} if changed == "machine" else {"versions": {"torch": "0"}}

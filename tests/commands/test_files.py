@@ -3,13 +3,16 @@
 import json
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from vllm_balance import commands, documents, maps, profiles, traces
+from vllm_balance.commands import expert_probe
 from vllm_balance.commands.expert_probe import Timing
 from vllm_balance.commands.profile import (
     MAX_TOKENS,
@@ -25,6 +28,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import Cluster, score_L
 from vllm_balance.recording import RecordingFile
+from vllm_balance.seams.device import served_dtype
 
 SHAPE = ModelShape(
     name="m",
@@ -213,19 +217,21 @@ def test_what_a_server_recorded_is_described_and_placed_by(folder, tmp_path):
 def test_a_gem_map_beats_a_linear_one_on_the_trace(folder):
     counts = traces.load(folder / "t.npz").steps(64, 40, 9)
     ranks = Cluster(costs=profiles.load(folder / "p.json").costs)
-    score = {
-        name: score_L(counts, maps.load(folder / f"{name}.json").placement_LP([0, 1, 3]), ranks)
-        for name in ("linear", "gem")
-        if run("place", "--policy", name, "--profile", folder / "p.json", "--trace",
-               folder / "t.npz", "--ranks", 2, "-o", folder / f"{name}.json").exit_code == 0
-    }  # fmt: skip
+    score = {}
+    for name in ("linear", "gem"):
+        out = folder / f"{name}.json"
+        done = run("place", "--policy", name, "--profile", folder / "p.json", "--trace",
+                   folder / "t.npz", "--ranks", 2, "-o", out)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        score[name] = score_L(counts, maps.load(out).placement_LP([0, 1, 3]), ranks)
     assert score["gem"].sum() < score["linear"].sum()
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        (("--policy", "best"), "no placement 'best'"),
+        (("--policy", "best"), "--policy asks for 'best'. Unknown placement 'best'. Allowed: lin"),
+        (("--policy", "gemm"), "Did you mean 'gem'?"),
         (("--ranks", 3), "3 ranks were asked for"),
         (("--redundant", 1), "keeps one copy"),
         (("--routing", "odd"), "allowed are even and one"),
@@ -245,6 +251,69 @@ def test_place_looks_at_the_folder_of_the_map_before_anything_else(folder):
                "-o", folder / "lost" / "m.json")  # fmt: skip
     assert isinstance(done.exception, BalancerError)
     assert f"the folder {folder / 'lost'} does not exist" in str(done.exception)
+
+
+def test_place_knows_the_policy_before_it_reads_the_files(folder):
+    refused = run("place", "--profile", "lost.json", "--trace", "lost.npz", "--ranks", 2,
+                  "--policy", "ex_flow", "-o", folder / "m.json").exception  # fmt: skip
+    assert isinstance(refused, BalancerError) and "Did you mean 'exflow'?" in str(refused)
+
+
+def test_a_missing_profile_says_how_to_make_one(folder):
+    refused = run("place", "--profile", "lost.json", "--trace", folder / "t.npz", "--ranks", 2,
+                  "-o", folder / "m.json").exception  # fmt: skip
+    assert isinstance(refused, BalancerError)
+    assert "lost.json cannot be read: No such file" in str(refused)
+    assert "made by `vllm-balance profile`" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_model", "served"),
+    [
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float16", "float16"),
+        ("auto", "float32", "bfloat16"),
+        ("half", "bfloat16", "float16"),
+        ("float", "bfloat16", "float32"),
+        ("float32", "float32", "float32"),
+    ],
+)
+def test_experts_are_profiled_in_the_dtype_that_vllm_serves(asked, of_model, served):
+    assert served_dtype(asked, of_model) == served
+
+
+def test_an_unknown_dtype_gets_the_nearest(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    refused = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p", "--dtype", "bf16")
+    assert isinstance(refused.exception, BalancerError)
+    assert "Unknown dtype 'bf16'. Did you mean 'bfloat16'?" in str(refused.exception)
+
+
+def test_a_profile_is_of_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
+    """A check without one takes the profile's."""
+    probed = []
+
+    @contextmanager
+    def probing(shape, isa, cores, num_local):
+        probed.append(shape.dtype)
+        yield Instrument(CURVES[:1])
+
+    monkeypatch.setattr(sys.modules[sample.__module__], "probing", probing)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "p.json"
+    done = run("profile", tmp_path, "--ranks", 1, "-o", file, "--dtype", "float")
+    assert done.exit_code == 0, done.output
+    assert profiles.load(file).shape.dtype == "float32"
+    assert run("profile", tmp_path, "--check", file).exit_code == 0
+    assert probed == ["float32", "float32"]
+    refused = run("profile", tmp_path, "--check", file, "--dtype", "bfloat16").exception
+    assert isinstance(refused, BalancerError) and "with `--dtype bfloat16`" in str(refused)
+
+
+def test_a_rank_that_does_not_answer_says_what_to_do():
+    silent = SimpleNamespace(poll=lambda timeout: False)
+    with pytest.raises(BalancerError, match=r"did not answer .* when the machine is quiet, or"):
+        expert_probe._receive(0, silent)
 
 
 def test_place_refuses_batches_of_prefill_that_are_all_the_same(folder):
@@ -301,8 +370,9 @@ def test_a_profile_is_drawn(folder):
         draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
 
 
-def test_the_kernel_is_measured_on_real_ranks(tmp_path):
-    """One rank, experts of toy size: a file with positive times that loads again."""
+def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
+    """One rank, experts of toy size, three rounds: a file with positive times that loads again."""
+    monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     done = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p.json")
     assert done.exit_code == 0, done.output

@@ -78,9 +78,9 @@ def browser():
         running.close()
 
 
-@pytest.fixture(params=SCREENS)
-def page(request, browser, page_file):
-    """The report on a screen; any error of its scripts and any request to elsewhere fails."""
+@pytest.fixture(scope="module", params=SCREENS)
+def screen(request, browser, page_file):
+    """The report on a screen, drawn once, and what has gone wrong there."""
     width, height = SCREENS[request.param]
     opened = browser.new_page(viewport={"width": width, "height": height})
     opened.set_default_timeout(120_000)  # Servers of other tests may take both cores meanwhile.
@@ -89,13 +89,23 @@ def page(request, browser, page_file):
     opened.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     opened.on("request", lambda asked: wrong.append(asked.url) if not local(asked.url) else None)
     opened.goto(page_file.as_uri())
-    yield opened
+    yield opened, wrong
     opened.close()
+
+
+@pytest.fixture
+def page(screen):
+    """As the tests before left it; any error of its scripts and any request to elsewhere fails."""
+    opened, wrong = screen
+    yield opened
     assert wrong == []
 
 
 def local(url: str) -> bool:
     return url.startswith(("file:", "data:", "blob:"))
+
+
+on_a_desk = pytest.mark.parametrize("screen", ["desk"], indirect=True)
 
 
 def test_it_shows_the_first_run_and_fits_the_screen(page):
@@ -121,12 +131,14 @@ def test_tabs_change_the_run_and_its_table_has_the_numbers(page):
     expect(page.get_by_role("heading", name="Decode <of> a test")).to_be_hidden()
 
 
+@on_a_desk
 def test_the_slo_has_a_table_of_its_own(page):
     first = page.locator("section:visible table").first
     expect(first.locator("th").nth(1)).to_have_text("tokens/s within the SLO")
     assert first.locator("tbody tr").count() == 3
 
 
+@on_a_desk
 def test_a_choice_draws_another_figure(page):
     choice = page.get_by_role("combobox", name="Latency: which")
     plot = page.locator("section:visible figure").filter(has=choice).locator(".js-plotly-plot")
@@ -136,6 +148,7 @@ def test_a_choice_draws_another_figure(page):
     assert plot.evaluate(f"element => {largest}") == pytest.approx(1.5 * 10 * 114)
 
 
+@on_a_desk
 def test_a_click_into_the_legend_hides_an_arm(page):
     plot = page.locator("section:visible .js-plotly-plot").first
     assert plot.locator(".scatter .lines path").count() == 3
@@ -144,6 +157,7 @@ def test_a_click_into_the_legend_hides_an_arm(page):
     assert plot.evaluate("element => element._fullData[1].visible") == "legendonly"
 
 
+@on_a_desk
 def test_hovering_says_what_a_point_is(page):
     plot = page.locator("section:visible .js-plotly-plot").first
     plot.scroll_into_view_if_needed()
@@ -184,6 +198,16 @@ def test_no_measurement_is_an_error_that_says_what_to_do(tmp_path):
     (tmp_path / "exchange.jsonl").write_text('{"run": "exchange"}\n')
     with pytest.raises(BalancerError, match=r"no measurement in .* Measure with `python -m bench"):
         report([tmp_path], tmp_path / "report.html")
+
+
+def test_only_files_of_a_folder_are_looked_at_and_others_are_named(results, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    written(tmp_path / "decode.jsonl", rows())
+    report([tmp_path], tmp_path / "report.html")
+    assert "Decode" in (tmp_path / "report.html").read_text()
+    (tmp_path / "trace.npz").write_bytes(b"PK\x03\x04\xff\xfe\n")
+    with pytest.raises(BalancerError, match=r"trace\.npz is no measurement"):
+        report([tmp_path / "trace.npz"], tmp_path / "report.html")
 
 
 def test_an_output_that_cannot_be_written_is_named(results, tmp_path):

@@ -35,7 +35,7 @@ def run(*arguments):
 
 for command in ("doctor", "profile", "place", "plan", "report", "trace"):
     assert run(command, "--help").exit_code == 0, command
-missing = "vLLM is not installed. In the repository, on GPUs: pip install '.[cuda]'. On CPUs: `make env`"
+missing = "vLLM is not installed. In the repository, on GPUs: pip install '.[cuda]'. On CPUs: `make"
 found = run("doctor")
 assert found.exit_code == 1 and missing in found.output, found.output
 found = json.loads(run("doctor", "--json").output)

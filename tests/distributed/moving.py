@@ -15,6 +15,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+import vllm.distributed.eplb.rebalance_execute  # noqa: F401  (once, before the ranks are forked)
+from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
 
 from vllm_balance.balancer import LayerBalancer, new_counters
 from vllm_balance.cost import CostModel
@@ -41,8 +43,6 @@ class Group:
 
 def eplb_state(group: Group, weights_LED: torch.Tensor) -> SimpleNamespace:
     """vLLM's EplbModelState with every expert at its linear place; its communicator is real."""
-    from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
-
     slots = EXPERTS // group.world_size
     first = group.rank_in_group * slots
     weights = [[weights_ED[first : first + slots].clone()] for weights_ED in weights_LED]
@@ -180,7 +180,7 @@ def main() -> None:
         init_method=f"file://{init}",
         world_size=size,
         rank=rank,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     found = run(Group(rank, size))
     with open(out, "w") as file:

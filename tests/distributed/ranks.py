@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import sys
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,15 @@ POLICIES = {
     "metro": lambda: MetroRouting(math.inf),
     "metro_even": lambda: MetroRouting(0.0),
     "metro_knee": lambda: MetroRouting(2.0),
+    "metro_turns": lambda: MetroRouting(4.0, 2.0),
+    "gem": ROUTING["gem"],
+    "exflow": ROUTING["exflow"],
 }
+"""metro_turns is what CPU servers use."""
+ONE_COPY = ("static", "exflow")
+"""Served without redundant experts."""
+BY_INDEX = ("eplb", "gem")
+"""Where there are replicas, vLLM's hash of a token's index in the batch decides, no plan."""
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 10, 3, 6, 5
 
 
@@ -50,7 +59,7 @@ class Batches:
         self.sizes = [len(ids) for ids in ids_of_rank]
         self.ids_of_rank = [torch.from_numpy(ids).long() for ids in ids_of_rank]
         self.ids_GK = torch.cat(self.ids_of_rank)
-        generator = torch.Generator().manual_seed(len(name))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         shape = (len(self.ids_GK), HIDDEN)
         self.hidden_GD = torch.randn(shape, generator=generator, dtype=torch.float64)
         self.weights_GK = torch.rand(self.ids_GK.shape, generator=generator)
@@ -158,11 +167,10 @@ def every_case(world_size: int) -> list[Batches]:
 
 
 def without_redundancy(batches: Batches, world_size: int) -> Batches:
-    """The same tokens on a layer of one copy per expert, for the static balancer."""
-    more = -NUM_EXPERTS % world_size
-    content_P = [*range(NUM_EXPERTS), *range(more)]
+    """The same tokens on one copy per expert; experts that make the ranks even get none."""
+    num_experts = NUM_EXPERTS + -NUM_EXPERTS % world_size
     placement = Placement.from_physical_to_logical(
-        torch.tensor(content_P), num_logical=NUM_EXPERTS, num_ranks=world_size
+        torch.arange(num_experts).flip(0), num_logical=num_experts, num_ranks=world_size
     )
     return Batches(batches.name, [ids.numpy() for ids in batches.ids_of_rank], placement)
 
@@ -246,7 +254,7 @@ def run_case(
     used = slots_GK[is_expert_GK]
     logical = placement.physical_to_logical_P[used].long()
     assert torch.equal(logical, batches.ids_GK[is_expert_GK]), where
-    if policy_name != "eplb":
+    if policy_name not in BY_INDEX:
         check_plan(policy, slots_GK, batches, where)
 
     sends_counts = way == "all_reduce" and policy.counts_decide
@@ -267,7 +275,7 @@ def run_case(
 def check_plan(policy, slots_GK: torch.Tensor, batches: Batches, where: str) -> None:
     """What all ranks did together is what the policy planned for the global batch."""
     ids = batches.ids_GK[batches.ids_GK >= 0]
-    tokens_E = torch.bincount(ids, minlength=NUM_EXPERTS).to(torch.int32)
+    tokens_E = torch.bincount(ids, minlength=batches.placement.num_logical).to(torch.int32)
     split_ER = policy.plan(Demand(tokens_E=tokens_E), batches.placement).split_ER
     planned_GK = assign(batches.ids_GK, split_ER, batches.placement.logical_to_physical_ER)
     assert torch.equal(slots_GK, planned_GK), where
@@ -318,25 +326,31 @@ def refuse_dimension(run, tensor: torch.Tensor) -> None:
         raise AssertionError("a dimension that is not served was accepted")
 
 
+def join(world_size: int, rank: int, meeting_file: str, timeout_s: float = 180) -> None:
+    """Makes the gloo group; a rank may compile kernels for long before it comes to a collective."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_file}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
 def main() -> None:
     arguments = SimpleNamespace(
         **dict(zip(("world", "rank", "init", "out"), sys.argv[1:], strict=True))
     )
     rank, world_size = int(arguments.rank), int(arguments.world)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{arguments.init}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
+    join(world_size, rank, arguments.init)
     gather_and_scatter(rank, world_size)
     layer, findings = Layer(), {}
     for batches in every_case(world_size):
         for way in WAYS:
             for policy in POLICIES:
-                used = without_redundancy(batches, world_size) if policy == "static" else batches
+                is_single = policy in ONE_COPY
+                used = without_redundancy(batches, world_size) if is_single else batches
                 key = f"{policy} | {way} | {batches.name}"
                 findings[key] = run_case(policy, way, used, layer, rank, world_size)
     Path(arguments.out).write_text(json.dumps(findings))

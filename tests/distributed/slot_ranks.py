@@ -10,7 +10,6 @@ import importlib.util
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.experts.look_ahead import LookAhead
-from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
+from vllm_balance.experts.prefetch import Copy, Prefetch, RunCopy, SyncPrefetch, ThreadPrefetch
 from vllm_balance.kernels.rebalance import Rules
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
@@ -36,6 +35,8 @@ WAYS = ("replicated", "after_gather", "all_reduce")
 NUM_EXPERTS, TOP_K, HIDDEN, NUM_DYNAMIC = 12, 3, 6, 2
 INNER = 5
 BATCHES = 10
+COPIES = {2: ("async", "slow", "sync"), 4: ("async", "slow")}
+"""How copies run, by the number of ranks. Synchronous ones are no other in a larger group."""
 KINDS = ("memory_bound_batches", "compute_bound_batches", "empty_batches")
 
 
@@ -87,7 +88,7 @@ class Model:
         machine.share(None)
         self.random = np.random.default_rng(rank)
         run = self.copy_slowly if copies == "slow" else self.copy
-        self.prefetch = SyncPrefetch(run) if copies == "sync" else ThreadPrefetch(run)
+        self.prefetch = self.running(run, copies)
         self.balancers = [self.balancer(i, policy, world_size) for i in range(2)]
         first = self.balancers[0]
         first.following = self.balancers[1]
@@ -100,6 +101,9 @@ class Model:
             all_reduce=first.summed,
             min_pairs=30.0,
         )
+
+    def running(self, run: RunCopy, copies: str) -> Prefetch:
+        return SyncPrefetch(run) if copies == "sync" else ThreadPrefetch(run)
 
     def copy(self, copy: Copy) -> None:
         self.store.read(copy.layer, copy.expert, copy.slot, self.layers[copy.layer].tensors)
@@ -182,7 +186,10 @@ def share(mine, world_size: int) -> list:
 
 
 def sequence(world_size: int) -> list:
-    """Batches whose hot experts change, so that two slots are never enough for long."""
+    """Batches whose hot experts change, so that two slots are never enough for long.
+
+    The last but one has no tokens on any rank, the last as many for every expert.
+    """
     rng = np.random.default_rng(world_size)
     found = []
     for number in range(BATCHES):
@@ -198,23 +205,20 @@ def sequence(world_size: int) -> list:
             ids[0][:] = -1
             ids[-1] = np.full_like(ids[-1], number)
         found.append(ranks.Batches(f"batch {number}", ids, None))
+    nothing = np.empty((0, TOP_K), np.int32)
+    even = np.arange(20 * TOP_K, dtype=np.int32).reshape(20, TOP_K) % NUM_EXPERTS
+    found.append(ranks.Batches("no tokens", [nothing] * world_size, None))
+    found.append(ranks.Batches("even", [even] * world_size, None))
     return found
 
 
 def main() -> None:
     world_size, rank = int(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{sys.argv[3]}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
+    ranks.join(world_size, rank, sys.argv[3])
     findings = {}
     for policy in FETCHING:
         for way in WAYS:
-            for copies in ("async", "slow", "sync"):
+            for copies in COPIES[world_size]:
                 link = ranks.Communicator(rank, world_size)
                 model = Model(policy, way, copies, rank, world_size, link)
                 slots = []
@@ -228,6 +232,7 @@ def main() -> None:
                     "slots": slots,
                     "content": [b.dynamic.state.content_SD.tolist() for b in model.balancers],
                     "batches": [[layer[name] for name in KINDS] for layer in status],
+                    "balanced": sum(layer["balanced_schedules"] for layer in status),
                     "collectives": link.calls,
                     "fetches": sum(layer["fetches"] for layer in status),
                     "early_fetches": sum(layer["early_fetches"] for layer in status),

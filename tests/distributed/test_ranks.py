@@ -10,7 +10,10 @@ import pytest
 from gloo import run_ranks
 
 RANKS = Path(__file__).with_name("ranks.py")
-POLICIES = ("static", "eplb", "first_copy", "metro", "metro_even", "metro_knee")
+METROS = ("metro", "metro_even", "metro_knee", "metro_turns")
+POLICIES = ("static", "eplb", "first_copy", *METROS, "gem", "exflow")
+BY_INDEX = ("eplb", "gem")
+"""vLLM hashes the index of a token in the batch that a rank is given."""
 WAYS = ("replicated", "after_gather", "all_reduce")
 
 
@@ -44,7 +47,7 @@ def test_every_rank_takes_part_in_as_many_collectives(findings):
     for key, ranks in by_case(findings):
         assert len({found["collectives"] for found in ranks}) == 1, key
         total += ranks[0]["collectives"]
-    counts = 3 * 16  # Metro at each knee, once per batch, in one of the three ways.
+    counts = len(METROS) * 16  # Once per batch, in one of the three ways.
     # Tensor-parallel, where the batch has tokens.
     ids = len(POLICIES) * 14 if len(findings) > 2 else 0
     assert total == counts + ids
@@ -56,12 +59,23 @@ def test_global_counters_are_equal_on_all_ranks(findings):
         counted = [found["counted"] for found in ranks]
         assert all(other == counted[0] for other in counted), key
         compared += counted[0] is not None
-    assert compared == 16 * (6 + 6 + 3)
+    assert compared == 16 * (2 * len(POLICIES) + len(METROS))
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "eplb"])
+@pytest.mark.parametrize("policy", ["metro_knee", "metro_turns"])
+@pytest.mark.parametrize("way", WAYS)
+def test_both_regimes_were_met(findings, policy, way):
+    counted = [
+        ranks[0]["counted"]
+        for key, ranks in by_case(findings)
+        if key.startswith(f"{policy} | {way} | ")
+    ]
+    assert sum(batch["memory_bound_batches"] for batch in counted) > 0
+    assert sum(batch["compute_bound_batches"] for batch in counted) > 0
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy not in BY_INDEX])
 def test_the_way_of_exchange_changes_no_decision(findings, policy):
-    """eplb is left out: vLLM hashes the index of a token in the batch that a rank is given."""
     for key in findings[0]:
         if not key.startswith(f"{policy} | replicated"):
             continue

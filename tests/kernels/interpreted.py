@@ -1,23 +1,24 @@
 """Runs the Triton kernels in Triton's interpreter on random cases and compares every integer.
 
-Run as ``TRITON_INTERPRET=1 python interpreted.py KERNEL CASES FIRST_SEED``: the variable must be
-set before Triton is imported, hence a process of its own. Prints the number of cases compared.
+Run as ``TRITON_INTERPRET=1 python interpreted.py KERNEL CASES FIRST_SEED FOLDER``: the variable
+must be set before Triton is imported, hence a process of its own. Several kernels and numbers are
+separated by commas; eplb_hash must be the last, since it changes the interpreter. Prints each
+kernel with the number of cases compared.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import conftest  # noqa: F401  (makes cases importable)
 import numpy as np
 import torch
 import triton
 import triton.language as tl
-from cases import Case, bounded_replicas, random_case
 from triton.runtime import interpreter
 
 from vllm_balance.kernels.assign import reference as assign_reference
@@ -29,6 +30,10 @@ from vllm_balance.kernels.record import Regime, counters_size
 from vllm_balance.kernels.record import reference as record_reference
 from vllm_balance.kernels.record import triton_gpu as record_gpu
 
+_spec = importlib.util.spec_from_file_location("cases", Path(__file__).parents[1] / "cases.py")
+sys.modules["cases"] = _cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_cases)
+Case, bounded_replicas, random_case = _cases.Case, _cases.bounded_replicas, _cases.random_case
 POISON = -(2**30)
 SMALL = {"max_experts": 12, "max_tokens": 24}
 """Where every expert is a program, the interpreter runs these one by one: fewer of them."""
@@ -255,7 +260,13 @@ def check_eplb_hash(seed: int, case: Case, kernel: Callable) -> None:
 
 
 def main() -> None:
-    kernel, number, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    kernels, numbers, first = sys.argv[1].split(","), sys.argv[2].split(","), int(sys.argv[3])
+    for kernel, number in zip(kernels, map(int, numbers), strict=True):
+        compare(kernel, number, first)
+        print(kernel, number)
+
+
+def compare(kernel: str, number: int, first: int) -> None:
     if kernel == "eplb_hash":
         vllm_kernel = vllm_hash_kernel()
         for seed, case in cases(number, first):
@@ -277,7 +288,6 @@ def main() -> None:
             check(seed, case)
         for seed, case in cases(number - small - large, first):
             check(seed, case)
-    print(number)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@ breaks the worker, so it may come in with the first call only."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from apart import require_success_apart
 
 CHECK = """
@@ -22,12 +25,17 @@ def test_numba_is_loaded_by_the_first_call():
     require_success_apart(CHECK)
 
 
-def test_cache_key_covers_all_kernel_sources(tmp_path, monkeypatch):
+def test_cache_key_covers_all_kernel_sources(tmp_path):
     """An entry compiled from other sources of a stage in another file is not found again."""
+    from vllm_balance.kernels import numba_memory
     from vllm_balance.kernels.metro import numba_cpu
+    from vllm_balance.kernels.numba_cache import _digest
 
-    cache = numba_cpu._choose._cache
-    codegen = numba_cpu._choose.targetctx.codegen()
-    before = cache._index_key("signature", codegen)
-    monkeypatch.setattr(cache, "_sources", "changed")
-    assert cache._index_key("signature", codegen) != before
+    folder = Path(numba_memory.__file__).parent
+    cache, codegen = numba_cpu._choose._cache, numba_cpu._choose.targetctx.codegen()
+    assert cache._index_key("signature", codegen)[-1] == _digest(folder)
+
+    same, changed = (Path(shutil.copytree(folder, tmp_path / name)) for name in "ab")
+    helper = changed / "metro" / "choice_cpu.py"
+    helper.write_text(helper.read_text().replace("\n", "\n# another line\n", 1))
+    assert _digest(same) == _digest(folder) != _digest(changed)

@@ -68,11 +68,10 @@ def test_reference_is_optimal_by_brute_force(seed):
     if tokens_E.sum() == 0:
         assert reference.optimal_activated(tokens_E, *shape(placement)) == 0
         return
-    activated, tokens = brute_force(tokens_E, placement)
+    activated, _ = brute_force(tokens_E, placement)
     assert reference.optimal_activated(tokens_E, *shape(placement)) == activated
-    _, activated_S, tokens_S = chosen(tokens_E, placement)
+    _, activated_S, _ = chosen(tokens_E, placement)
     assert activated_S.max() == activated
-    assert tokens_S.max() >= tokens
 
 
 @settings(max_examples=600, deadline=None)

@@ -5,13 +5,10 @@ import json
 import pytest
 
 from vllm_balance import seams
-from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
-from vllm_balance.seams.cpu import CPU_SEAMS
-from vllm_balance.seams.loading import LOADING_SEAMS
-from vllm_balance.seams.router import ROUTER_SEAMS
-from vllm_balance.seams.server import SERVER_SEAMS
+from vllm_balance.commands.doctor import all_seams
+from vllm_balance.seams.arguments import REFUSING_SEAMS
 
-ALL_SEAMS = (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS)
+EVERY_SEAM = (*all_seams(cpu=True), *REFUSING_SEAMS)
 
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -41,10 +38,10 @@ def untouched_vllm(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     # EngineArgs loads plugins once per process; here every test registers ours itself or not.
     monkeypatch.setattr("vllm.plugins.plugins_loaded", True)
-    seams.uninstall((*ALL_SEAMS, *REFUSING_SEAMS))
+    seams.uninstall(EVERY_SEAM)
     assert not seams._ORIGINALS
     yield
-    seams.uninstall((*ALL_SEAMS, *REFUSING_SEAMS))
+    seams.uninstall(EVERY_SEAM)
 
 
 @pytest.fixture(scope="session")

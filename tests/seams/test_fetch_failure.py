@@ -74,5 +74,5 @@ def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     worker.balancer_config = BalancerConfig(name="harmoeny")
     worker.worker_balancer = WorkerBalancer(balancer="harmoeny", rank=0)
     parallel = SimpleNamespace(distributed_executor_backend=executor)
-    worker._bind_slots(SimpleNamespace(parallel_config=parallel), [])
+    worker._bind_slots(SimpleNamespace(parallel_config=parallel), [], (4.0, 2.0))
     assert isinstance(shared.prefetch, EndingPrefetch) == ends

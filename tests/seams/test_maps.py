@@ -125,9 +125,11 @@ def test_redundancy_that_contradicts_the_map(moe_model, write, setting):
     assert "make 10" in refused(moe_model, "metro", map=write(), **setting)
 
 
-def test_no_balancer_has_no_initial_placement(moe_model):
+def test_without_a_map_redundant_experts_have_vllms_own_placement_and_others_none(moe_model):
     assert placement_of(configured(moe_model, "static")) is None
-    assert placement_of(configured(moe_model, "metro")) is None
+    found = placement_of(configured(moe_model, "metro"))
+    assert found.origin == "vLLM's own"
+    assert all(found.slots_P(layer).tolist() == [*range(8), 0, 1] for layer in range(2))
 
 
 class Text:

@@ -164,6 +164,22 @@ def test_one_bad_seam_and_nothing_changes(library, bad, problem):
     assert not any(map(is_installed, (*good, bad)))
 
 
+def test_a_wrapper_that_cannot_be_made_takes_back_those_before_it(library):
+    def breaks(original):
+        raise ImportError("no module named colour")
+
+    wanted = (METHOD, INHERITED, replace(STATIC, wrap=breaks), FREE)
+    install((FREE,))
+    before = namespaces(wanted)
+    with pytest.raises(ImportError, match="no module named colour"):
+        install(wanted)
+    assert all(new is old for new, old in zip(namespaces(wanted), before, strict=True))
+    assert "sing" not in vars(library.Speaker)
+    assert [each.target for each in wanted if is_installed(each)] == [FREE.target]
+    install(FAKE)
+    assert library.Speaker().say("a") == "a!" and library.Speaker.whisper("b") == "b!"
+
+
 def test_all_problems_are_named_at_once(library):
     with pytest.raises(BalancerError, match=r"(?s)Speaker\.yell.*Writer\.say"):
         install((seam("Speaker.yell"), FREE, seam("Writer.say")))

@@ -10,11 +10,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_balance import plugin, seams
-from vllm_balance.seams.arguments import ARGUMENT_SEAMS
-from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.commands.doctor import all_seams
+from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 
-ALL_SEAMS = (*ARGUMENT_SEAMS, *ROUTER_SEAMS, *CPU_SEAMS)
+ALL_SEAMS = all_seams(cpu=True)
 
 
 def functions_of(package_name: str) -> dict[str, object]:
@@ -35,8 +35,9 @@ def functions_of(package_name: str) -> dict[str, object]:
     return found
 
 
-def test_scheduler_and_kv_cache_are_untouched():
-    assert not [seam.target for seam in ALL_SEAMS if seam.target.startswith("vllm.v1.core")]
+@pytest.mark.parametrize("wanted", [ALL_SEAMS, REFUSING_SEAMS], ids=["all", "refusing"])
+def test_scheduler_and_kv_cache_are_untouched(wanted):
+    assert not [seam.target for seam in wanted if seam.target.startswith("vllm.v1.core")]
     before = functions_of("vllm.v1.core")
     for known in (
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
@@ -44,7 +45,8 @@ def test_scheduler_and_kv_cache_are_untouched():
         "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
     ):
         assert known in before
-    seams.install(ALL_SEAMS)
+    seams.install(wanted)
+    assert all(map(seams.is_installed, wanted))
     after = functions_of("vllm.v1.core")
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] is not after[name]] == []
@@ -103,7 +105,8 @@ def test_without_the_flag_the_engine_config_is_that_of_stock_vllm(kind, dense_mo
     assert all(map(seams.is_installed, ARGUMENT_SEAMS))
     assert same_config(stock, ours) == []
     assert stock.compute_hash() == ours.compute_hash()
-    assert not any(map(seams.is_installed, (*ROUTER_SEAMS, *CPU_SEAMS)))
+    others = [seam for seam in ALL_SEAMS if seam not in ARGUMENT_SEAMS]
+    assert not any(map(seams.is_installed, others))
 
 
 def test_the_comparison_of_configs_sees_a_balancer(moe_model):

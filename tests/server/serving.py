@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import psutil
 import requests
 
-from bench.server import environment, free_port, stop, tail, wait_until_healthy
+from bench.server import descendants, environment, free_port, stop, tail, wait_until_healthy
 from bench.starter import Forked, starter
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTS_WITHIN_S = 400
+DIES_WITHIN_S = 60
 
 PROMPTS = [
     "The list of all files in a directory",
@@ -82,6 +84,15 @@ class Server:
         with ThreadPoolExecutor(at_once) as clients:
             return list(clients.map(self.tokens, prompts))
 
+    def ask_long(self, prompt: str) -> int | str:
+        """HTTP status of a long request, or how the connection ended."""
+        body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+        url = f"{self.url}/v1/completions"
+        try:
+            return requests.post(url, json=body, timeout=DIES_WITHIN_S).status_code
+        except requests.ConnectionError as error:
+            return type(error).__name__
+
     def logprobs(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token but the first, given those before it."""
         found = self.complete(token_ids, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"][1:]
@@ -109,6 +120,17 @@ class Server:
         answer = requests.post(url, json=settings or None, timeout=60)
         assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
         return answer.json()["ranks"]
+
+    def assert_dies(self, running: list[Future[int | str]]) -> None:
+        """These requests fail and the server ends with an error, soon and with all processes."""
+        started = time.monotonic()
+        outcomes = [request.result(timeout=DIES_WITHIN_S) for request in running]
+        code = self.process.wait(timeout=DIES_WITHIN_S)
+        assert time.monotonic() - started < DIES_WITHIN_S
+        assert code != 0
+        assert 200 not in outcomes
+        _, alive = psutil.wait_procs(descendants(self.process.pid), timeout=DIES_WITHIN_S)
+        assert alive == []
 
     def count_in_log(self, text: str) -> int:
         return self.log.read_text(errors="replace").count(text)

@@ -1,13 +1,15 @@
-"""A run file against real servers: gate, load by vLLM's client, counters, rows, report."""
+"""A run file against a real server: load by vLLM's client, counters, rows, report.
+
+The gate before it: test_parallel.py, on a server that is there.
+"""
 
 import tomllib
 
 import pytest
 from measured import row
-from serving import MAX_TOKENS, PROMPTS
 
 from bench import gate, run, speed
-from bench.provenance import config_hash, machine, sources, versions
+from bench.provenance import config_hash, harness, machine, sources, versions
 from vllm_balance.commands.report import render
 from vllm_balance.measured_tables import arms_table
 from vllm_balance.measurement import read_measurements
@@ -39,6 +41,7 @@ requests = 8
 concurrency = 4
 prompt_tokens = 8
 max_tokens = 80
+repeats = 2
 slo_tpot_ms = 10000
 [replay]
 zipf = 0.8
@@ -47,38 +50,33 @@ window_size = 8
 step_interval = 40
 [arms.metro]
 redundancy = 1.5
-[arms.static]
 """  # noqa: E501
 
 
 @pytest.fixture(scope="module")
-def measured(dense, tmp_path_factory):
-    """The row of `metro`, whose server is suspended until its turn; `static` counts as measured."""
+def measured(tmp_path_factory):
+    """The second row of `metro`, whose server is suspended until its turn; there is the first."""
     folder = tmp_path_factory.mktemp("run")
     file, results = folder / "small.toml", folder / "small.jsonl"
     file.write_text(FILE)
     known = {"config_hash": config_hash(tomllib.loads(FILE)), "machine": machine()}
-    known |= {"sources": sources(), "versions": versions()}
-    done = row("static", position=1, run="small", **known)
+    known |= {"sources": sources(), "harness": harness(), "versions": versions()}
+    done = row("metro", run="small", **known)
     results.write_text(done.model_dump_json() + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "PROMPTS", PROMPTS)
-        patch.setattr(gate, "MAX_TOKENS", MAX_TOKENS)
-        patch.setattr(gate, "_cache", lambda: folder)
+        patch.setattr(gate, "_is_proof", lambda kept: True)
         patch.setattr(speed, "EXPERTS", 2)
         patch.setattr(speed, "ROUNDS", 1)
-        patch.setattr(gate, "_dense", lambda model, announce: dense.tokens)
         run.run_file(file, 1, results)
-    (proof,) = folder.glob("gate-*.json")
     found = read_measurements(results)
     assert found[0] == done
-    assert found[1].gate.endswith(proof.stem.removeprefix("gate-"))
+    assert " tokens of the demo model, proof " in found[1].gate
     return found[1:]
 
 
 def test_the_client_measured_what_was_asked(measured):
     (found,) = measured
-    assert (found.arm, found.position, found.repeat, found.seed) == ("metro", 0, 0, 5)
+    assert (found.arm, found.position, found.repeat, found.seed) == ("metro", 0, 1, 5)
     assert found.in_turns
     assert (found.requests, found.concurrency, found.output_tokens) == (8, 4, 80)
     assert found.tokens_per_s == pytest.approx(8 * 80 / found.duration_s)
@@ -99,7 +97,7 @@ def test_the_counters_are_those_of_the_load(measured):
     # draws tokens and sends text, which may come back as a token more.
     tokens = sum(found.tokens_per_rank) * found.steps / (2 * 4)
     assert tokens == pytest.approx(round(tokens))
-    assert 0 <= tokens - 8 * (8 + 80 - 1) <= 8
+    assert 0 <= round(tokens) - 8 * (8 + 80 - 1) <= 8
     assert 0 <= found.waiting_share < 1
     assert found.activated_worst_rank >= max(found.activated_per_rank)
     assert 0 <= found.waiting_share_by_experts < 0.5

@@ -1,6 +1,10 @@
 """Experts are fetched and tokens moved while requests overlap: same tokens as one dense rank."""
 
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -19,6 +23,9 @@ pytestmark = pytest.mark.timeout(900)
 LAYERS, TOP_K, EXPERTS = 4, 4, 32
 THRASH = {"dynamic_slots": 2, "threshold_tokens": 2, "knee_tokens": 1.0}
 """Two slots, and nearly every batch counts as compute-bound and pays for a fetch."""
+ONE_TOKEN_EACH = [[token] * 60 for token in range(40, 48)]
+"""Prompts of a single token each: it has its own experts, which one rank of two cannot keep."""
+BROKEN_STORE = Path(__file__).with_name("broken_store")
 ONE_API_SERVER = (*DATA_PARALLEL, "--api-server-count", "1")
 SERVERS = {
     "tensor": (TENSOR_PARALLEL, THRASH | {"look_ahead": "router"}),
@@ -42,7 +49,11 @@ def server(layout, model, tmp_path_factory):
     flags = ("--moe-balancer-config", json.dumps({"name": "harmoeny"} | settings))
     chunked = ("--max-num-batched-tokens", "64", "--enable-prefix-caching")
     arguments = (*parallel, *flags, *chunked, *FLOAT32, *EAGER)
-    with serve(model, *arguments, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as running:
+    breakable = ("--worker-extension-cls", "broken_store.BreaksStore")
+    environ = {"VLLM_PLUGINS": "moe_balancer", "VLLM_SERVER_DEV_MODE": "1"}
+    paths = [str(BROKEN_STORE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ["PYTHONPATH"] = os.pathsep.join(paths)
+    with serve(model, *arguments, *breakable, log=log, num_ranks=2, **environ) as running:
         yield running
 
 
@@ -52,6 +63,8 @@ def test_one_request_while_the_other_rank_is_idle(server, dense):
 
 def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, dense):
     server.reset()
+    for prompt in ONE_TOKEN_EACH:
+        server.tokens(prompt, max_tokens=1)
     for _ in range(2):
         answers = server.all_tokens([*PROMPTS[:5], LONG_PROMPT, *PROMPTS[5:]])
         assert answers.pop(5) == dense.long_tokens
@@ -61,8 +74,7 @@ def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, den
     ranks = server.status()
     # How many depends on which requests meet in a batch.
     assert sum(rank["fetches"] + rank["early_fetches"] for rank in ranks) > 0
-    if layout == "data":
-        assert sum(rank["evictions"] for rank in ranks) > 0, "the slots did not thrash"
+    assert sum(rank["evictions"] for rank in ranks) > 0, "the slots did not thrash"
     for rank in ranks:
         assert rank["balancer"] == SERVERS[layout][1].get("name", "harmoeny")
         assert rank["num_layers"] == LAYERS
@@ -77,6 +89,19 @@ def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, den
         assert ranks[0][name] == ranks[1][name], f"the ranks decided differently: {name}"
 
 
+def test_the_way_of_exchange(server, layout):
+    """Every decision sums a row of counts per rank or nothing, and every guess one row."""
+    way = {"tensor": "replicated", "data": "after_gather"}.get(layout, "all_reduce")
+    for rank in server.status():
+        assert rank["exchange"] == way
+        assert rank["counts_are_global"]
+        row = 4 * EXPERTS
+        decided = 2 * row * rank["decisions"] if way == "all_reduce" else 0
+        guessed = rank["exchanged_bytes"] - decided
+        assert guessed % row == 0
+        assert (guessed > 0) == (layout != "data")
+
+
 def test_prometheus_scrapes_both_ranks(server):
     server.tokens(PROMPTS[0])
     answer = requests.get(f"{server.url}/moe_balancer/metrics", timeout=60)
@@ -88,6 +113,26 @@ def test_prometheus_scrapes_both_ranks(server):
 
 def test_the_start_says_what_the_store_takes(server):
     assert server.count_in_log("host store of all experts takes") >= 1
+
+
+@pytest.mark.parametrize("layout", ["tensor", "data-all_reduce"], indirect=True)
+def test_a_rank_that_cannot_get_an_expert(server):
+    """Requests fail and the server ends, without a hang and without a process left behind.
+
+    The last test of its server: it breaks the host store of one rank while requests run.
+    """
+    server.reset()
+    with ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(server.ask_long, prompt) for prompt in PROMPTS[:8]]
+        deadline = time.monotonic() + 30
+        while server.status()[0]["decisions"] == 0:
+            assert time.monotonic() < deadline, "the requests did not start"
+        requests.post(
+            f"{server.url}/collective_rpc", json={"method": "break_store"}, timeout=60
+        ).raise_for_status()
+        server.assert_dies(running)
+    assert server.count_in_log("page is gone") > 0
+    assert server.count_in_log("This worker ends. Expert") == 1
 
 
 def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):

@@ -27,11 +27,11 @@ def test_experts_move_while_requests_run(layout, model, dense, tmp_path):
             f"gem map {placed.checksum[:12]} verified"
         ] * 2
         assert server.all_tokens(PROMPTS) == dense.tokens
-        assert server.all_tokens(PROMPTS) == dense.tokens
         ranks = server.status()
         assert server.count_in_log("Online placement, step") == ranks[0]["online"]["moves"]
     found, other = (rank["online"] for rank in ranks)
-    assert found["swaps"] > 0 and found["decisions"] == found["steps"] // 10
+    assert found["swaps"] > 0 and found["decisions"] == found["steps"] // 10 >= 4
+    assert min(entry["step"] for entry in found["recent"] if entry["swaps"]) <= 30, "moved too late"
     assert found["swap_us"] > 0 and found["moving_us"] > 0
     assert all(slowdown > 0 for slowdown in found["slowdown_per_rank"])
     for key in ("steps", "decisions", "moves", "swaps", "slowdown_per_rank", "drift", "recent"):

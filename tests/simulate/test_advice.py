@@ -1,6 +1,7 @@
 """The choice between candidates, and what keeps an SLO."""
 
 import math
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -8,20 +9,26 @@ import pytest
 
 from vllm_balance.config import parse
 from vllm_balance.errors import BalancerError
+from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Layout, hardware, models, skewed
 from vllm_balance.simulate.advice import (
     Advice,
     Candidate,
     Question,
+    _arm,
     _cheapest_of_the_best,
     advise,
     candidates,
+    host_bytes,
+    left_out,
     most_within,
     settings_of,
 )
 
-MODEL = models.load("gpt-oss-20b")
+OSS = models.load("gpt-oss-20b")
+MODEL = OSS.model_copy(update={"support": "eplb"})
+"""Few experts and layers, as if vLLM's EPLB supported it."""
 TRAFFIC = skewed(ReplaySettings(zipf=0.5, seed=1, rows=2048), MODEL, 1)
 
 
@@ -55,7 +62,8 @@ def test_memory_decides_between_equals():
 
 @pytest.mark.parametrize(("gain", "error", "worth"), [(0.05, 0.04, True), (0.05, 0.06, False)])
 def test_a_gain_within_the_error_is_none(gain, error, worth):
-    made = Advice(candidates=(), best=candidate("metro", 1, 1), gain=gain, error=error)
+    best = candidate("metro", 1, 1)
+    made = Advice(candidates=(), left_out={}, best=best, gain=gain, error=error)
     assert made.worth_it is worth
 
 
@@ -72,13 +80,94 @@ def test_candidates_are_what_a_server_accepts():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layout": Layout(data=3)},
         {"layout": Layout(data=16)},
         {"hardware": hardware.load("h20")[0].model_copy(update={"host": None})},
     ],
 )
-def test_fetching_needs_a_host_link_even_homes_and_one_node(changes):
-    assert "harmoeny" not in [name for name, _ in candidates(question(**changes))]
+def test_fetching_needs_a_host_link_and_one_node(changes):
+    asked = question(**changes)
+    assert {name for name, _ in candidates(asked)} == {"static", "eplb", "first_copy", "metro"}
+    (names,) = left_out(asked).values()
+    assert names == ("harmoeny",)
+
+
+def test_a_model_without_eplb_leaves_static_alone():
+    made = advise(question(model=OSS, concurrency=8), error=0.0)
+    assert [each.balancer for each in made.candidates] == ["static"] and made.best.outcome
+    ((reason, names),) = made.left_out.items()
+    assert "does not support EPLB for GptOssForCausalLM" in reason
+    assert names == ("eplb", "first_copy", "metro", "harmoeny")
+
+
+def many(**counts):
+    return MODEL.with_counts(**counts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "reason"),
+    [
+        ({"model": many(num_experts=128), "layout": Layout(data=2 * MAX_RANKS)},
+         {"eplb", "first_copy", "metro"}, f"take {MAX_RANKS} ranks and here are {2 * MAX_RANKS}"),
+        ({"model": many(num_experts=MAX_PHYSICAL - 128)}, {"eplb", "first_copy", "metro"},
+         f"take {MAX_PHYSICAL:,} physical experts"),
+        ({"model": many(num_experts=MAX_EXPERTS + 64)}, {"metro"}, f"take {MAX_EXPERTS} experts"),
+        ({"layout": Layout(data=32)}, set(), ""),
+        ({"layout": Layout(data=32), "model": many(num_experts=64, top_k=8)}, {"metro"},
+         r"lower --max-num-batched-tokens\) and here are 2,097,152"),
+        ({"layout": Layout(data=32, dispatch="all_to_all"),
+          "model": many(num_experts=64, top_k=8)}, set(), ""),
+    ],
+)  # fmt: skip
+def test_nothing_is_advised_that_is_too_large_for_the_gpu_kernels(changes, names, reason):
+    found = {
+        why: set(which) for why, which in left_out(question(**changes)).items()
+        if "kernels take" in why
+    }  # fmt: skip
+    assert set().union(*found.values()) >= names and (names or not found)
+    assert not names or any(re.search(reason, why) and names <= which
+                            for why, which in found.items())  # fmt: skip
+
+
+def test_a_cpu_has_no_such_limits():
+    cpu = question("cpu-avx512", model=many(num_experts=2 * MAX_PHYSICAL), layout=Layout(tensor=2))
+    assert not left_out(cpu)
+
+
+def test_ranks_that_experts_do_not_divide_over_are_refused_with_those_that_do():
+    qwen = models.load("qwen15-moe-fp32")
+    with pytest.raises(BalancerError, match=r"60 experts, and 8 ranks.* one of 2, 3, 4, 5, 6\."):
+        advise(question("v100-dgx1", model=qwen, concurrency=8), error=0.0)
+
+
+def test_a_model_that_vllm_does_not_have_is_refused():
+    with pytest.raises(BalancerError, match="no model of the architecture SwitchTransformers"):
+        advise(question("v100-dgx1", model=models.load("switch-128"), concurrency=8), error=0.0)
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(8, 1), (1, 8)])
+def test_a_step_takes_the_default_budget_of_each_engine(data, tensor):
+    asked = question(layout=Layout(data=data, tensor=tensor))
+    assert _arm(asked, "static", 1.0, 1).load.token_budget == 8192 * data
+
+
+def test_more_requests_than_engines_run_are_refused_with_the_setting():
+    with pytest.raises(BalancerError, match=r"1 engines of at most 1,024 each.*--max-num-seqs"):
+        advise(question(layout=Layout(tensor=8), concurrency=1025), error=0.0)
+    loose = question(layout=Layout(tensor=8), slo_tpot_us=1e9)
+    assert advise(loose, error=0.0).candidates[0].concurrency == 1024
+
+
+def test_answers_of_one_token_have_no_slo_and_miss_every_one():
+    with pytest.raises(BalancerError, match="answers of one token were asked for"):
+        advise(question(output_tokens=1, slo_tpot_us=1e6, concurrency=4), error=0.0)
+    never = SimpleNamespace(tpot_us=math.nan)
+    assert most_within(1e9, 64, lambda concurrency: never) == (0, None)
+
+
+def test_a_candidate_that_fetches_takes_host_memory():
+    asked = question()
+    held = [host_bytes(asked, candidate(name, 1, 0)) for name in ("metro", "harmoeny")]
+    assert held == [0, 24 * 32 * MODEL.expert_bytes]
 
 
 @pytest.mark.parametrize("machine", ["h20", "cpu-avx512"])

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.metro.reference import optimal_activated
+from vllm_balance.placement import PLACEMENT, Cluster
 from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import Hot, ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING
@@ -87,7 +89,7 @@ def test_prompts_come_in_the_same_random_order_whatever_numbers_requests_have(nu
 def test_unusable_traces_are_refused():
     counts = Trace(name="c", num_experts=128, top_k=8, layer_index_L=np.arange(1),
                    counts_NLE=np.ones((2, 1, 128), np.int64))  # fmt: skip
-    with pytest.raises(BalancerError, match="counts of steps"):
+    with pytest.raises(BalancerError, match=r'counts of steps.*"what": "ids"'):
         recorded(counts, MODEL, 1, seed=0)
     other = Trace(name="o", num_experts=4, top_k=1, layer_index_L=np.arange(1),
                   topk_ids_TLK=np.zeros((2, 1, 1), np.uint8))  # fmt: skip
@@ -159,6 +161,33 @@ def test_metro_weighs_tokens_where_experts_run_in_turn(name, gives):
     assert (policy.free_tokens is not None) == gives
 
 
+@pytest.mark.parametrize("kind", ["stable", "quicksort", "heapsort"])
+def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, monkeypatch):
+    """Many equal loads, a third of them zero, and loads that are equal once they are split."""
+    random = np.random.default_rng(0)
+    history_NLE = random.choice([0, 8, 16, 24], (1, 3, 64))
+    expected = [made.physical_to_logical_P.tolist() for made in placements(history_NLE, 8, 32)]
+    argsort = np.argsort
+
+    def backwards(values, axis=-1, **asked):
+        """As good as any for those who do not ask for a stable one: equals in reverse."""
+        if asked.get("kind") == "stable":
+            return argsort(values, axis, kind="stable")
+        return values.shape[axis] - 1 - argsort(np.flip(values, axis), axis, kind=kind)
+
+    monkeypatch.setattr(np, "argsort", backwards)
+    again = [made.physical_to_logical_P.tolist() for made in placements(history_NLE, 8, 32)]
+    assert again == expected
+
+
+def test_placements_are_those_of_vllm_where_no_loads_are_equal():
+    history_NLE = np.random.default_rng(1).permutation(3 * 64).reshape(1, 3, 64) * 1009 + 10**6
+    cluster = Cluster(costs=(CostModel(a_us=0, b_us=1, c_us=0, beta_us=1),) * 8, num_redundant=32)
+    expected = PLACEMENT["eplb"]().place(history_NLE, cluster)
+    made = placements(history_NLE, 8, 32)
+    assert [each.physical_to_logical_P.tolist() for each in made] == expected.tolist()
+
+
 def test_redundancy_is_rounded_up_to_full_ranks():
     assert num_redundant(128, 8, 1.5) == 64
     assert num_redundant(128, 6, 1.0) == 4
@@ -194,7 +223,7 @@ def test_the_schedule_counts_a_copy_that_nothing_hides(name, hidden):
 def test_a_fetch_takes_the_host_link():
     machine, _ = hardware.load("v100-dgx1")
     switch = models.load("switch-128")
-    assert fetch_us(switch, machine) == pytest.approx(10 + 18.87e6 / 16e3, rel=1e-3)
+    assert fetch_us(switch, machine) == pytest.approx(10 + 18.87e6 / 13e3, rel=1e-3)
     with pytest.raises(BalancerError, match="no host link"):
         fetch_us(switch, machine.model_copy(update={"host": None}))
 

@@ -1,9 +1,18 @@
 """Hardware and model files: those of the catalogue are usable, damaged ones are refused."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.simulate import catalogue, hardware, models, validity
+from vllm_balance.simulate.sweep import read
+
+ROOT = Path(__file__).resolve().parents[2]
+BINARY = 2**30 / 1e9
+"""A GPU of 80 GB, as it is sold, has about 80 GiB."""
 
 
 @pytest.mark.parametrize("name", catalogue.names("hardware"))
@@ -38,8 +47,71 @@ def test_weights_add_up_to_the_published_size(name, billions, active_layers):
 def test_deepseek_caches_its_latent_only():
     model = models.load("deepseek-v3")
     assert model.cache_width == 576
-    assert model.cache_bytes_per_token == 61 * 576 * 2
+    assert model.cache_bytes(10) == 61 * 576 * 2 * 10
     assert models.load("qwen3-30b-a3b").cache_width == 2 * 4 * 128
+
+
+def test_layers_with_a_window_cache_no_more_than_it():
+    model = models.load("gpt-oss-120b")
+    each = 2 * 8 * 64 * 2
+    assert model.cache_bytes(100) == 36 * 100 * each
+    assert model.cache_bytes(2048) == (18 * 2048 + 18 * 128) * each
+
+
+def test_the_cache_has_the_number_format_of_the_model():
+    """vLLM's default, --kv-cache-dtype auto: that of the checkpoint, 16 bits beside FP8."""
+    for name in catalogue.names("model"):
+        model = models.load(name)
+        assert model.cache_element.value == max(2, int(model.dense_weight.value))
+
+
+@pytest.mark.parametrize("name", catalogue.names("model"))
+def test_model_files_say_what_vllm_supports(name):
+    from vllm.model_executor.models.interfaces import MixtureOfExperts
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    model = models.load(name)
+    known = ModelRegistry.models.get(model.architecture)
+    if known is None:
+        assert model.support == "no model"
+    else:
+        balances = MixtureOfExperts in known.load_model_cls().__mro__
+        assert model.support == ("eplb" if balances else "no eplb")
+
+
+@pytest.mark.parametrize("name", catalogue.names("hardware"))
+def test_engines_have_the_defaults_of_vllm(name, monkeypatch):
+    """Its rule looks at the memory and the name of the device."""
+    from vllm.engine import arg_utils
+    from vllm.usage.usage_lib import UsageContext
+
+    machine, _ = hardware.load(name)
+    is_cpu = machine.experts == "in_turn"
+    device = SimpleNamespace(
+        get_device_total_memory=lambda: machine.memory.value * BINARY,
+        get_device_name=lambda: machine.name,
+        is_tpu=lambda: False,
+        is_cpu=lambda: is_cpu,
+    )
+    monkeypatch.setattr(arg_utils, "current_platform", device)
+    ranks = machine.ranks_per_node.value if is_cpu else 1
+    tokens, sequences = arg_utils.EngineArgs.get_batch_defaults(ranks)
+    assert machine.engine.batched_tokens.value == tokens[UsageContext.OPENAI_API_SERVER]
+    assert machine.engine.sequences.value == sequences[UsageContext.OPENAI_API_SERVER]
+
+
+@pytest.mark.parametrize("name", ["a100-40", "a100-80", "b200", "h100", "h20", "h200", "v100-dgx1"])
+def test_links_of_gpus_are_no_peaks(name):
+    """The data sheets' numbers, which the sources quote, are more than messages reach."""
+    machine, _ = hardware.load(name)
+    vendor = machine.sources["vendor"]
+    nvlink = float(re.search(r"NVLink \d at (\d+) GB/s", vendor)[1])
+    pcie = float(re.search(r"PCIe \d.0 x16 at (\d+) GB/s", vendor)[1])
+    assert machine.scale_up.bandwidth.value == pytest.approx(0.82e9 * nvlink, rel=0.01)
+    assert 0.8 <= machine.host.bandwidth.value / (1e9 * pcie) <= 0.88
+    if machine.scale_out is not None:
+        port = float(re.search(r"one (\d+) Gbit/s", machine.sources["network"])[1])
+        assert 0.92 <= machine.scale_out.bandwidth.value / (port / 8 * 1e9) <= 0.96
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -78,6 +150,9 @@ def damaged(tmp_path, kind, name, old, new):
         ("request_ahead", "request_behind", "request_ahead"),
         ("request_ahead = { value = 0", "request_ahead = { value = -1", "greater"),
         ("[host]", "[hosts]", "hosts"),
+        ("[engine]", "[engines]", "engine"),
+        ("sequences = { value = 1024", "sequences = { value = 8192", "more tokens than requests"),
+        ("sequences = { value = 1024", "sequences = { value = 0", "at least one request"),
         ("format = 1", "format = ", "no TOML"),
         ("format = 1", "format = 1\nprofile = 'gone.json'", "cannot be read"),
     ],
@@ -96,6 +171,8 @@ def test_damaged_hardware_files_are_refused(tmp_path, old, new, reason):
         ("hidden = { value = 2048", "hidden = { value = 2048.5", "hidden"),
         ('expert_number = "float16"', 'expert_number = "int3"', "expert_number"),
         ("num_heads", "num_hats", "num_heads"),
+        ('support = "eplb"', 'support = "yes"', "support"),
+        ("architecture", "architect", "architecture"),
     ],
 )
 def test_damaged_model_files_are_refused(tmp_path, old, new, reason):
@@ -109,6 +186,20 @@ def test_missing_arithmetic_is_refused_by_name():
         machine.peak("float8")
 
 
-def test_the_published_error_is_there():
+def test_the_published_errors_are_those_of_the_committed_rows():
+    rows = read(ROOT / "bench" / "results" / "validation.jsonl")
     found = validity.load()
-    assert found.points.value > 0 and 0 < found.gain_error.value < 0.5
+    for part, kind in (("profiled", "pair"), ("roofline", "published ratio")):
+        own = sorted(abs(row["error"]) for row in rows if row["kind"] == kind)
+        errors = getattr(found, part)
+        assert errors.points.value == len(own)
+        assert errors.mean.value == round(sum(own) / len(own), 3)
+        assert sum(error > errors.one_in_ten.value + 5e-4 for error in own) <= len(own) / 10
+
+
+def test_a_machine_has_the_error_of_its_kind():
+    found = validity.load()
+    for name in catalogue.names("hardware"):
+        machine, profile = hardware.load(name)
+        is_cpu = machine.experts == "in_turn"
+        assert found.of(profile) == (found.profiled if is_cpu else found.roofline)

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.simulate.serving import Load, schedule
+from vllm_balance.simulate.serving import schedule
+from vllm_balance.simulate.steady import cycle_steps
+from vllm_balance.simulate.steps import Load
 
 
 def load(**changes):
@@ -17,6 +19,15 @@ def load(**changes):
     return Load(**{**asked, **changes})
 
 
+def mean(steps, name):
+    """Over the steps of the load."""
+    return float(np.average(getattr(steps, name), weights=steps.times_N))
+
+
+def total(steps, name):
+    return float((getattr(steps, name) * steps.times_N).sum())
+
+
 def test_one_request():
     steps = schedule(load())
     assert steps.prefill_N.tolist() == [5, 0, 0]
@@ -25,7 +36,8 @@ def test_one_request():
     # Token i looks at itself and the i tokens before it.
     assert steps.looks_N.tolist() == [1 + 2 + 3 + 4 + 5, 6, 7]
     assert steps.reads_N.tolist() == [5, 6, 7]
-    assert (steps.arrived_R, steps.first_R, steps.last_R) == ([0], [0], [2])
+    assert (steps.arrived_R.tolist(), steps.first_R.tolist()) == ([0], [0])
+    assert steps.times_N.tolist() == [1, 1, 1]
 
 
 def test_a_window_bounds_what_is_looked_at():
@@ -71,27 +83,130 @@ def test_no_token_is_lost(concurrency, prompt, output, spare, seed):
     assert steps.looks_N.sum() == concurrency * every * (every + 1) // 2
 
 
-@given(st.integers(1, 30), st.integers(1, 40), st.integers(2, 30), st.integers(0, 5))
-def test_a_steady_load_keeps_all_requests_in_flight(concurrency, prompt, output, seed):
+def one_by_one(asked, num_steps, seed):
+    """Mean (decode, prefill, looks) over the second half of so many steps, by a scheduler that
+    keeps every request, begun with all prompts at once."""
+    random = np.random.default_rng(seed)
+    prompt, done = asked.prompt_tokens, asked.prompt_tokens + asked.output_tokens - 1
+    computed = random.integers(0, done, asked.concurrency).tolist()
+    queue = [i for i, tokens in enumerate(computed) if tokens < prompt]
+    rows = []
+    for _ in range(num_steps):
+        decoding = [i for i, tokens in enumerate(computed) if tokens >= prompt]
+        room, looks, prefill = asked.token_budget - len(decoding), 0, 0
+        for i in decoding:
+            computed[i] += 1
+            looks += computed[i]
+        while room and queue:
+            taken = min(room, prompt - computed[queue[0]])
+            looks += sum(range(computed[queue[0]] + 1, computed[queue[0]] + taken + 1))
+            computed[queue[0]] += taken
+            room, prefill = room - taken, prefill + taken
+            if computed[queue[0]] == prompt:
+                queue.pop(0)
+        for i, tokens in enumerate(computed):
+            if tokens == done:
+                computed[i] = 0
+                queue.append(i)
+        rows.append((len(decoding), prefill, looks))
+    return np.mean(rows[num_steps // 2 :], axis=0)
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "prompt", "output", "budget"),
+    [(20, 40, 10, 30), (20, 5, 40, 200), (8, 30, 2, 25), (12, 16, 16, 28), (3, 50, 20, 16)],
+)
+def test_the_steady_state_is_where_a_scheduler_of_single_requests_ends_up(
+    concurrency, prompt, output, budget
+):
+    asked = load(concurrency=concurrency, prompt_tokens=prompt, output_tokens=output,
+                 token_budget=budget, steady=True)  # fmt: skip
+    expected = one_by_one(asked, 2000, seed=1)
+    steps = schedule(asked)
+    found = [mean(steps, name) for name in ("decode_N", "prefill_N", "looks_N")]
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_where_prompts_take_the_budget_most_requests_wait():
+    """Of 8192 tokens in and 256 out a request needs 8447 of 2048 a step."""
+    asked = load(concurrency=256, prompt_tokens=8192, output_tokens=256, token_budget=2048,
+                 max_steps=16, steady=True)  # fmt: skip
+    steps = schedule(asked)
+    assert mean(steps, "sampled_N") == pytest.approx(2048 / 8447 * 256, rel=0.01)
+    assert mean(steps, "tokens_N") == pytest.approx(2048)
+    # By Little's law: a request takes as long as all go around; it decodes in 256 of the steps.
+    waits_R = steps.first_R - steps.arrived_R
+    assert waits_R.mean() + 256 == pytest.approx(256 * 8447 / 2048, rel=0.02)
+    assert (steps.arrived_R < 0).any() and (steps.first_R >= 0).all()
+
+
+def test_few_steps_stand_for_the_rare_ones_with_prompts_too():
+    asked = load(concurrency=16, prompt_tokens=1024, output_tokens=1024, token_budget=16384,
+                 max_steps=16, steady=True)  # fmt: skip
+    steps = schedule(asked)
+    assert len(steps.decode_N) <= 16 and len(steps.like_M) == cycle_steps(asked) == 1024
+    assert total(steps, "prefill_N") == 16 * 1024
+    assert total(steps, "decode_N") == 16 * 1023
+    assert (steps.prefill_N > 0).any() and (steps.prefill_N == 0).any()
+    assert steps.prefill_N[steps.prefill_N > 0].min() >= 1024
+
+
+def test_answers_of_one_token_come_at_the_rate_of_prompts():
+    asked = load(concurrency=64, prompt_tokens=1024, output_tokens=1, token_budget=2048,
+                 max_steps=16, steady=True)  # fmt: skip
+    steps = schedule(asked)
+    assert set(steps.prefill_N) == {2048} and set(steps.decode_N) == {0}
+    assert set(steps.sampled_N) == {2}
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.integers(2, 30),
+    st.integers(1, 80),
+    st.integers(1, 20),
+    st.integers(0, 5),
+)
+def test_a_cycle_with_room_for_all_holds_every_token_once(
+    concurrency, prompt, output, window, most, seed
+):
     asked = load(
         concurrency=concurrency, prompt_tokens=prompt, output_tokens=output, steady=True,
-        token_budget=2 * concurrency + prompt, max_steps=50,
+        token_budget=(concurrency + 1) * (prompt + 1), max_steps=most,
     )  # fmt: skip
-    steps = schedule(asked, seed=seed)
-    assert len(steps.decode_N) == 50
-    assert (steps.tokens_N <= asked.token_budget).all()
-    assert (steps.tokens_N > 0).all()
-    counted = steps.first_R >= 0
-    assert (steps.arrived_R[counted] <= steps.first_R[counted]).all()
-    assert (steps.first_R <= steps.last_R).all()
+    steps = schedule(asked, window=window, seed=seed)
+    assert len(steps.decode_N) <= most
+    assert len(steps.like_M) == output
+    every = np.arange(1, prompt + output)
+    assert total(steps, "prefill_N") == pytest.approx(concurrency * prompt)
+    assert total(steps, "decode_N") == pytest.approx(concurrency * (output - 1))
+    assert total(steps, "sampled_N") == pytest.approx(concurrency * output)
+    assert total(steps, "looks_N") == pytest.approx(concurrency * every.sum())
+    near = np.minimum(every, window).sum()
+    assert total(steps, "narrow_looks_N") == pytest.approx(concurrency * near)
+    assert len(steps.first_R) == concurrency and (steps.first_R == steps.arrived_R).all()
 
 
-def test_steady_decoding_is_fed_at_the_rate_it_ends():
-    steps = schedule(
-        load(concurrency=512, prompt_tokens=64, output_tokens=128, token_budget=2048,
-             max_steps=600, steady=True)
-    )  # fmt: skip
-    assert np.mean(steps.prefill_N / steps.decode_N) == pytest.approx(64 / 127, rel=0.05)
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 30), st.integers(1, 50))
+def test_no_step_of_a_steady_load_is_empty_or_over_the_budget(concurrency, prompt, output, spare):
+    asked = load(concurrency=concurrency, prompt_tokens=prompt, output_tokens=output, steady=True,
+                 token_budget=concurrency + spare, max_steps=12)  # fmt: skip
+    steps = schedule(asked)
+    assert (steps.tokens_N <= asked.token_budget + 1e-9).all() and (steps.tokens_N > 0).all()
+    whole_N2 = steps.whole_N2
+    assert (whole_N2 >= 0).all() and (whole_N2.sum(1) <= asked.token_budget).all()
+    assert steps.times_N.sum() == len(steps.like_M) and (steps.times_N > 0).all()
+    assert (steps.arrived_R <= steps.first_R).all()
+
+
+def test_a_seed_decides_where_requests_are():
+    asked = load(concurrency=40, prompt_tokens=64, output_tokens=128, token_budget=256,
+                 max_steps=600, steady=True)  # fmt: skip
+    once, again, other = (schedule(asked, seed=seed) for seed in (3, 3, 4))
+    assert np.array_equal(once.like_M, again.like_M)
+    assert np.array_equal(once.decode_N, again.decode_N)
+    assert not np.array_equal(once.arrived_R, other.arrived_R)
 
 
 def test_impossible_loads_are_refused():

@@ -1,15 +1,17 @@
 """Sweeps: parallel equals serial, a killed one resumes where it stopped, damaged ends are cut."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from vllm_balance.simulate.sweep import Cell, compute, missing, read, sweep
+from vllm_balance.simulate.sweep import Cell, compute, missing, read, room, sweep
 
 CELLS = [
     Cell(
@@ -29,20 +31,35 @@ sweep(cells, Path(sys.argv[2]), {"commit": "test"})
 """
 
 
-def test_a_killed_sweep_resumes(tmp_path):
+def in_turn(chunks, address):
+    """Without Ray, which takes longer to start than these cells."""
+    return ([compute(cell) for cell in chunk] for chunk in chunks)
+
+
+def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
+    """It is killed in parallel; what it wrote is compared with what this process computes."""
     results, asked = tmp_path / "rows.jsonl", tmp_path / "cells.json"
     asked.write_text(json.dumps([{f: getattr(c, f) for f in Cell.__slots__} for c in CELLS]))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(asked), str(results)], start_new_session=True
     )
+    deadline = time.monotonic() + 120
     while process.poll() is None and (not results.exists() or results.stat().st_size == 0):
+        assert time.monotonic() < deadline, "no row was written"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    was_running = process.poll() is None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert was_running, "the sweep ended before it could be killed"
     with results.open("ab") as file:
         file.write(b'{"key": "half a li')
     before = read(results)
-    assert 0 < len(before) <= len(CELLS)
+    assert 0 < len(before) < len(CELLS)
+    cells = {cell.key: cell for cell in CELLS}
+    for row in before[::8]:
+        assert row == {**compute(cells[row["key"]]), "commit": "test"}
+    monkeypatch.setattr("vllm_balance.simulate.sweep._computed", in_turn)
     added: list[int] = []
     assert sweep(CELLS, results, {"commit": "test"}, on_rows=added.append) == len(CELLS) - len(
         before
@@ -51,9 +68,6 @@ def test_a_killed_sweep_resumes(tmp_path):
     assert rows[: len(before)] == before
     assert sum(added) == len(CELLS) - len(before)
     assert sorted(row["key"] for row in rows) == sorted(cell.key for cell in CELLS)
-    by_key = {row["key"]: row for row in rows}
-    for cell in CELLS[::67]:
-        assert by_key[cell.key] == {**compute(cell), "commit": "test"}
     assert sweep(CELLS, results, {"commit": "test"}) == 0
 
 
@@ -87,6 +101,23 @@ def test_reading_cuts_an_unfinished_end_and_writes_nothing_else(tmp_path, end):
     assert read(results) == [{"key": "1"}]
     assert results.read_bytes() == b'{"key": "1"}\n'
     assert (results.stat().st_mtime_ns == 0) == (not end)
+
+
+def test_a_cell_that_does_not_fit_has_a_row_without_times():
+    """DeepSeek-V3 takes about 99 GB on each of 8 ranks; an H100 has 80."""
+    cell = Cell(model="deepseek-v3", hardware="h100", data=8, balancer="metro", redundancy=1.5,
+                zipf=0.3, concurrency=16, layers=1, steps=2)  # fmt: skip
+    row = compute(cell)
+    assert room(cell) == 0 and not row["fits"]
+    assert {row[key] for key in ("tpot_us", "tokens_per_s", "waiting_share")} == {None}
+    assert row["redundant_bytes"] > 0 and row["key"] == cell.key
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_as_many_requests_fit_as_there_is_room_for(more):
+    cell = replace(CELLS[0], prompt_tokens=100_000, output_tokens=100_000)
+    row = compute(replace(cell, concurrency=room(cell) + more))
+    assert row["fits"] == (not more)
 
 
 def test_keys_differ_where_cells_do():

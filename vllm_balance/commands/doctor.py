@@ -43,6 +43,8 @@ class Findings:
     platform: str
     packages: dict[str, str]
     problems: list[str] = field(default_factory=list)
+    untested: str | None = None
+    """Why nobody knows yet whether what fits also works here; None where servers were run."""
     seams: list[SeamFinding] = field(default_factory=list)
 
 
@@ -67,27 +69,37 @@ def doctor(
 
 
 def examine_source(vllm: Path) -> Findings:
-    """Checks every seam against the source of a vLLM that need not be installed."""
+    """Checks every seam against the source of a vLLM that need not be installed.
+
+    Raises:
+        BalancerError: no vLLM is found there.
+    """
     from vllm_balance.seams.source import problems, signatures
 
     seams = all_seams(cpu=True)
     found = signatures(seams, vllm)
-    complaints = {target: c for c in problems(seams, found) for target in found if target in c}
+    complaints = problems(seams, found)
     return Findings(
         vllm=vllm.name,
         platform="source only",
         packages={"vllm-balance": _version("vllm-balance")},
+        untested="only its functions' parameters were compared, and no server was run with it",
         seams=[
-            SeamFinding(
-                target=seam.target,
-                why=seam.why,
-                delete_when=seam.delete_when,
-                state=complaints.get(seam.target)
-                or ("not needed" if seam.only_if_missing and found[seam.target] else "applies"),
-                parameters=found[seam.target],
-            )
-            for seam in seams
+            _source_finding(seam, found[seam.target], complaints.get(seam.target)) for seam in seams
         ],
+    )
+
+
+def _source_finding(
+    seam: Seam, parameters: list[str] | str | None, complaint: str | None
+) -> SeamFinding:
+    state = "not needed" if seam.only_if_missing and parameters is not None else "applies"
+    return SeamFinding(
+        target=seam.target,
+        why=seam.why,
+        delete_when=seam.delete_when,
+        state=complaint or state,
+        parameters=parameters if isinstance(parameters, list) else None,
     )
 
 
@@ -115,12 +127,24 @@ def examine() -> Findings:
         )
     from vllm.platforms import current_platform
 
-    from vllm_balance.seams.versions import installed_version, unsupported_version
+    from vllm_balance.seams.device import unprofiled_device
+    from vllm_balance.seams.versions import (
+        TESTED,
+        installed_version,
+        is_tested,
+        unsupported_version,
+    )
 
     findings = Findings(vllm=installed_version(), platform=_platform_name(), packages=packages)
     if (problem := unsupported_version()) is not None:
         findings.problems.append(problem)
     findings.problems += _plugin_problems()
+    other = unprofiled_device()
+    if other is not None or not is_tested():
+        findings.untested = (
+            f"servers were run on x86 CPUs with vLLM {TESTED} only, and this is vLLM "
+            f"{findings.vllm} on {other or findings.platform}"
+        )
     seams = all_seams(cpu=current_platform.is_cpu())
     findings.seams = [_examine_seam(seam) for seam in seams]
     return findings
@@ -179,5 +203,10 @@ def _print(findings: Findings) -> None:
     console.print(table)
     for problem in findings.problems:
         console.print(f"[red]{escape(problem)}[/]")
-    if not findings.problems and not any(seam.is_problem for seam in findings.seams):
+    if findings.problems or any(seam.is_problem for seam in findings.seams):
+        return
+    if findings.untested is None:
         console.print("[green]--moe-balancer can be used.[/]")
+    else:
+        said = f"--moe-balancer can be used, but it is untested here: {findings.untested}."
+        console.print(f"[yellow]{escape(said)}[/]")

@@ -96,7 +96,11 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
 def _receive(rank: int, connection: Connection) -> Timing:
     try:
         if not connection.poll(_TIMEOUT):
-            raise BalancerError(f"Rank {rank} did not answer for {_TIMEOUT:.0f} s while profiling.")
+            raise BalancerError(
+                f"Rank {rank} did not answer for {_TIMEOUT:.0f} s while profiling. Something else "
+                f"holds its core, or the machine swaps: run it again when the machine is quiet, or "
+                f"with fewer ranks or --experts."
+            )
         answer: Timing = connection.recv()
     except (EOFError, ConnectionError) as error:
         raise BalancerError(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vllm_balance import documents, maps, profiles, traces
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.errors import BalancerError
+from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import (
     PLACEMENT,
@@ -57,6 +57,7 @@ def place(
     documents.require_writable(output)
     if routing not in ("even", "one"):
         raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
+    _require_policy(policy)
     split: Split = "even" if routing == "even" else "one"
     measured, recorded = profiles.load(profile), traces.load(trace)
     require_same_model(recorded, measured.shape)
@@ -99,12 +100,18 @@ def place(
 
 
 def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
-    """The policy of this name. Raises BalancerError if there is none."""
-    if name not in PLACEMENT:
-        raise BalancerError(f"There is no placement {name!r}; there are {', '.join(POLICIES)}.")
+    """The policy of this name, one of PLACEMENT."""
     if name == "gem":
         return GemPlacement(seed=seed)
     return GemReplicaPlacement(split=split) if name == "gem_r" else PLACEMENT[name]()
+
+
+def _require_policy(name: str) -> None:
+    if name not in POLICIES:
+        raise BalancerError(
+            f"--policy asks for {name!r}. {unknown('placement', name, POLICIES)} "
+            f"docs/placement.md says what each does."
+        )
 
 
 def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:

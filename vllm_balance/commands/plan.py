@@ -20,7 +20,9 @@ from vllm_balance.errors import BalancerError
 if TYPE_CHECKING:  # The simulator imports torch, which need not be there for other commands.
     from vllm_balance.simulate import Layout, Traffic
     from vllm_balance.simulate.advice import Advice, Candidate, Question
+    from vllm_balance.simulate.hardware import Hardware
     from vllm_balance.simulate.models import Model
+    from vllm_balance.simulate.validity import Errors
 
 MOST_LAYERS = 4
 """Simulated layers, which stand for all."""
@@ -40,13 +42,28 @@ def plan(
         str | None, typer.Option(help="Longest time per output token, e.g. 50ms.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests in flight; default: what the SLO allows.")
+        int | None,
+        typer.Option(
+            min=1, help="Requests in flight; default: what the SLO allows, or 32 per rank."
+        ),
     ] = None,
     tensor: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
     data: Annotated[int | None, typer.Option(min=1, help="Data-parallel ranks.")] = None,
-    dispatch: Annotated[str, typer.Option(help="all_gather or all_to_all.")] = "all_gather",
+    dispatch: Annotated[
+        str, typer.Option(help="Of data parallelism: all_gather or all_to_all.")
+    ] = "all_gather",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
     output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 1024,
+    batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-num-batched-tokens", min=2, help="Of each engine; default: vLLM's on this GPU."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", min=1, help="Of each engine; default: vLLM's on this GPU."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Simulate every balancer and redundancy, and say whether to turn one on. Modelled times."""
@@ -55,9 +72,9 @@ def plan(
 
     shape = models.load(model)
     found, profile = hardware.load(machine)
+    found = found.with_engine(*engine_of(found, batched_tokens, sequences))
     layout = layout_of(tensor, data, dispatch, found.ranks_per_node.value)
-    if trace is None and zipf is None:
-        raise BalancerError("Give a --trace of this model, or a skew such as --zipf 0.8.")
+    _require_one_traffic(trace, zipf)
     if concurrency is None and slo_tpot is None:
         concurrency = 32 * layout.num_ranks
     question = advice.Question(
@@ -71,13 +88,43 @@ def plan(
         concurrency=concurrency,
         slo_tpot_us=None if slo_tpot is None else microseconds(slo_tpot),
     )
-    report(question, advice.advise(question, validity.load().gain_error.value))
+    errors = validity.load().of(profile)
+    report(question, advice.advise(question, errors.mean.value), errors)
+
+
+def _require_one_traffic(trace: Path | None, zipf: float | None) -> None:
+    """Raises BalancerError unless exactly one says which experts are asked for."""
+    if trace is None and zipf is None:
+        raise BalancerError("Give a --trace of this model, or a skew such as --zipf 0.8.")
+    if trace is not None and zipf is not None:
+        raise BalancerError(
+            f"--trace {trace} and --zipf {zipf:g} were given together, and each says which experts "
+            f"the tokens ask for. Leave one of them out."
+        )
+
+
+def engine_of(
+    machine: Hardware, batched_tokens: int | None, sequences: int | None
+) -> tuple[int, int]:
+    """What an engine takes, the file's where nothing was asked for.
+
+    Raises BalancerError if it has more requests than tokens.
+    """
+    tokens = batched_tokens or machine.engine.batched_tokens.value
+    requests = sequences or machine.engine.sequences.value
+    if requests >= tokens:
+        raise BalancerError(
+            f"An engine with --max-num-seqs {requests:,} and --max-num-batched-tokens {tokens:,} "
+            f"has no room for prompts while all its requests decode. Lower the first or raise the "
+            f"second."
+        )
+    return tokens, requests
 
 
 def layout_of(tensor: int | None, data: int | None, dispatch: str, ranks: int) -> Layout:
     """The layout asked for; by default one node with data-parallel attention, or tensor-parallel
-    where a node has only two ranks. Raises BalancerError for a layout that no server accepts, and
-    for an unknown dispatch."""
+    where a node has at most two ranks. Raises BalancerError for a layout that no server accepts,
+    and for a dispatch that is unknown or has no data parallelism."""
     if (tensor or 1) > 1 and (data or 1) > 1:
         raise BalancerError(
             f"--tensor {tensor} and --data {data} were asked for together; a server with "
@@ -89,15 +136,24 @@ def layout_of(tensor: int | None, data: int | None, dispatch: str, ranks: int) -
         if dispatch == known:
             if tensor is None and data is None:
                 tensor, data = (ranks, 1) if ranks <= 2 else (1, ranks)
+            if known == "all_to_all" and (data or 1) == 1:
+                raise BalancerError(
+                    "--dispatch all_to_all is a way to exchange tokens between data-parallel "
+                    "ranks, and the layout is tensor-parallel, whose ranks have all tokens. Leave "
+                    "it out, or give --data."
+                )
             return Layout(tensor=tensor or 1, data=data or 1, dispatch=known)
     raise BalancerError(f"--dispatch is {dispatch!r}; allowed are {', '.join(get_args(Dispatch))}.")
 
 
 def microseconds(text: str) -> float:
-    """A time such as 50ms, 0.05s or 800us. Raises BalancerError if it is none."""
+    """An SLO such as 50ms, 0.05s or 800us. Raises BalancerError if it is no time."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)\s*", text)
     if match is None or float(match[1]) <= 0:
-        raise BalancerError(f"{text!r} is no time; write for example 50ms, 0.05s or 800us.")
+        raise BalancerError(
+            f"--slo-tpot is {text!r}; allowed is a positive number with a unit, us, ms or s. Write "
+            f"for example 50ms, 0.05s or 800us."
+        )
     return float(match[1]) * {"us": 1.0, "ms": 1e3, "s": 1e6}[match[2]]
 
 
@@ -118,18 +174,19 @@ def traffic_of(
     return lambda: (served.fresh(), placed_by.fresh())
 
 
-def report(question: Question, found: Advice) -> None:
-    """Prints the candidates and the answer."""
-    layout = question.layout
+def report(question: Question, found: Advice, errors: Errors) -> None:
+    """Prints the candidates, what a server would refuse, and the answer."""
+    layout, engine = question.layout, question.hardware.engine
     table = Table(
         padding=(0, 0),
         title=f"{question.model.name} on {layout.num_ranks} x {question.hardware.name}, "
         f"TP{layout.tensor} x DP{layout.data}; {question.prompt_tokens} tokens in, "
-        f"{question.output_tokens} out. Modelled, not measured.",
+        f"{question.output_tokens} out; --max-num-batched-tokens {engine.batched_tokens.value} and "
+        f"--max-num-seqs {engine.sequences.value} per engine. Modelled, not measured.",
         caption="x: physical / logical experts; TPOT and TTFT in ms; gain: tok/s against static; "
         "experts: activated on the worst rank of a layer; wait: share of the experts' time; "
-        "GB: redundant experts of a rank; none: no room, or misses the SLO; TTFT -: no request "
-        "arrives in the simulated steps",
+        "GB: redundant experts of a rank; none: no room, or misses the SLO; TPOT -: answers of one "
+        "token",
     )
     table.add_column("balancer")
     for heading in HEADINGS:
@@ -139,45 +196,74 @@ def report(question: Question, found: Advice) -> None:
         cells = _cells(question, each, base)
         style = "bold" if each is found.best else None
         table.add_row(each.balancer, f"{each.redundancy:.4g}", *cells, style=style)
-    Console().print(table)
-    Console().print(answer(question, found), soft_wrap=True)
+    console = Console()
+    console.print(table)
+    for reason, names in found.left_out.items():
+        console.print(f"Left out, as a server would refuse it: {', '.join(names)}; {reason}.",
+                      soft_wrap=True)  # fmt: skip
+    console.print(answer(question, found, errors), soft_wrap=True)
 
 
 def _cells(question: Question, each: Candidate, base: float) -> list[str]:
     if each.outcome is None:
         return ["none", *["-"] * 7]
     made = each.outcome
-    ttft_us = made.ttft_us_at(0.5)
     return [
         str(each.concurrency),
-        f"{made.tpot_us / 1e3:.1f}",
-        "-" if math.isnan(ttft_us) else f"{ttft_us / 1e3:.0f}",
+        "-" if math.isnan(made.tpot_us) else f"{made.tpot_us / 1e3:.1f}",
+        f"{made.ttft_us_at(0.5) / 1e3:.0f}",
         f"{each.tokens_per_s:,.0f}",
         f"{each.tokens_per_s / base - 1:+.1%}",
-        f"{made.activated_N.mean() / question.model.num_moe_layers:.1f}",
+        f"{made.mean(made.activated_N) / question.model.num_moe_layers:.1f}",
         f"{made.waiting_share:.0%}",
         f"{made.redundant_bytes / 1e9:.1f}",
     ]
 
 
-def answer(question: Question, found: Advice) -> str:
-    """What to do, in one or two sentences."""
-    from vllm_balance.simulate.advice import settings_of
+def answer(question: Question, found: Advice, errors: Errors) -> str:
+    """What to do, in one paragraph."""
+    from vllm_balance.simulate.advice import host_bytes, settings_of
 
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
+    if len(found.candidates) == 1:
+        return (
+            "No: only static is left, and gem and exflow without redundant experts, which are not "
+            "simulated; `vllm-balance place` scores their placements."
+        )
     if found.best.balancer == "static":
         return f"No, leave it off: nothing beats serving without redundant experts {at}."
     band = f"{found.gain - found.error:+.1%} to {found.gain + found.error:+.1%}"
-    name = f"{found.best.balancer} with redundancy {found.best.redundancy:.4g}"
+    name = _name(question, found.best)
     if not found.worth_it:
         return (
             f"No, leave it off: the best, {name}, is predicted to give {found.gain:+.1%} tokens/s "
             f"{at}, which is within the model's error ({band})."
         )
-    assert found.best.outcome is not None
+    fetches = host_bytes(question, found.best) > 0
+    eager = "--enforce-eager " if fetches and question.hardware.experts == "together" else ""
     return (
         f"Yes: {name} is predicted to give {found.gain:+.1%} tokens/s {at} ({band}), for "
-        f"{found.best.outcome.redundant_bytes / 1e9:.1f} GB more memory on each rank. Measure "
-        f"before you believe it, with --moe-balancer {found.best.balancer} "
+        f"{_memory(question, found.best)}. The band is the mean error where the simulator could be "
+        f"checked; one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. Measure "
+        f"before you believe it, with {eager}--moe-balancer {found.best.balancer} "
         f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
     )
+
+
+def _name(question: Question, found: Candidate) -> str:
+    """A balancer and what it needs."""
+    from vllm_balance.simulate.advice import settings_of
+
+    slots = settings_of(question, found).get("dynamic_slots")
+    if slots is not None:
+        return f"{found.balancer} with {slots:g} dynamic slots per rank"
+    return f"{found.balancer} with redundancy {found.redundancy:.4g}"
+
+
+def _memory(question: Question, found: Candidate) -> str:
+    """What it takes, on each rank and of the host."""
+    from vllm_balance.simulate.advice import host_bytes
+
+    text = f"{found.redundant_bytes / 1e9:.1f} GB more memory on each rank"
+    store = host_bytes(question, found)
+    return f"{text} and {store / 1e9:.0f} GB of host memory" if store else text

@@ -24,13 +24,15 @@ from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
-from vllm_balance.seams.device import device_name, kernel_isa
+from vllm_balance.seams.device import device_name, kernel_isa, served_dtype
 from vllm_balance.seams.versions import kernel_versions
 
 COARSE = (1, 4, 16, 64)
 """Tokens per expert of the first samples, which find the knee."""
 AROUND_KNEE = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 """Further samples, as multiples of the knee found."""
+MAX_EXPERTS = 64
+"""Of one rank that are held in memory if nothing else is asked for."""
 MAX_TOKENS = 6144
 """Pairs of the largest sample on one rank."""
 ROUNDS = (3, 6)
@@ -52,26 +54,35 @@ def profile(
         Path | None, typer.Option(help="Measure nothing new: does this profile still hold?")
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts held by each rank; default: its share.")
+        int | None,
+        typer.Option(
+            min=1, help=f"Experts held by each rank; default: its share, at most {MAX_EXPERTS}."
+        ),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the experts are served in: the --dtype of `vllm serve`.")
+    ] = "auto",
 ) -> None:
     """Measure vLLM's expert kernel on every rank, fit the curves and save them."""
     require_vllm("profile")
     shape = model_shape.from_config(model)
     if check is not None:
-        _check(profiles.load(check), shape)
+        stored = profiles.load(check)
+        same = stored.shape.dtype if dtype == "auto" else served_dtype(dtype, shape.dtype)
+        _check(stored, shape.model_copy(update={"dtype": same}))
         return
+    shape = shape.model_copy(update={"dtype": served_dtype(dtype, shape.dtype)})
     documents.require_writable(output)
     if plot is not None:
         pictures.require_drawable(plot)
-    cores, isa = cores_of(ranks), kernel_isa()
-    local = experts or min(-(-shape.num_experts // ranks), 64)
+    cores, isa = cores_of(ranks), kernel_isa(shape.dtype)
+    local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
     with probing(shape, isa, cores, local) as probe:
         points_RSN = sample(probe, local)
     measured = Profile(
         units=Units(),
         created=datetime.now(UTC),
-        device=device_name(),
+        device=device_name(shape.dtype),
         versions=kernel_versions(),
         shape=shape,
         ranks=ranks_of(points_RSN, [f"core {core}" for core in cores]),
@@ -195,8 +206,8 @@ def form_of(model: CostModel) -> str:
 
 def _check(stored: Profile, shape: ModelShape) -> None:
     """Measures a few stored points again; exit status 1 if they have moved."""
-    isa, ranks = kernel_isa(), len(stored.ranks)
-    stored.require(shape=shape, device=device_name(), versions=kernel_versions())
+    isa, ranks = kernel_isa(shape.dtype), len(stored.ranks)
+    stored.require(shape=shape, device=device_name(shape.dtype), versions=kernel_versions())
     points = stored.ranks[0].points
     local = max(len(point.tokens_E) for point in points)
     chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[

@@ -79,7 +79,7 @@ def _files(results: list[Path]) -> list[Path]:
     found = []
     for path in results:
         if path.is_dir():
-            found += [file for file in sorted(path.glob("*.jsonl")) if is_results(file)]
+            found += [f for f in sorted(path.glob("*.jsonl")) if f.is_file() and is_results(f)]
         else:
             found.append(path)
     return found

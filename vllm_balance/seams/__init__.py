@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ def install(seams: Iterable[Seam]) -> None:
 
     Raises:
         BalancerError: at least one seam does not fit this vLLM; nothing was changed.
+        Exception: whatever a ``wrap`` raised; the seams before it were taken back.
     """
     wanted = [seam for seam in seams if seam.target not in _ORIGINALS]
     problems = [problem for seam in wanted if (problem := seam.problem())]
@@ -105,9 +107,12 @@ def install(seams: Iterable[Seam]) -> None:
             f"{'; '.join(problems)}. Nothing was changed. Run `vllm-balance doctor` for the whole "
             f"list, or leave --moe-balancer off."
         )
-    for seam in wanted:
-        if seam.applies():
-            _apply(seam)
+    with ExitStack() as undo:
+        for seam in wanted:
+            if seam.applies():
+                _apply(seam)
+                undo.callback(uninstall, (seam,))
+        undo.pop_all()
 
 
 def uninstall(seams: Iterable[Seam]) -> None:
@@ -136,8 +141,9 @@ def _apply(seam: Seam) -> None:
     setattr(replacement, _MARK, seam.target)
     if isinstance(static, staticmethod | classmethod):
         replacement = type(static)(replacement)
-    _ORIGINALS[seam.target] = (owner, name, vars(owner).get(name))
+    original = vars(owner).get(name)
     setattr(owner, name, replacement)
+    _ORIGINALS[seam.target] = (owner, name, original)
 
 
 def _unwrapped(static: Any) -> Any:

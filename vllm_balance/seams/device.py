@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from vllm_balance.config import unknown
-from vllm_balance.errors import BalancerError
+from vllm_balance.errors import BalancerError, unknown
 
 DTYPES = {
     "half": "float16",

@@ -10,8 +10,9 @@ from pathlib import Path
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam
 
-Signatures = dict[str, list[str] | None]
-"""Target -> names of its parameters; None if its class does not define it."""
+Signatures = dict[str, list[str] | str | None]
+"""Target -> names of its parameters; None if its class does not define it; in words, what of the
+places around it is missing."""
 
 
 def signatures(seams: Iterable[Seam], vllm: Path) -> Signatures:
@@ -21,48 +22,60 @@ def signatures(seams: Iterable[Seam], vllm: Path) -> Signatures:
         vllm: a wheel, or the folder that holds the package ``vllm``.
 
     Raises:
-        BalancerError: no vLLM is found there, or a module or class of a seam is missing.
+        BalancerError: no vLLM is found there.
     """
     read = _reader(vllm)
     return {seam.target: _parameters(seam.target, read) for seam in seams}
 
 
-def problems(seams: Iterable[Seam], found: Signatures) -> list[str]:
-    """Why seams would not apply to a vLLM with these signatures."""
-    complaints = []
+def problems(seams: Iterable[Seam], found: Signatures) -> dict[str, str]:
+    """Target -> why its seam would not apply to a vLLM with these signatures."""
+    complaints = {}
     for seam in seams:
         parameters = found.get(seam.target)
-        if parameters is None:
+        if isinstance(parameters, str):
+            complaints[seam.target] = f"{seam.target}: {parameters}"
+        elif parameters is None:
             if not seam.only_if_missing:
-                complaints.append(f"{seam.target} does not exist")
-            continue
-        missing = [name for name in seam.parameters if name not in parameters]
-        if missing:
-            complaints.append(f"{seam.target} has no parameter {', '.join(missing)}")
+                complaints[seam.target] = f"{seam.target} does not exist"
+        elif missing := [name for name in seam.parameters if name not in parameters]:
+            complaints[seam.target] = f"{seam.target} has no parameter {', '.join(missing)}"
     return complaints
 
 
 def _reader(vllm: Path) -> Callable[[str], str]:
-    if vllm.suffix == ".whl":
-        archive = zipfile.ZipFile(vllm)
-        return lambda name: archive.read(name).decode()
-    if (vllm / "vllm" / "version.py").is_file():
-        return lambda name: (vllm / name).read_text(encoding="utf-8")
-    raise BalancerError(f"{vllm} is neither a wheel nor a folder that holds the package vllm.")
+    """What reads a file of the package by its name in it; KeyError or OSError if there is none."""
+    try:
+        if vllm.suffix == ".whl":
+            archive = zipfile.ZipFile(vllm)
+            archive.getinfo("vllm/version.py")
+            return lambda name: archive.read(name).decode()
+        if (vllm / "vllm" / "version.py").is_file():
+            return lambda name: (vllm / name).read_text(encoding="utf-8")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.args[0]
+        raise BalancerError(
+            f"--against names {vllm}, which is no wheel of vLLM that can be read ({reason}). Name "
+            f"a wheel (`pip download --no-deps vllm==VERSION` gets one) or an unpacked one."
+        ) from error
+    raise BalancerError(
+        f"--against names {vllm}, which is neither a wheel nor a folder that holds the package "
+        f"vllm. Name a wheel (*.whl), or the folder that it was unpacked into."
+    )
 
 
-def _parameters(target: str, read: Callable[[str], str]) -> list[str] | None:
+def _parameters(target: str, read: Callable[[str], str]) -> list[str] | str | None:
     module, _, path = target.partition(":")
     *classes, name = path.split(".")
     file = module.replace(".", "/") + ".py"
     try:
         body = ast.parse(read(file)).body
-    except (KeyError, FileNotFoundError) as error:
-        raise BalancerError(f"{target}: this vLLM has no file {file}") from error
+    except (KeyError, FileNotFoundError):
+        return f"this vLLM has no file {file}"
     for class_name in classes:
         found = [n for n in body if isinstance(n, ast.ClassDef) and n.name == class_name]
         if not found:
-            raise BalancerError(f"{target}: this vLLM has no class {class_name} in {file}")
+            return f"this vLLM has no class {class_name} in {file}"
         body = found[-1].body
     for node in reversed(body):  # behind its overloads
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:

@@ -10,14 +10,15 @@ from vllm_balance.config import DEFAULT_DYNAMIC_SLOTS
 from vllm_balance.errors import BalancerError
 from vllm_balance.profiles import Profile
 from vllm_balance.routing import FETCHING
+from vllm_balance.simulate.acceptance import refusal, require_served
 from vllm_balance.simulate.decisions import num_redundant
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
-from vllm_balance.simulate.memory import most_requests
+from vllm_balance.simulate.memory import most_in_flight, most_requests
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.run import Arm, expert_times, simulate
-from vllm_balance.simulate.serving import Load
+from vllm_balance.simulate.steps import Load
 from vllm_balance.simulate.traffic import Traffic
 
 REDUNDANCIES = (1.125, 1.25, 1.5)
@@ -25,7 +26,7 @@ REPLICATING = ("eplb", "first_copy", "metro")
 DYNAMIC_SLOTS = (2, DEFAULT_DYNAMIC_SLOTS)
 """Of `harmoeny`, per rank: the fewest that a server accepts, and its default."""
 STEPS = 16
-"""Simulated steps per candidate and concurrency."""
+"""Simulated steps per candidate and concurrency, each the mean of many of a cycle."""
 CLOSE = 100
 """The largest concurrency that keeps an SLO is known to one part in so many."""
 ALIKE = 0.01
@@ -78,6 +79,8 @@ class Advice:
     """The candidates, the best one, and what it gains over no redundancy."""
 
     candidates: tuple[Candidate, ...]
+    left_out: dict[str, tuple[str, ...]]
+    """Balancers that a server would refuse, by the reason."""
     best: Candidate
     gain: float
     """Relative throughput of the best over static; without an SLO, at equal requests in flight."""
@@ -94,10 +97,17 @@ def advise(question: Question, error: float) -> Advice:
     """Simulates every candidate; where an SLO is searched, the others from where static met it.
 
     Raises:
-        BalancerError: neither a concurrency nor an SLO was given, or not even static can serve.
+        BalancerError: neither a concurrency nor an SLO was given, an SLO for answers of one token,
+            vLLM has not the model, its experts do not divide, or not even static can serve.
     """
     if question.concurrency is None and question.slo_tpot_us is None:
         raise BalancerError("Give the requests in flight, or an SLO for TPOT, or both.")
+    if question.slo_tpot_us is not None and question.output_tokens < 2:
+        raise BalancerError(
+            "An SLO is for the time between the tokens of an answer, and answers of one token were "
+            "asked for. Leave the SLO out, or ask for at least two tokens."
+        )
+    require_served(question.model, question.layout)
     static, *others = candidates(question)
     base = _candidate(question, *static)
     if base.outcome is None:
@@ -105,7 +115,7 @@ def advise(question: Question, error: float) -> Advice:
     found = (base, *(_candidate(question, *each, near=base.concurrency) for each in others))
     best = _cheapest_of_the_best(found)
     gain = best.tokens_per_s / base.tokens_per_s - 1
-    return Advice(candidates=found, best=best, gain=gain, error=error)
+    return Advice(candidates=found, left_out=left_out(question), best=best, gain=gain, error=error)
 
 
 def _cheapest_of_the_best(found: tuple[Candidate, ...]) -> Candidate:
@@ -117,22 +127,34 @@ def _cheapest_of_the_best(found: tuple[Candidate, ...]) -> Candidate:
 
 def candidates(question: Question) -> tuple[tuple[str, float], ...]:
     """Balancers and redundancies that a server of this deployment would accept."""
+    return tuple(each for each in _considered(question) if _refusal(question, *each) is None)
+
+
+def left_out(question: Question) -> dict[str, tuple[str, ...]]:
+    """Balancers of which a server would refuse some redundancy or all, by the reason."""
+    found: dict[str, dict[str, None]] = {}
+    for balancer, redundancy in _considered(question):
+        reason = _refusal(question, balancer, redundancy)
+        if reason is not None:
+            found.setdefault(reason, {})[balancer] = None
+    return {reason: tuple(names) for reason, names in found.items()}
+
+
+def _considered(question: Question) -> tuple[tuple[str, float], ...]:
     experts, ranks = question.model.num_experts.value, question.layout.num_ranks
     ratios = dict.fromkeys(1 + num_redundant(experts, ranks, r) / experts for r in REDUNDANCIES)
     slots = [n for n in DYNAMIC_SLOTS if n <= experts - experts // ranks]
     return (
         ("static", 1.0),
         *((name, ratio) for name in REPLICATING for ratio in ratios),
-        *(("harmoeny", 1 + n * ranks / experts) for n in slots if _can_fetch(question)),
+        *(("harmoeny", 1 + n * ranks / experts) for n in slots),
     )
 
 
-def _can_fetch(question: Question) -> bool:
-    """Whether one host store serves all ranks, and each has as many home experts."""
-    layout, machine = question.layout, question.hardware
-    one_node = layout.num_ranks <= (layout.ranks_per_node or machine.ranks_per_node.value)
-    even = question.model.num_experts.value % layout.num_ranks == 0
-    return machine.host is not None and one_node and even
+def _refusal(question: Question, balancer: str, redundancy: float) -> str | None:
+    model, layout = question.model, question.layout
+    redundant = num_redundant(model.num_experts.value, layout.num_ranks, redundancy)
+    return refusal(model, question.hardware, layout, balancer, redundant)
 
 
 def settings_of(question: Question, candidate: Candidate) -> dict[str, float]:
@@ -153,6 +175,14 @@ def settings_of(question: Question, candidate: Candidate) -> dict[str, float]:
     return settings
 
 
+def host_bytes(question: Question, candidate: Candidate) -> float:
+    """Host memory of a candidate that fetches: one copy of all experts; else 0."""
+    if candidate.balancer not in FETCHING:
+        return 0.0
+    model = question.model
+    return model.num_moe_layers * model.num_experts.value * model.expert_bytes
+
+
 def _cannot_serve(question: Question) -> str:
     """Why not even static can."""
     fits, asked = _fits(question, "static", 1.0), question.concurrency
@@ -169,27 +199,37 @@ def _cannot_serve(question: Question) -> str:
             f"(room for {fits:,} requests). Relax it or use faster hardware."
         )
     if asked > fits:
-        return (
-            f"{asked:,} requests in flight were asked for; {fits:,} of {_tokens(question):,} "
-            f"tokens fit on {where} beside the weights of {name}. Ask for fewer or shorter ones, "
-            f"or use more ranks."
-        )
+        return _too_many(question, asked, where)
     return (
         f"{name} on {where} misses the SLO at {asked:,} requests in flight even without balancing. "
         f"Ask for fewer, relax the SLO, or use faster hardware."
     )
 
 
-def _tokens(question: Question) -> int:
-    """Of a request when it ends."""
-    return question.prompt_tokens + question.output_tokens
+def _too_many(question: Question, asked: int, where: str) -> str:
+    """Which bound more requests are asked for than."""
+    model, machine, layout = question.model, question.hardware, question.layout
+    tokens = question.prompt_tokens + question.output_tokens
+    fits = most_requests(model, machine, layout, 0, tokens)
+    if asked > fits:
+        return (
+            f"{asked:,} requests in flight were asked for; {fits:,} of {tokens:,} tokens fit on "
+            f"{where} beside the weights of {model.name}. Ask for fewer or shorter ones, or use "
+            f"more ranks."
+        )
+    each = machine.engine.sequences.value
+    return (
+        f"{asked:,} requests in flight were asked for; {layout.data} engines of at most {each:,} "
+        f"each run {each * layout.data:,} at once, and the others would wait outside. Ask for "
+        f"fewer, or raise --max-num-seqs, here and of the server."
+    )
 
 
 def _fits(question: Question, balancer: str, redundancy: float) -> int:
     """Requests that a candidate has room for."""
     redundant = _arm(question, balancer, redundancy, 1).num_redundant
-    tokens = _tokens(question)
-    return most_requests(question.model, question.hardware, question.layout, redundant, tokens)
+    tokens = question.prompt_tokens + question.output_tokens
+    return most_in_flight(question.model, question.hardware, question.layout, redundant, tokens)
 
 
 def _arm(question: Question, balancer: str, redundancy: float, concurrency: int) -> Arm:
@@ -204,7 +244,7 @@ def _arm(question: Question, balancer: str, redundancy: float, concurrency: int)
             concurrency=concurrency,
             prompt_tokens=question.prompt_tokens,
             output_tokens=question.output_tokens,
-            token_budget=max(2048 * question.layout.data, 2 * concurrency),
+            token_budget=question.hardware.engine.batched_tokens.value * question.layout.data,
             max_steps=STEPS,
         ),
     )
@@ -222,7 +262,7 @@ def _candidate(question: Question, balancer: str, redundancy: float, near: int =
         concurrency, made = most_within(slo_us, min(room, MOST), at, near)
     else:
         made = at(asked) if asked <= room else None
-        if made is not None and made.tpot_us > slo_us:
+        if made is not None and question.slo_tpot_us is not None and _misses(made, slo_us):
             made = None
         concurrency = 0 if made is None else asked
     return Candidate(
@@ -250,11 +290,16 @@ def most_within(
         concurrency = _next(tried, low, high, slo_us, near) if tried else most
         made = at(concurrency)
         tried.append((concurrency, made.tpot_us))
-        if made.tpot_us > slo_us:
+        if _misses(made, slo_us):
             high = concurrency
         else:
             low, best = concurrency, made
     return low, best
+
+
+def _misses(made: Outcome, slo_us: float) -> bool:
+    """Whether TPOT is longer, or there is none."""
+    return not made.tpot_us <= slo_us
 
 
 def _next(tried: list[tuple[int, float]], low: int, high: int, slo_us: float, near: int) -> int:
@@ -270,7 +315,7 @@ def _next(tried: list[tuple[int, float]], low: int, high: int, slo_us: float, ne
         guess = near
     elif len(tried) % 3 != 1:
         (first, first_us), (second, second_us) = tried[-2:]
-        if first_us != second_us:
+        if abs(first_us - second_us) > 0:
             guess = second + (slo_us - second_us) * (second - first) / (second_us - first_us)
     step = max(1, (low or high) // CLOSE)
     return max(low + step, min(round(guess), high - step))

@@ -49,13 +49,50 @@ def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
 def placements(history_NLE: Array, num_ranks: int, redundant: int) -> list[Placement]:
     """Where each layer's experts live: vLLM's EPLB, or its linear layout without replicas."""
     cluster = Cluster(costs=(_SAME,) * num_ranks, num_redundant=redundant)
-    policy = PLACEMENT["eplb" if redundant else "linear"]()
+    linear = PLACEMENT["linear"]()
+    slots_LP = _eplb(history_NLE, cluster) if redundant else linear.place(history_NLE, cluster)
     return [
         Placement.from_physical_to_logical(
             torch.from_numpy(slots_P), num_logical=history_NLE.shape[2], num_ranks=num_ranks
         )
-        for slots_P in policy.place(history_NLE, cluster)
+        for slots_P in slots_LP
     ]
+
+
+def _eplb(history_NLE: Array, cluster: Cluster) -> Array:
+    """vLLM's EPLB as `EplbPlacement` calls it, but equal loads in the order of their slots, [L, P].
+
+    vLLM sorts loads with numpy, whose order of equal ones differs between processors.
+    """
+    from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+    class Stable(DefaultEplbPolicy):  # type: ignore[misc]
+        @classmethod
+        def balanced_packing(cls, weight: Array, num_packs: int) -> tuple[Array, Array]:
+            if weight.shape[1] > num_packs:
+                return _packed(weight, num_packs)
+            alone: tuple[Array, Array] = super().balanced_packing(weight, num_packs)
+            return alone
+
+    num_physical = cluster.num_physical(history_NLE.shape[2])
+    load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
+    map_LP = Stable.rebalance_experts(load_LE, num_physical, 1, 1, cluster.num_ranks)
+    return np.asarray(map_LP.numpy()).astype(np.int32)
+
+
+def _packed(load_LP: Array, num_packs: int) -> tuple[Array, Array]:
+    """Pack of each slot and its place there, two [L, P]: the largest load first, each into the
+    lightest pack that is not full."""
+    pack_LP, place_LP = np.empty(load_LP.shape, np.int64), np.empty(load_LP.shape, np.int64)
+    room = load_LP.shape[1] // num_packs
+    for layer, order_P in enumerate(np.argsort(-load_LP, axis=1, kind="stable")):
+        held_S, filled_S = np.zeros(num_packs), np.zeros(num_packs, np.int64)
+        for slot in order_P:
+            pack = int(held_S.argmin())
+            pack_LP[layer, slot], place_LP[layer, slot] = pack, filled_S[pack]
+            filled_S[pack] += 1
+            held_S[pack] += load_LP[layer, slot] if filled_S[pack] < room else np.inf
+    return pack_LP, place_LP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

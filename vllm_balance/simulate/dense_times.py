@@ -11,7 +11,7 @@ from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
 from vllm_balance.simulate.models import Model
-from vllm_balance.simulate.serving import Steps
+from vllm_balance.simulate.steps import Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _ACTIVATION_BYTES = 2
@@ -46,7 +46,7 @@ class DenseTimes:
         tokens_N = self._own(steps.tokens_N)
         router_N = self._product(hidden * model.num_experts.value, tokens_N)
         shared_N = self._product(hidden * model.shared_width / tensor, tokens_N)
-        dense_N = self._product(3 * hidden * model.dense_inner.value / tensor, tokens_N)
+        dense_N = self._product(hidden * model.dense_width / tensor, tokens_N)
         head_N = self._product(model.vocabulary.value * hidden / tensor, self._own(steps.sampled_N))
         total_N = model.num_moe_layers * (router_N + shared_N) + head_N
         total_N += model.num_dense_layers.value * dense_N

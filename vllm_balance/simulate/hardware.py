@@ -24,13 +24,13 @@ from vllm_balance.simulate.quantities import (
 )
 
 Number = Literal["float32", "float16", "float8", "float4"]
+"""Formats that arithmetic runs in; float16 stands for bfloat16 too."""
 NUMBER_OF: dict[str, Number] = {
     "bfloat16": "float16",
     "float16": "float16",
     "float32": "float32",
 }
 """Format of the arithmetic of a dtype that a model is served and profiled in."""
-"""Formats that arithmetic runs in; float16 stands for bfloat16 too."""
 
 
 class Link(Document):
@@ -91,6 +91,16 @@ class Fixed(Document):
     after the other."""
 
 
+class Engine(Document):
+    """What `vllm serve` takes on this machine if nothing else is asked for; each data-parallel rank
+    is an engine."""
+
+    batched_tokens: Count
+    """Most tokens of a step: max_num_batched_tokens."""
+    sequences: Count
+    """Most requests that run at once: max_num_seqs."""
+
+
 class Hardware(Sourced):
     """One kind of machine. Peaks are per rank."""
 
@@ -111,6 +121,7 @@ class Hardware(Sourced):
     fixed: Fixed
     decide: dict[str, Microseconds]
     """Time to decide and map one layer's batch, by balancer; others take as long as eplb."""
+    engine: Engine
     ranks_per_node: Count
     scale_up: Link
     """Between the ranks of a node."""
@@ -125,11 +136,23 @@ class Hardware(Sourced):
     def _complete(self) -> Self:
         if self.ranks_per_node.value < 1:
             raise ValueError("ranks_per_node must be at least 1")
+        if not 1 <= self.engine.sequences.value < self.engine.batched_tokens.value:
+            raise ValueError("engine must take at least one request, and more tokens than requests")
         if min(self.tiles.compute_tokens.value, self.tiles.stream_tokens.value) < 1:
             raise ValueError("tiles must have at least one token")
         if "eplb" not in self.decide:
             raise ValueError("decide needs at least eplb")
         return self
+
+    def with_engine(self, batched_tokens: int, sequences: int) -> Hardware:
+        """The machine under other limits of an engine."""
+        engine = {
+            "batched_tokens": self.engine.batched_tokens.model_copy(
+                update={"value": batched_tokens}
+            ),
+            "sequences": self.engine.sequences.model_copy(update={"value": sequences}),
+        }
+        return self.model_copy(update={"engine": self.engine.model_copy(update=engine)})
 
     def decide_us(self, balancer: str) -> float:
         """Time to decide one layer."""

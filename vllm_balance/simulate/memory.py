@@ -1,4 +1,4 @@
-"""What fits into a rank's memory: weights, redundant experts, and the cache of so many requests."""
+"""What a deployment has room for: weights, redundant experts, and so many requests."""
 
 from __future__ import annotations
 
@@ -23,5 +23,13 @@ def most_requests(
     """Requests of `tokens` tokens whose cache fits, over all ranks; 0 if weights do not fit."""
     free = USABLE * hardware.memory.value - weight_bytes(model, layout, num_redundant)
     split = 1 if model.latent else min(layout.tensor, max(model.num_kv_heads.value, 1))
-    each = tokens * model.cache_bytes_per_token / split
+    each = model.cache_bytes(tokens) / split
     return layout.data * max(0, int(free / each))
+
+
+def most_in_flight(
+    model: Model, hardware: Hardware, layout: Layout, num_redundant: int, tokens: int
+) -> int:
+    """Requests of `tokens` tokens that fit and that vLLM's engines run at once, over all ranks."""
+    fit = most_requests(model, hardware, layout, num_redundant, tokens)
+    return min(fit, hardware.engine.sequences.value * layout.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from vllm_balance.documents import Document
 from vllm_balance.simulate import catalogue
@@ -30,11 +30,19 @@ class Window(Document):
     layers: Count
 
 
+Support = Literal["eplb", "no eplb", "no model"]
+
+
 class Model(Sourced):
     """One model. Weights are counted, biases and norms left out."""
 
     kind: Literal["vllm-balance model"]
     format: Literal[1]
+    architecture: str = Field(min_length=1)
+    """As config.json and vLLM name it."""
+    support: Support
+    """By vLLM 0.32: its EPLB, which redundant and moving experts need; the model without that; or
+    nothing."""
     num_layers: Count
     num_dense_layers: Count
     """Layers whose feed-forward part is one dense network."""
@@ -44,7 +52,7 @@ class Model(Sourced):
     inner: Count
     """Of one expert."""
     expert_matrices: Count
-    """3 with a gate, 2 without."""
+    """3 with a gate, 2 without; of a shared expert and a dense network too."""
     shared_inner: Count
     """Inner size of the shared experts together; 0: none."""
     dense_inner: Count
@@ -121,10 +129,12 @@ class Model(Sourced):
             return 2 * self.head_dim.value
         return 2 * self.latent.cache_rank.value + self.latent.rotary_dim.value
 
-    @property
-    def cache_bytes_per_token(self) -> float:
-        """Of all layers."""
-        return self.num_layers.value * self.cache_width * self.cache_element.value
+    def cache_bytes(self, tokens: int) -> float:
+        """Of a request in all layers; those with a window keep no more of it."""
+        kept = self.num_layers.value * tokens
+        if self.window is not None:
+            kept -= self.window.layers.value * max(0, tokens - self.window.tokens.value)
+        return kept * self.cache_width * self.cache_element.value
 
     @property
     def weight_bytes(self) -> float:
@@ -138,13 +148,18 @@ class Model(Sourced):
         hidden = self.hidden.value
         weights = self.num_layers.value * self.attention_weights
         weights += self.num_moe_layers * hidden * (self.num_experts.value + self.shared_width)
-        weights += self.num_dense_layers.value * 3 * hidden * self.dense_inner.value
+        weights += self.num_dense_layers.value * hidden * self.dense_width
         return (weights + 2 * self.vocabulary.value * hidden) * self.dense_weight.value
 
     @property
     def shared_width(self) -> int:
         """Weights of the shared experts, per hidden element."""
         return self.expert_matrices.value * self.shared_inner.value
+
+    @property
+    def dense_width(self) -> int:
+        """Weights of a dense network, per hidden element."""
+        return self.expert_matrices.value * self.dense_inner.value
 
 
 def load(name: str) -> Model:

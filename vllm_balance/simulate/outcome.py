@@ -11,10 +11,10 @@ Of one step, all in microseconds::
     lambda = sum over layers of max over s of G_s        (experts on the worst rank)
     N_max  = sum over layers of max over s of N_s        (tokens on the worst rank)
 
-Of a run: waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and
-steps first; TTFT = t_request + requests ahead * t_ahead + end of the step with the first token -
-arrival; TPOT = mean t_step from a request's first token to its last; X = tokens that come out /
-time.
+Of a run, whose simulated steps count as often as there are steps of the load that they stand for:
+waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and steps first;
+TTFT = t_request + requests ahead * t_ahead + end of the step with the first token - arrival; TPOT =
+mean t_step from a request's first token to its last; X = tokens that come out / time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_balance.simulate.serving import Steps
+from vllm_balance.simulate.steps import Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 STAGES = ("attention", "exchange", "decide", "dispatch", "experts", "combine", "rest")
@@ -55,32 +55,40 @@ class Outcome:
         """t_step."""
         return np.asarray(sum(self.stage_us[stage] for stage in STAGES))
 
+    def mean(self, values_N: Array) -> float:
+        """Mean over the steps of the load of what the simulated steps have, [N]."""
+        return float(np.average(values_N, weights=self.steps.times_N))
+
     @property
     def tpot_us(self) -> float:
         """Mean t_step over tokens of decoding requests; nan if none decoded."""
-        weight = self.steps.decode_N
+        weight = self.steps.decode_N * self.steps.times_N
         return float((self.step_us_N * weight).sum() / weight.sum()) if weight.any() else np.nan
 
     def ttft_us_at(self, quantile: float) -> float:
-        """Quantile of TTFT over requests that arrived; nan if none got a token."""
-        end_N = np.concatenate([[0.0], np.cumsum(self.step_us_N)])
-        arrived, first = self.steps.arrived_R, self.steps.first_R
-        counted = (arrived >= 0) & (first >= 0)
-        if not counted.any():
+        """Quantile of TTFT over requests that got their first token; nan if there is none.
+
+        Steps before the first one are taken to be as long as the mean of those that are there.
+        """
+        step_us_M = self.step_us_N[self.steps.like_M]
+        end_M = np.concatenate([[0.0], np.cumsum(step_us_M)])
+        arrived_R, first_R = self.steps.arrived_R, self.steps.first_R
+        if not len(first_R):
             return float("nan")
-        spans = end_N[first[counted] + 1] - end_N[arrived[counted]]
-        spans = spans + self.request_ahead_us * _ahead(arrived[counted])
-        return float(np.quantile(spans, quantile)) + self.request_us
+        before_R = np.minimum(arrived_R, 0) * step_us_M.mean()
+        spans_R = end_M[first_R + 1] - end_M[np.maximum(arrived_R, 0)] - before_R
+        spans_R = spans_R + self.request_ahead_us * _ahead(arrived_R)
+        return float(np.quantile(spans_R, quantile)) + self.request_us
 
     @property
     def tokens_per_s(self) -> float:
         """X."""
-        return float(1e6 * self.steps.sampled_N.sum() / self.step_us_N.sum())
+        return 1e6 * self.mean(self.steps.sampled_N) / self.mean(self.step_us_N)
 
     @property
     def waiting_share(self) -> float:
         """W."""
-        return float(1 - self.busy_us_N.sum() / self.stage_us["experts"].sum())
+        return 1 - self.mean(self.busy_us_N) / self.mean(self.stage_us["experts"])
 
 
 def _ahead(arrived_R: Array) -> Array:

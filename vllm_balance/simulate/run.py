@@ -23,7 +23,8 @@ from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
-from vllm_balance.simulate.serving import Load, schedule
+from vllm_balance.simulate.serving import schedule
+from vllm_balance.simulate.steps import Load
 from vllm_balance.simulate.traffic import Traffic
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -50,7 +51,8 @@ class Arm:
     hidden_fetches: bool = False
     """Fetches run beside the resident experts, as in HarMoEny's own system."""
     warm_batches: int = 0
-    """Batches as large as the load's largest that were served before and filled dynamic slots."""
+    """Batches as large as the load's largest that were served before and filled dynamic slots; at
+    least one if the load is steady."""
 
     @property
     def num_redundant(self) -> int:
@@ -58,6 +60,12 @@ class Arm:
         if self.balancer == "static":
             return 0
         return num_redundant(self.model.num_experts.value, self.layout.num_ranks, self.redundancy)
+
+    @property
+    def redundant_bytes(self) -> float:
+        """Memory that they take on each rank, in all layers."""
+        own = self.num_redundant / self.layout.num_ranks * self.model.num_moe_layers
+        return own * self.model.expert_bytes
 
 
 def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
@@ -71,23 +79,18 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     """
     window = arm.model.window.tokens.value if arm.model.window else None
     steps = schedule(arm.load, window=window, seed=arm.seed)
+    whole_N2 = steps.whole_N2
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
     decider = decider_of(arm, placed_by)
     if isinstance(decider, FetchingDecider):
         largest = int(steps.tokens_N.argmax())
-        for _ in range(arm.warm_batches):
-            decider.slots(
-                traffic.batch(int(steps.decode_N[largest]), int(steps.prefill_N[largest]))
-            )
+        for _ in range(max(arm.warm_batches, int(arm.load.steady))):
+            decider.slots(traffic.batch(*whole_N2[largest].tolist()))
     stage = _MoeStage(arm, decider, network)
-    rows = [
-        stage.step(traffic, int(decode), int(prefill))
-        for decode, prefill in zip(steps.decode_N, steps.prefill_N, strict=True)
-    ]
+    rows = [stage.step(traffic, decode, prefill) for decode, prefill in whole_N2.tolist()]
     columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
     names = ("exchange", "decide", "dispatch", "experts", "combine")
-    own = arm.num_redundant / arm.layout.num_ranks * arm.model.num_moe_layers
     return Outcome(
         steps=steps,
         stage_us={
@@ -100,7 +103,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         pairs_N=columns[7],
         request_us=arm.hardware.fixed.request.value,
         request_ahead_us=arm.hardware.fixed.request_ahead.value,
-        redundant_bytes=own * arm.model.expert_bytes,
+        redundant_bytes=arm.redundant_bytes,
     )
 
 

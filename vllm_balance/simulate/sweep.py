@@ -16,8 +16,9 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import hardware, models
 from vllm_balance.simulate.layout import Layout
+from vllm_balance.simulate.memory import most_in_flight
 from vllm_balance.simulate.run import Arm, simulate
-from vllm_balance.simulate.serving import Load
+from vllm_balance.simulate.steps import Load
 from vllm_balance.simulate.traffic import Traffic, skewed
 
 CHUNK = 32
@@ -52,9 +53,35 @@ class Cell:
 
 
 def compute(cell: Cell) -> Row:
-    """The row of a cell: its values and what was simulated. Raises BalancerError as `simulate`."""
+    """The row of a cell: its values, `fits` and what was simulated, which is None if it does not.
+
+    Raises BalancerError as `simulate`.
+    """
+    arm = _arm(cell)
+    fits = cell.concurrency <= room(cell)
+    made = simulate(arm, _traffic(cell), _traffic(cell)) if fits else None
+    return {
+        "key": cell.key,
+        **asdict(cell),
+        "fits": fits,
+        "tpot_us": made and made.tpot_us,
+        "tokens_per_s": made and made.tokens_per_s,
+        "activated_worst_rank": made and made.mean(made.activated_N),
+        "tokens_worst_rank": made and made.mean(made.pairs_N),
+        "waiting_share": made and made.waiting_share,
+        "redundant_bytes": arm.redundant_bytes,
+    }
+
+
+def room(cell: Cell) -> int:
+    """Requests of a cell's length that its ranks have memory for and its engines run at once."""
+    arm, tokens = _arm(cell), cell.prompt_tokens + cell.output_tokens
+    return most_in_flight(arm.model, arm.hardware, arm.layout, arm.num_redundant, tokens)
+
+
+def _arm(cell: Cell) -> Arm:
     model, (machine, profile) = models.load(cell.model), hardware.load(cell.hardware)
-    arm = Arm(
+    return Arm(
         model=model,
         hardware=machine,
         profile=profile,
@@ -66,22 +93,10 @@ def compute(cell: Cell) -> Row:
             concurrency=cell.concurrency,
             prompt_tokens=cell.prompt_tokens,
             output_tokens=cell.output_tokens,
-            token_budget=max(2048 * cell.data, 2 * cell.concurrency),
+            token_budget=machine.engine.batched_tokens.value * cell.data,
             max_steps=cell.steps,
         ),
     )
-    served, placed_by = _traffic(cell), _traffic(cell)
-    made = simulate(arm, served, placed_by)
-    return {
-        "key": cell.key,
-        **asdict(cell),
-        "tpot_us": made.tpot_us,
-        "tokens_per_s": made.tokens_per_s,
-        "activated_worst_rank": float(made.activated_N.mean()),
-        "tokens_worst_rank": float(made.pairs_N.mean()),
-        "waiting_share": made.waiting_share,
-        "redundant_bytes": made.redundant_bytes,
-    }
 
 
 def _traffic(cell: Cell) -> Traffic:

@@ -96,8 +96,9 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
     shape = (model.num_experts.value, model.top_k.value)
     if trace.topk_ids_TLK is None:
         raise BalancerError(
-            f"Trace {trace.name} holds counts of steps; the simulator needs the experts of single "
-            f"tokens (topk_ids). Record with ids, or use a skew."
+            f"Trace {trace.name} holds counts of steps, and the simulator needs the experts of "
+            f"single tokens. Record with ids, which the settings of a recording ask for as "
+            f'{{"file": "trace.npz", "what": "ids"}} (docs/recording.md), or use a skew, --zipf.'
         )
     if (trace.num_experts, trace.top_k) != shape:
         raise BalancerError(

@@ -6,19 +6,36 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_balance import documents
+from vllm_balance.documents import Document
+from vllm_balance.profiles import Profile
 from vllm_balance.simulate.quantities import Count, Share, Sourced
 
 FILE = Path(__file__).parent / "validity.toml"
 
 
+class Errors(Document):
+    """Of predicted ratios between two balancers on one machine, absolute."""
+
+    points: Count
+    mean: Share
+    """A predicted gain comes with a band of so much."""
+    one_in_ten: Share
+    """A tenth of the points were missed by more."""
+
+
 class Validity(Sourced):
-    """Errors over all checked points; a predicted gain comes with a band of `gain_error`."""
+    """Errors over all checked points, by where the times of experts are from."""
 
     kind: Literal["vllm-balance validity"]
     format: Literal[1]
-    points: Count
-    gain_error: Share
-    """Mean absolute error of predicted ratios between two balancers on one machine."""
+    profiled: Errors
+    """Measured pairs of arms on CPUs that were profiled."""
+    roofline: Errors
+    """Published ratios on GPUs, which data sheets describe."""
+
+    def of(self, profile: Profile | None) -> Errors:
+        """Those that count for a machine."""
+        return self.roofline if profile is None else self.profiled
 
 
 def load() -> Validity:
