@@ -116,7 +116,7 @@ def phase(
 def speed() -> None:
     """Seconds of one core to simulate 1,000 steps of 61 layers on 8 ranks."""
     for name in ("static", *BALANCERS):
-        cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.5)
+        cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.25)
         compute(replace(cell, steps=1))
         start = time.process_time()
         compute(cell)

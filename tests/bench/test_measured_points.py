@@ -86,9 +86,9 @@ def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
     monkeypatch.setattr(measured_points.hardware, "load", lambda name: (None, "a profile"))
     monkeypatch.setattr(measured_points.speed, "slowness_of", slowness_of)
     rows = [
-        cell(arm, HERE, tpot_ms=100.0,
+        cell(arm, HERE, tpot_ms=100.0, position=position,
              machine_speed=[KernelTime(activated=16, tokens_each=1, time_us=[factor])])
-        for arm, factor in (("static", 1.1), ("metro", 1.2), ("metro", 1.4))
+        for position, (arm, factor) in enumerate((("static", 1.1), ("metro", 1.2), ("metro", 1.4)))
     ]  # fmt: skip
     made = points(tmp_path, rows)
     found = {(p["arm"], p["what"]): p for p in made if p["kind"] == "measured"}

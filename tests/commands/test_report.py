@@ -217,5 +217,5 @@ def test_an_output_that_cannot_be_written_is_named(results, tmp_path):
 
 def test_without_plotly_the_error_names_the_extra(results, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(BalancerError, match=r"pip install 'vllm-balance\[report\]'"):
+    with pytest.raises(BalancerError, match=r"pip install '\.\[report\]'"):
         report([results], tmp_path / "report.html")
