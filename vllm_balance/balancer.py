@@ -11,6 +11,7 @@ import torch
 
 from vllm_balance.exchange import AllReduce, Way, counts_per_rank
 from vllm_balance.experts.local_pairs import LocalPairExperts
+from vllm_balance.initial_placement import VLLMS_OWN
 from vllm_balance.kernels.assign import assign
 from vllm_balance.kernels.record import counters_size
 from vllm_balance.metrics import add_load, add_plan, layer_metrics, num_batches, total
@@ -221,7 +222,7 @@ class WorkerBalancer:
 
     balancer: str
     rank: int
-    placement: str = "vLLM's own"
+    placement: str = VLLMS_OWN
     """Where the experts were loaded to: what decided it, and that they are there."""
     layers: list[LayerBalancer] = field(default_factory=list)
     huge_page_share: float | None = None
