@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bench import speed
+from bench import run_files, speed
 from bench.load import Load as Asked
 from bench.predictions import predict, profiled_dtype
-from bench.provenance import ROOT, config_hash, provenance
+from bench.provenance import provenance
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
 from vllm_balance.simulate.catalogue import names
@@ -25,8 +23,11 @@ RUNS = (
     "decode-float32",
     "prefill",
     "batch",
+    "batch-bfloat16",
     "redundancy",
+    "redundancy-bfloat16",
     "layout",
+    "layout-bfloat16",
     "harmoeny-short",
     "harmoeny-moe-heavy",
 )
@@ -84,7 +85,7 @@ def points(results: Path, old: list[Row]) -> Iterator[Row]:
 
 
 def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Row]:
-    settings = settings_of(name, rows[-1].config_hash)
+    settings = run_files.with_hash(name, rows[-1].config_hash)
     served, profiled = settings["model"].get("dtype", "bfloat16"), profiled_dtype(machine)
     if served != profiled:
         Console().print(
@@ -187,23 +188,3 @@ def _predicted(made: Outcome, metric: str, slow: Slowness | None) -> dict[str, f
         "activated_worst_rank": float(made.activated_N.mean()),
         "tokens_worst_rank": float(made.pairs_N.mean()),
     }
-
-
-def settings_of(name: str, digest: str) -> Row:
-    """The run file that rows were made with: the present one, or the version with their hash.
-
-    Raises:
-        LookupError: no committed version has this hash.
-    """
-    path = f"configs/runs/{name}.toml"
-    git = ["git", "-C", str(ROOT)]
-    log = subprocess.run(
-        [*git, "log", "--format=%h", "--", path], capture_output=True, text=True, check=True
-    )
-    texts = [(ROOT / path).read_text()]
-    for commit in [*log.stdout.split(), ""]:
-        if config_hash(settings := tomllib.loads(texts[-1])) == digest:
-            return settings
-        shown = subprocess.run([*git, "show", f"{commit}:{path}"], capture_output=True, text=True)
-        texts += [shown.stdout] if shown.returncode == 0 else []
-    raise LookupError(f"No version of {path} has the hash {digest} of its newest rows.")

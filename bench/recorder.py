@@ -12,7 +12,6 @@ import json
 import random
 import statistics
 import tempfile
-import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,20 @@ import httpx
 import typer
 from rich.console import Console
 
-from bench import client, markdown, real_size_model
+from bench import client, markdown, real_size_model, run_files
 from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Server
 from bench.starts import Start, arm_of
 from vllm_balance import traces
 
-RUN = ROOT / "configs" / "runs" / "recorder.toml"
+RUN = run_files.FOLDER / "recorder.toml"
 console = Console()
 
 
 def recorder() -> None:
     """Append one row per burst to bench/results/recorder.jsonl and print the table."""
     started = datetime.now(UTC).isoformat()
-    settings = tomllib.loads(RUN.read_text())
+    settings = run_files.read(RUN)
     model = real_size_model.ensure(**settings["model"])
     load, order = settings["load"], settings["recordings"]["order"]
     prompts = prompts_of(load, settings["seed"])

@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import counters, gate, markdown, real_size_model
+from bench import counters, gate, markdown, real_size_model, run_files
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed, prepared, said
 from bench.provenance import ROOT, config_hash, provenance
@@ -31,7 +30,7 @@ from bench.slow_rank import slowed
 from bench.starts import Start, arm_of, plan
 from vllm_balance.model_shape import from_config
 
-RUN = ROOT / "configs" / "runs" / "recovery.toml"
+RUN = run_files.FOLDER / "recovery.toml"
 RESULTS = ROOT / "bench" / "results" / "recovery.jsonl"
 SETTLED = 3
 """Last bursts of a phase, whose median is where it ends."""
@@ -46,7 +45,7 @@ def recovery(
 ) -> None:
     """Append one row per burst to bench/results/recovery.jsonl and print the table."""
     started = datetime.now(UTC).isoformat()
-    settings = tomllib.loads(RUN.read_text())
+    settings = run_files.read(RUN)
     model = real_size_model.ensure(**settings["model"])
     factors = [1.0, *(phase.get("slow", 1.0) for phase in settings["phases"].values())]
     placed = prepared(

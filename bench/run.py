@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import real_size_model, speed
+from bench import real_size_model, run_files, speed
 from bench.placed import Placed, prepared, said, traffic
 from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.speed import Watch
@@ -54,7 +53,7 @@ def run(
 ) -> None:
     """Run all arms of each run file and append their rows to bench/results/."""
     for file in files:
-        if rounds > 1 and tomllib.loads(file.read_text()).get("in_turns"):
+        if rounds > 1 and run_files.read(file).get("in_turns"):
             raise typer.BadParameter(
                 f"--rounds {rounds} was asked for, but {file} sends its loads in turn (`in_turns`) "
                 f"and repeats them by its own `repeats`; only --rounds 1 is allowed. Run this file "
@@ -67,7 +66,7 @@ def run(
 
 def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
     """Measures what is missing in ``results`` of one run file."""
-    settings = tomllib.loads(file.read_text())
+    settings = run_files.read(file)
     model = real_size_model.ensure(**settings["model"])
     origin = {"config_hash": config_hash(settings), "traffic": traffic(settings, model, traces)}
     origin |= {"sources": sources(), "harness": harness(), **provenance()}

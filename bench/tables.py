@@ -8,14 +8,13 @@ was measured on several machines has a table for each, the newest first; NAME-ne
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import typer
 
-from bench import markdown, recorder, recovery, skewed
+from bench import markdown, recorder, recovery, run_files, skewed
 from bench.provenance import ROOT
 from vllm_balance import measured_tables
 from vllm_balance.measured_tables import MeasuredTable
@@ -64,7 +63,7 @@ def own_table(render: Callable[[list[Row]], str], command: str, caption: str, ru
     """A benchmark that is no table of servers by arm, by its newest run."""
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = newest_run([json.loads(line) for line in lines])
-    title = tomllib.loads((ROOT / "configs" / "runs" / f"{run}.toml").read_text())["title"]
+    title = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")["title"]
     return "\n".join((f"{title}. {caption}", "", render(rows), "", _origin(rows[-1], command)))
 
 

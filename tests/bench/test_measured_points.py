@@ -1,13 +1,12 @@
 """Points of the validation: rows of each machine against that machine's file, and no other's."""
 
-import tomllib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from measured import latency, row
 
-from bench import measured_points, predictions, validation_tables
+from bench import measured_points, predictions, run_files, validation_tables
 from bench.load import Load
 from bench.provenance import ROOT, config_hash
 from vllm_balance.measurement import KernelTime
@@ -18,7 +17,7 @@ NAMES = {HERE: "here", OTHER: "other"}
 
 
 def settings(name):
-    return tomllib.loads((ROOT / "configs" / "runs" / f"{name}.toml").read_text())
+    return run_files.read(run_files.FOLDER / f"{name}.toml")
 
 
 def cell(arm, machine, run="decode", **changes):

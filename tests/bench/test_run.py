@@ -10,14 +10,14 @@ import pytest
 import typer
 from measured import row
 
-from bench import run, turn
+from bench import run, run_files, turn
 from bench.load import Load
 from bench.provenance import ROOT
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
 from vllm_balance.measurement import KernelTime, newest, read_measurements
 
-SETTINGS = {file.stem: tomllib.loads(file.read_text()) for file in ROOT.glob("configs/runs/*.toml")}
+SETTINGS = {file.stem: run_files.read(file) for file in run_files.FOLDER.glob("*.toml")}
 FILES = sorted(
     name for name, settings in SETTINGS.items() if not {"recordings", "phases"} & settings.keys()
 )

@@ -1,0 +1,76 @@
+"""Run files, configs/runs/NAME.toml: one table each. What they may hold is in docs/benchmarks.md.
+
+A file with `base = "OTHER.toml"` is that file with changes: its tables are laid over the other's,
+key by key.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.provenance import ROOT, config_hash
+
+FOLDER = ROOT / "configs" / "runs"
+Settings = dict[str, Any]
+
+
+def read(file: Path) -> Settings:
+    """The settings of a run file, its base's below its own."""
+    return _settings(file.name, lambda name: (file.parent / name).read_text())
+
+
+def with_hash(name: str, digest: str) -> Settings:
+    """The settings that rows of configs/runs/NAME.toml were made with: the present ones, or those
+    of the commit with their hash.
+
+    Raises:
+        LookupError: no committed version has this hash.
+    """
+    for settings in _versions(f"{name}.toml"):
+        if config_hash(settings) == digest:
+            return settings
+    raise LookupError(f"No version of configs/runs/{name}.toml has the hash {digest} of its rows.")
+
+
+def _settings(name: str, text_of: Callable[[str], str]) -> Settings:
+    own = tomllib.loads(text_of(name))
+    base = own.pop("base", None)
+    return own if base is None else _laid_over(_settings(base, text_of), own)
+
+
+def _laid_over(below: Settings, above: Settings) -> Settings:
+    both = {
+        key: _laid_over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | both
+
+
+def _versions(name: str) -> Iterator[Settings]:
+    """The settings of the tree as it is, then of each commit that changed the file or its base."""
+    yield read(FOLDER / name)
+    git, folder = ["git", "-C", str(ROOT)], FOLDER.relative_to(ROOT).as_posix()
+    base = tomllib.loads((FOLDER / name).read_text()).get("base", name)
+    paths = [f"{folder}/{each}" for each in (name, base)]
+    log = subprocess.run(
+        [*git, "log", "--format=%h", "--", *paths], capture_output=True, text=True, check=True
+    )
+    for commit in log.stdout.split():
+
+        def committed(each: str, commit: str = commit) -> str:
+            return subprocess.run(
+                [*git, "show", f"{commit}:{folder}/{each}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+
+        try:
+            yield _settings(name, committed)
+        except subprocess.CalledProcessError:
+            return  # before the file was there
