@@ -8,7 +8,7 @@ from measured import latency, row
 
 from bench import measured_points, predictions, run_files, validation_tables
 from bench.load import Load
-from bench.provenance import ROOT, config_hash
+from bench.provenance import config_hash
 from vllm_balance.measurement import KernelTime
 from vllm_balance.simulate import Layout, hardware
 

@@ -12,7 +12,6 @@ from measured import row
 
 from bench import run, run_files, turn
 from bench.load import Load
-from bench.provenance import ROOT
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
 from vllm_balance.measurement import KernelTime, newest, read_measurements
