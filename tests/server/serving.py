@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,8 +121,20 @@ class Server:
         assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
         return answer.json()["ranks"]
 
-    def assert_dies(self, running: list[Future[int | str]]) -> None:
-        """These requests fail and the server ends with an error, soon and with all processes."""
+    def assert_dies_of(self, deed: Callable[[], object]) -> None:
+        """What is done while eight long requests run ends them all, and the server with an error,
+        soon and with all its processes."""
+        self.reset()
+        with ThreadPoolExecutor(8) as clients:
+            running = [clients.submit(self.ask_long, prompt) for prompt in PROMPTS[:8]]
+            deadline = time.monotonic() + 30
+            # Not the metric: several API servers write it seconds later, when requests have ended.
+            while self.status()[0]["decisions"] == 0:
+                assert time.monotonic() < deadline, "the requests did not start"
+            deed()
+            self._assert_dead(running)
+
+    def _assert_dead(self, running: list[Future[int | str]]) -> None:
         started = time.monotonic()
         outcomes = [request.result(timeout=DIES_WITHIN_S) for request in running]
         code = self.process.wait(timeout=DIES_WITHIN_S)

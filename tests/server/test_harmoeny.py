@@ -2,8 +2,6 @@
 
 import json
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,16 +119,14 @@ def test_a_rank_that_cannot_get_an_expert(server):
 
     The last test of its server: it breaks the host store of one rank while requests run.
     """
-    server.reset()
-    with ThreadPoolExecutor(8) as clients:
-        running = [clients.submit(server.ask_long, prompt) for prompt in PROMPTS[:8]]
-        deadline = time.monotonic() + 30
-        while server.status()[0]["decisions"] == 0:
-            assert time.monotonic() < deadline, "the requests did not start"
-        requests.post(
+
+    def break_store() -> None:
+        answer = requests.post(
             f"{server.url}/collective_rpc", json={"method": "break_store"}, timeout=60
-        ).raise_for_status()
-        server.assert_dies(running)
+        )
+        answer.raise_for_status()
+
+    server.assert_dies_of(break_store)
     assert server.count_in_log("page is gone") > 0
     assert server.count_in_log("This worker ends. Expert") == 1
 
