@@ -45,9 +45,9 @@ bench: env  ## decode with layers of real size, four balancers: under 20 minutes
 	$(BIN)/vllm-balance report bench/results -o report.html
 
 # Run files continue where they were ended; recorder and recovery start anew. Other tables of the
-# docs have commands of their own (python -m ...): bench.exchange, bench.metro_routing,
-# bench.metro_gpu, bench.placement, bench.placement_accuracy, bench.harmoeny_schedule,
-# bench.modelled, bench.validation.
+# docs have commands of their own (python -m ...): bench.exchange, bench.look_ahead,
+# bench.metro_routing, bench.metro_gpu, bench.placement, bench.placement_accuracy,
+# bench.harmoeny_schedule, bench.modelled, bench.validation.
 bench-full: env  ## tables of all run files, of recorder and recovery: hours (see TRACES)
 	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m bench.recorder

@@ -17,21 +17,15 @@ class Answer:
     """One streamed completion."""
 
     token_ids: tuple[int, ...]
-    text: str
     ttft_s: float
     """Seconds from the request to the first token."""
     tpot_s: float
     """Mean seconds per token after the first."""
 
-    @property
-    def e2e_s(self) -> float:
-        """Seconds from the request to the last token."""
-        return self.ttft_s + self.tpot_s * (len(self.token_ids) - 1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What came back from a batch of requests."""
+class Answers:
+    """What came back from requests that were sent together."""
 
     answers: tuple[Answer, ...]
     seconds: float
@@ -47,11 +41,6 @@ class Load:
         return 1e3 * statistics.median(answer.tpot_s for answer in self.answers)
 
     @property
-    def e2e_ms(self) -> float:
-        """Median over requests, from the request to its last token."""
-        return 1e3 * statistics.median(answer.e2e_s for answer in self.answers)
-
-    @property
     def tokens_per_s(self) -> float:
         """Generated tokens of all requests together."""
         return sum(len(answer.token_ids) for answer in self.answers) / self.seconds
@@ -64,20 +53,20 @@ def send(
     *,
     max_tokens: int,
     on_token: Callable[[], None] = lambda: None,
-) -> Load:
+) -> Answers:
     """Sends all prompts at once, greedily decoded to exactly ``max_tokens`` tokens each.
 
     Raises:
         httpx.HTTPError: the server refused a request or broke the connection.
     """
 
-    async def all_at_once() -> Load:
+    async def all_at_once() -> Answers:
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             start = time.perf_counter()
             answers = await asyncio.gather(
                 *(_stream(client, model, prompt, max_tokens, on_token) for prompt in prompts)
             )
-            return Load(answers=tuple(answers), seconds=time.perf_counter() - start)
+            return Answers(answers=tuple(answers), seconds=time.perf_counter() - start)
 
     return asyncio.run(all_at_once())
 
@@ -99,7 +88,6 @@ async def _stream(
         "return_token_ids": True,
     }
     token_ids: list[int] = []
-    texts: list[str] = []
     start = first = last = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=request) as response:
         if response.is_error:
@@ -112,11 +100,9 @@ async def _stream(
             last = time.perf_counter()
             first = last if not token_ids else first
             token_ids += choice["token_ids"]
-            texts.append(choice["text"])
             on_token()
     return Answer(
         token_ids=tuple(token_ids),
-        text="".join(texts),
         ttft_s=first - start,
         tpot_s=(last - first) / max(1, len(token_ids) - 1),
     )

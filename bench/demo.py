@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from bench import client, demo_model
-from bench.client import Load
+from bench.client import Answers
 from bench.demo_text import QUESTIONS
 from bench.server import Arm, Server
 
@@ -51,7 +51,7 @@ def demo(
     console.rule("The demo model")
     model = demo_model.ensure()
     console.print(f"Trained and cached in {model}")
-    rows: dict[str, tuple[Load, list[dict]]] = {}
+    rows: dict[str, tuple[Answers, list[dict]]] = {}
     for arm in arms(ranks):
         console.rule(f"--moe-balancer {arm.name}")
         with _started(arm, model) as server:
@@ -102,8 +102,8 @@ def _prompts() -> list[str]:
     return questions[:NUM_REQUESTS]
 
 
-def _measure(server: Server, model: Path) -> tuple[Load, list[dict]]:
-    """The load on a warm server whose experts have been placed, and what its balancers did."""
+def _measure(server: Server, model: Path) -> tuple[Answers, list[dict]]:
+    """Answers of a warm server whose experts have been placed, and what its balancers did."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
@@ -117,17 +117,17 @@ def _measure(server: Server, model: Path) -> tuple[Load, list[dict]]:
         )
         server.reset()
         task = progress.add_task("measuring", total=NUM_REQUESTS * NUM_TOKENS)
-        load = client.send(
+        answers = client.send(
             server.url,
             str(model),
             _prompts(),
             max_tokens=NUM_TOKENS,
             on_token=lambda: progress.advance(task),
         )
-    return load, server.status()
+    return answers, server.status()
 
 
-def _table(rows: dict[str, tuple[Load, list[dict]]]) -> Table:
+def _table(rows: dict[str, tuple[Answers, list[dict]]]) -> Table:
     table = Table(title=f"{NUM_REQUESTS} requests at once, {NUM_TOKENS} tokens each, measured here")
     for heading in (
         "balancer",
@@ -140,14 +140,14 @@ def _table(rows: dict[str, tuple[Load, list[dict]]]) -> Table:
     ):
         table.add_column(heading, justify="left" if heading == "balancer" else "right")
     for name in ("static", "eplb", "metro"):
-        load, ranks = rows[name]
+        answers, ranks = rows[name]
         steps = ranks[0]["decisions"] / ranks[0]["num_layers"]
         table.add_row(
             name,
-            "yes" if _tokens(load) == _tokens(rows["static"][0]) else "no",
-            f"{load.tpot_ms:.1f}",
-            f"{load.ttft_ms:.0f}",
-            f"{load.tokens_per_s:.0f}",
+            "yes" if _tokens(answers) == _tokens(rows["static"][0]) else "no",
+            f"{answers.tpot_ms:.1f}",
+            f"{answers.ttft_ms:.0f}",
+            f"{answers.tokens_per_s:.0f}",
             f"{ranks[0]['max_activated_sum'] / steps:.1f}",
             f"{_decided(ranks[0])}",
         )
@@ -159,8 +159,8 @@ def _table(rows: dict[str, tuple[Load, list[dict]]]) -> Table:
     return table
 
 
-def _tokens(load: Load) -> list[tuple[int, ...]]:
-    return [answer.token_ids for answer in load.answers]
+def _tokens(answers: Answers) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in answers.answers]
 
 
 def _decided(rank: dict) -> int:
@@ -170,10 +170,10 @@ def _decided(rank: dict) -> int:
     return int(rank["decisions"])
 
 
-def _judge(rows: dict[str, tuple[Load, list[dict]]]) -> None:
+def _judge(rows: dict[str, tuple[Answers, list[dict]]]) -> None:
     """Ends with status 1 if tokens differ or a policy never ran."""
-    for name, (load, ranks) in rows.items():
-        if _tokens(load) != _tokens(rows["static"][0]):
+    for name, (answers, ranks) in rows.items():
+        if _tokens(answers) != _tokens(rows["static"][0]):
             raise SystemExit(f"{name} generated other tokens than static.")
         if any(_decided(rank) == 0 for rank in ranks):
             raise SystemExit(f"{name} never decided anything; its numbers mean nothing.")

@@ -9,7 +9,6 @@ and text that reads like English. It is built once per machine and set of versio
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench import demo_text, demo_training
 from bench.demo_text import CHAT_TEMPLATE, TEXT_END, TURN_END, TURN_START
 from bench.demo_training import Recipe, router_report, train
+from bench.provenance import cache
 
 REPORT = "training.json"
 
@@ -39,7 +39,6 @@ def ensure(out: Path | None = None) -> Path:
     Raises ValueError if `out` holds something other than this model.
     """
     cached = cached_folder(Recipe())
-    cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
         if not cached.exists():
             build(Recipe(), cached)
@@ -61,14 +60,13 @@ def copy_model(cached: Path, out: Path) -> Path:
 
 def cached_folder(recipe: Recipe) -> Path:
     """Where `ensure` keeps the model of this recipe, these scripts and these library versions."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for script in (__file__, demo_text.__file__, demo_training.__file__):
         digest.update(Path(script).read_bytes())
     for library in ("torch", "transformers", "tokenizers"):
         digest.update(importlib.metadata.version(library).encode())
     digest.update(platform.python_version().encode())
-    return cache / "vllm-balance" / f"demo-model-{digest.hexdigest()[:12]}"
+    return cache() / f"demo-model-{digest.hexdigest()[:12]}"
 
 
 def build(recipe: Recipe, folder: Path, *, show_progress: bool = True) -> None:

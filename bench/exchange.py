@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import tempfile
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -36,15 +37,15 @@ def exchange(
     tokens_per_rank: int = typer.Option(32, help="Tokens of each rank in a batch."),
     seed: int = 0,
 ) -> None:
-    """Measure all ways with 2 and 4 processes and write bench/results/exchange.jsonl anew."""
-    rows = []
+    """Measure all ways with 2 and 4 processes and append rows to bench/results/exchange.jsonl."""
+    origin = {"started": datetime.now(UTC).isoformat(), **provenance()}
     for num_ranks in (2, 4):
         for num_experts in (128, 256):
             for way in ("replicated", "after_gather", "all_reduce"):
-                rows.append(_measure(way, num_ranks, num_experts, tokens_per_rank, seed))
-                Console().print(rows[-1])
-    origin = provenance()
-    RESULTS.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
+                row = _measure(way, num_ranks, num_experts, tokens_per_rank, seed) | origin
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                Console().print(row)
 
 
 def _measure(

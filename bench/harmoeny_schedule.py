@@ -40,8 +40,10 @@ bfloat16 experts on a CPU core with AMX."""
 TOKENS = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
 """Ranks whose time is their number of tokens."""
 TIMED_SLOTS = 4
-TIMED = ((64, 2), (128, 2), (128, 8), (256, 16), (512, 64))
+TIMED = ((64, 2), (128, 2), (128, 4), (128, 8), (256, 16), (512, 64))
 """Experts and ranks of a time row."""
+TIMED_RECORDED = 8
+"""Ranks of the time row of a recorded load."""
 SWEEPS = 9
 Row = dict[str, Any]
 
@@ -133,33 +135,49 @@ def quality_row(load: Load, num_ranks: int, num_dynamic: int) -> Row:
     return row
 
 
-def time_rows(repetitions: int) -> Iterator[Row]:
-    """Whole calls of every schedule from Python, counts given, by sweeps."""
+def time_rows(repetitions: int, folder: Path | None, seed: int) -> Iterator[Row]:
+    """Whole calls of every schedule from Python, counts given, by sweeps: of the skew model, and of
+    the first recorded load in a folder whose experts divide over TIMED_RECORDED ranks."""
     for num_experts, num_ranks in TIMED:
         for alpha in (0.0, 0.9):
-            sweeps = [_sweep(num_experts, num_ranks, alpha, repetitions) for _ in range(SWEEPS)]
-            names = sweeps[0]
-            yield {
-                "kind": "time",
-                "E": num_experts,
-                "S": num_ranks,
-                "D": TIMED_SLOTS,
-                "alpha": alpha,
-                "time_us": {n: round(float(np.median([s[n] for s in sweeps])), 1) for n in names},
-                "range_us": {n: [min(s[n] for s in sweeps), max(s[n] for s in sweeps)]
-                             for n in names},
-                "sweeps": SWEEPS,
-                "repetitions": repetitions,
-            }  # fmt: skip
+            tokens_SE = _skewed_tokens(num_experts, num_ranks, alpha)
+            yield _time_row(tokens_SE, repetitions) | {"alpha": alpha}
+    for load in recorded(folder, seed) if folder else ():
+        if load.num_experts % TIMED_RECORDED == 0:
+            tokens_SE = load.counts_NE[:TIMED_RECORDED].astype(np.int32)
+            yield _time_row(tokens_SE, repetitions) | {"alpha": None, "load": load.name}
+            break
 
 
-def _sweep(num_experts: int, num_ranks: int, alpha: float, repetitions: int) -> dict[str, float]:
-    """Median microseconds per call; slots as they are after the batches before."""
+def _skewed_tokens(num_experts: int, num_ranks: int, alpha: float) -> np.ndarray:
+    """Pairs of each expert from each rank, int32 [S, E]; the hot experts are on the first rank."""
     rng = np.random.default_rng(num_experts)
     hot = min(10, num_experts // num_ranks)
     weight_E = np.full(num_experts, (1 - alpha) / num_experts)
     weight_E[:hot] += alpha / hot
-    tokens_SE = rng.multinomial(BATCH_TOKENS * 4, weight_E, size=num_ranks).astype(np.int32)
+    return rng.multinomial(BATCH_TOKENS * 4, weight_E, size=num_ranks).astype(np.int32)
+
+
+def _time_row(tokens_SE: np.ndarray, repetitions: int) -> Row:
+    """Median and range over sweeps of one batch, whose pairs come from as many ranks."""
+    sweeps = [_sweep(tokens_SE, repetitions) for _ in range(SWEEPS)]
+    names = sweeps[0]
+    num_ranks, num_experts = tokens_SE.shape
+    return {
+        "kind": "time",
+        "E": num_experts,
+        "S": num_ranks,
+        "D": TIMED_SLOTS,
+        "time_us": {n: round(float(np.median([s[n] for s in sweeps])), 1) for n in names},
+        "range_us": {n: [min(s[n] for s in sweeps), max(s[n] for s in sweeps)] for n in names},
+        "sweeps": SWEEPS,
+        "repetitions": repetitions,
+    }
+
+
+def _sweep(tokens_SE: np.ndarray, repetitions: int) -> dict[str, float]:
+    """Median microseconds per call; slots as they are after the batches before."""
+    num_ranks, num_experts = tokens_SE.shape
     whole = demand_of(tokens_SE.sum(0))
     by_source = Demand(tokens_E=whole.tokens_E, tokens_SE=torch.from_numpy(tokens_SE))
     runs = {}
@@ -182,7 +200,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     """All rows asked for."""
     torch.set_num_threads(1)
     if arguments.only in (None, "times"):
-        yield from time_rows(arguments.repetitions)
+        yield from time_rows(arguments.repetitions, arguments.traces, arguments.seed)
     if arguments.only in (None, "quality"):
         for num_ranks in RANKS:
             loads = list(skewed(num_ranks, arguments.seed))

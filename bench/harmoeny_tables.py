@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,13 +22,6 @@ PREDICTORS = ("none", "last batch", "average", "affinity")
 Row = dict[str, Any]
 
 
-def _grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[key] for key in keys)].append(row)
-    return groups
-
-
 def _mean(rows: list[Row], policy: str, key: str) -> str:
     values = [row[policy][key] for row in rows if policy in row]
     return f"{np.mean(values):.2f}" if values else "-"
@@ -43,7 +34,7 @@ def _is_skew(row: Row) -> bool:
 def ratio_table(rows: list[Row]) -> str:
     """Busiest rank / mean per load and number of ranks, few slots and many."""
     few = [row for row in rows if row["D"] == FEW]
-    many = _grouped((row for row in rows if row["D"] == MANY), "load", "S")
+    many = markdown.grouped((row for row in rows if row["D"] == MANY), "load", "S")
     body = [
         [
             load,
@@ -51,7 +42,7 @@ def ratio_table(rows: list[Row]) -> str:
             *(_mean(group, policy, "ratio") for policy in POLICIES),
             *(_mean(many[load, ranks], policy, "ratio") for policy in WITH_MANY),
         ]
-        for (load, ranks), group in _grouped(few, "load", "S").items()
+        for (load, ranks), group in markdown.grouped(few, "load", "S").items()
     ]
     heads = [f"`{policy}`" for policy in POLICIES]
     heads += [f"`{policy}`, {MANY} slots" for policy in WITH_MANY]
@@ -71,7 +62,7 @@ def fetch_table(rows: list[Row]) -> str:
             ("alpha 0", [r for r in rows if r["load"] == "alpha 0"]),
             ("traces", [r for r in rows if not _is_skew(r)]),
         )
-        for (slots,), group in _grouped(chosen, "D").items()
+        for (slots,), group in markdown.grouped(chosen, "D").items()
     ]
     return markdown.table(["load", "slots", *(f"`{name}`" for name in FETCHERS)], body)
 
@@ -80,7 +71,7 @@ def eviction_table(rows: list[Row]) -> str:
     """Share of the foreign experts in use that were in a slot already."""
     body = []
     for kind, is_chosen in (("skew", _is_skew), ("traces", lambda row: not _is_skew(row))):
-        for (slots,), group in _grouped(filter(is_chosen, rows), "D").items():
+        for (slots,), group in markdown.grouped(filter(is_chosen, rows), "D").items():
             cells = []
             for name in ("harmoeny", "harmoeny, first", "harmoeny_paper", "harmoeny_paper, first"):
                 shares = [row[name]["held_share"] for row in group]
@@ -96,7 +87,7 @@ def aside_table(rows: list[Row]) -> str:
     outcomes = ("balanced", "unpaid", "held", "fetched")
     body = []
     shown = [row for row in rows if not _is_skew(row) or row["load"] in SKEWS]
-    for (load,), group in _grouped(shown, "load").items():
+    for (load,), group in markdown.grouped(shown, "load").items():
         counts = [sum(r["harmoeny"]["outcomes"].get(o, 0) for r in group) for o in outcomes]
         body.append([load, *(f"{count / sum(counts):.0%}" for count in counts)])
     return markdown.table(["load", *outcomes], body)
@@ -109,11 +100,11 @@ def time_table(rows: list[Row]) -> str:
     for row in rows:
         times = dict(row["time_us"])
         times["sources"] = times[f"harmoeny_paper, {row['S']} sources"]
-        shape = [str(row[key]) for key in ("E", "S", "alpha")]
+        shape = [str(row["E"]), str(row["S"]), row.get("load") or str(row["alpha"])]
         body.append([*shape, *(f"{times[name]:.0f}" for name in names)])
-    heads = ["experts", "ranks", "alpha", "`harmoeny`, empty slots", "`harmoeny`, kept slots",
-             "`harmoeny_paper`", "the same, a source per rank", "`shadow`",
-             "`even_split`"]  # fmt: skip
+    heads = ["experts", "ranks", "alpha or trace", "`harmoeny`, empty slots",
+             "`harmoeny`, kept slots", "`harmoeny_paper`", "the same, a source per rank",
+             "`shadow`", "`even_split`"]  # fmt: skip
     return markdown.table(heads, body, left=0)
 
 
@@ -121,7 +112,7 @@ def lookahead_table(rows: list[Row]) -> str:
     """Per predictor: experts in time, and experts fetched in vain per expert in use."""
     body = []
     shown = [row for row in rows if row["D"] < MANY]
-    for (load, slots), group in _grouped(shown, "load", "D").items():
+    for (load, slots), group in markdown.grouped(shown, "load", "D").items():
         cells = []
         for name in PREDICTORS:
             total = {

@@ -156,7 +156,7 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
     even = ReplaySettings(zipf=0.0)
     made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
     heads = model.num_heads.value / machine.ranks_per_node.value
-    scores = 2 * layers * heads * model.attention_width * float(made.steps.looks_N[0])
+    scores = 2 * layers * heads * model.attention_width * float(made.steps.attended_N[0])
     rows = [_as_profiled(row, made, profile) for row in rows]
     steps = min(row["steps"] for row in rows)
     together = [row for row in rows if row["steps"] <= LATE * steps]

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def table(headings: Sequence[str], body: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """A table whose first `left` columns are text and the others numbers."""
     rule = ["---"] * left + ["---:"] * (len(headings) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *body))
+
+
+def grouped(
+    rows: Iterable[dict[str, Any]], *keys: str
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows by their values of some keys, in the order in which these first come."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
 
 
 def filled(page: Path, kind: str, render: Callable[[str], str]) -> str:

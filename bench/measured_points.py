@@ -28,6 +28,8 @@ RUNS = (
     "redundancy-bfloat16",
     "layout",
     "layout-bfloat16",
+    "skew",
+    "skew-bfloat16",
     "harmoeny-short",
     "harmoeny-moe-heavy",
 )

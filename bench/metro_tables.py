@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 
 from bench import markdown
@@ -21,18 +19,11 @@ def _ratio(rows: list[dict], policy: str) -> str:
     return f"{mean:.3f} ({max(row[policy]['worst_ratio'] for row in rows):.2f})"
 
 
-def _grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[key] for key in keys)].append(row)
-    return groups
-
-
 def ratio_table(rows: list[dict], heads: list[str], *keys: str) -> str:
     """lambda / optimal per group: mean (worst batch)."""
     body = [
         [*map(str, key), *(_ratio(group, policy) for policy in SHOWN)]
-        for key, group in _grouped(rows, *keys).items()
+        for key, group in markdown.grouped(rows, *keys).items()
     ]
     return markdown.table([*heads, *SHOWN.values()], body, left=len(keys))
 
@@ -52,7 +43,7 @@ def tokens_table(rows: list[dict]) -> str:
     """Busiest rank's tokens relative to even routing, mean over all points of a batch size."""
     names = [*SHOWN, "metro_gpu"]
     body = []
-    for (batch,), group in _grouped(rows, "batch_tokens").items():
+    for (batch,), group in markdown.grouped(rows, "batch_tokens").items():
         cells = [
             f"{np.mean([r[n]['busiest_tokens'] / r['even']['busiest_tokens'] for r in group]):.3f}"
             for n in names
@@ -102,7 +93,7 @@ GRID_TIMES = {
 def grid_time_table(rows: list[dict]) -> str:
     """Microseconds by batch size: median over sources, ranks and redundancies."""
     body = []
-    for (batch,), group in _grouped(rows, "batch_tokens").items():
+    for (batch,), group in markdown.grouped(rows, "batch_tokens").items():
         medians = [np.median([row["time_us"][name] for row in group]) for name in GRID_TIMES]
         body.append([str(batch), *(f"{median:,.1f}" for median in medians)])
     return markdown.table(["batch", *GRID_TIMES.values()], body)
@@ -156,7 +147,7 @@ def plot(rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    groups = _grouped(rows, "batch_tokens")
+    groups = markdown.grouped(rows, "batch_tokens")
     for policy, name in SHOWN.items():
         means = [np.mean([r[policy]["lambda"] / r["optimal_lambda"] for r in group])
                  for group in groups.values()]  # fmt: skip

@@ -38,7 +38,7 @@ DEEPSEEK = replace(QWEN, model="deepseek-v3", data=16)
 H20 = replace(DEEPSEEK, hardware="h20", concurrency=32, output_tokens=1024)
 CASES = {"qwen": QWEN, "deepseek": DEEPSEEK, "h20": H20}
 SLOS_MS = (20, 30, 40, 60)
-MOST = 4096
+MAX_CONCURRENCY = 4096
 """Requests in flight up to which a throughput is looked for."""
 BALANCERS = ("eplb", "first_copy", "metro")
 CODE = ("vllm_balance/simulate", "vllm_balance/routing", "vllm_balance/placement", "kernels")
@@ -72,10 +72,10 @@ def phase_cells(fine: bool) -> Iterator[Cell]:
 
 def slo_cells() -> Iterator[Cell]:
     """Arms of two cases over the requests in flight, as far as they fit, and as many as do."""
-    batches = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, MOST)
+    batches = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, MAX_CONCURRENCY)
     for case in (QWEN, DEEPSEEK):
         for arm in arms(replace(case, layers=2, steps=16), (1.125, 1.5)):
-            most = min(room(arm), MOST)
+            most = min(room(arm), MAX_CONCURRENCY)
             for batch in (*(batch for batch in batches if batch < most), most):
                 yield replace(arm, concurrency=batch)
 
@@ -231,9 +231,9 @@ def _slo_table() -> str:
 
 def _rate(rows: list[Row], limit_ms: float) -> str:
     """On the line between two numbers of requests in flight; where more do not fit, as with the
-    most that do, in brackets; a dash where 64 are too many, or MOST too few."""
+    most that do, in brackets; a dash where 64 are too many, or MAX_CONCURRENCY too few."""
     most = max(rows, key=lambda row: row["concurrency"])
-    if most["tpot_us"] / 1e3 <= limit_ms and most["concurrency"] < MOST:
+    if most["tpot_us"] / 1e3 <= limit_ms and most["concurrency"] < MAX_CONCURRENCY:
         return f"({most['tokens_per_s']:,.0f})"
     rate = rate_at(limit_ms, ((row["tpot_us"] / 1e3, row["tokens_per_s"]) for row in rows))
     return "-" if rate is None else f"{rate:,.0f}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from vllm_balance import traces
 from vllm_balance.cost import CostModel
 from vllm_balance.placement import PLACEMENT, Cluster, lower_bound_L, score_L
 from vllm_balance.placement.gem import GemPlacement
+from vllm_balance.recording import Phase
 
 RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
 PAGE = ROOT / "docs" / "placement.md"
@@ -36,6 +37,7 @@ COSTS = {
 """tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core, shape of
 Qwen3-30B-A3B (docs/log.md)."""
 BATCHES = {"decode": 256, "prefill": 2048}
+"""Tokens of a batch; fewer where a half of a trace has fewer."""
 RANKS = (4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
 STEPS = 32
@@ -66,9 +68,10 @@ def run(
 def score_trace(trace: traces.Trace) -> Iterator[Row]:
     """One row per cost model, kind of batch, number of ranks and slowness of one of them."""
     first, second = trace.split(SEED)
-    for kind, batch in BATCHES.items():
+    for kind in BATCHES:
         if kind == "prefill" and trace.topk_ids_TLK is None:
             continue
+        batch = _num_tokens(kind, (first, second))
         fit = _batches(first, kind, batch, SEED)
         held_out = _batches(second, kind, batch, SEED + 1)
         for cost_name, cost in COSTS.items():
@@ -118,6 +121,13 @@ def grow() -> Iterator[Row]:
             "steps": [steps, steps],
             **_scores(history_NLE, history_NLE, cluster, ("linear", "eplb", policy), repeats=3),
         }
+
+
+def _num_tokens(kind: str, parts: Sequence[traces.Trace]) -> int:
+    """Tokens of a batch: as BATCHES says, or all that a part of the trace has."""
+    phase = Phase.DECODE if kind == "decode" else Phase.PREFILL
+    had = [len(part.tokens_of(phase)) for part in parts if part.topk_ids_TLK is not None]
+    return min([BATCHES[kind], *had])
 
 
 def _batches(part: traces.Trace, kind: str, batch: int, seed: int) -> np.ndarray:

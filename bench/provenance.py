@@ -86,6 +86,13 @@ def digest_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
+def cache() -> Path:
+    """The folder in which this machine keeps models and proofs, made if it is not there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-balance"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def machine() -> str:
     """CPU model, what its matrix units are, cores, memory."""
     import torch

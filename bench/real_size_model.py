@@ -10,7 +10,6 @@ vllm_balance.replay. The output is meaningless, and equal between two runs only 
 import hashlib
 import importlib.metadata
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from filelock import FileLock
 from transformers import Qwen3MoeConfig
 
 from bench import demo_model, demo_text
+from bench.provenance import cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,6 @@ def ensure(preset: str = "qwen3-30b-a3b", **changes: int | str) -> Path:
     shape = replace(PRESETS[preset], **changes)
     check(shape)
     folder = cached_folder(shape)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             build(shape, folder)
@@ -104,8 +103,7 @@ def cached_folder(shape: Shape) -> Path:
         digest.update(Path(script).read_bytes())
     for library in ("transformers", "tokenizers"):
         digest.update(importlib.metadata.version(library).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vllm-balance" / f"real-size-model-{digest.hexdigest()[:12]}"
+    return cache() / f"real-size-model-{digest.hexdigest()[:12]}"
 
 
 def build(shape: Shape, folder: Path) -> None:

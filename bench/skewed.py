@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vllm_balance.measured_tables import MeasuredTable, Value, median, origin
+from vllm_balance.measured_tables import MeasuredTable, Value, median, table_of
 from vllm_balance.measurement import Measurement
 
 BOUND = ("even", "static")
@@ -35,13 +35,11 @@ def table(rows: list[Measurement]) -> MeasuredTable:
         for arm in arms:
             if here := _of(rows, load, arm):
                 body.append([load, arm, *_numbers(here, base, bound)])
-    return MeasuredTable(
-        title=rows[0].title,
+    return table_of(
+        rows,
         caption="Medians; the bound is `static` under even routing.",
         headings=list(HEADINGS),
         body=body,
-        origin=origin(rows),
-        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
 
 

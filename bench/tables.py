@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from bench import markdown, recorder, recovery, run_files, skewed
+from bench import look_ahead, markdown, recorder, recovery, run_files, skewed
 from bench.provenance import ROOT
 from vllm_balance import measured_tables
 from vllm_balance.measured_tables import MeasuredTable
@@ -49,6 +49,12 @@ def table(run: str) -> str:
     kinds = {
         "exchange": exchange_table,
         "recorder": partial(own_table, recorder.table, "bench.recorder", "Medians over bursts."),
+        "look_ahead": partial(
+            own_table,
+            look_ahead.table,
+            "bench.look_ahead",
+            "Sums over ranks and two servers; times as shares of the experts' time.",
+        ),
         "recovery": partial(
             own_table,
             recovery.table,
@@ -63,7 +69,9 @@ def own_table(render: Callable[[list[Row]], str], command: str, caption: str, ru
     """A benchmark that is no table of servers by arm, by its newest run."""
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
     rows = newest_run([json.loads(line) for line in lines])
-    title = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")["title"]
+    title = rows[-1].get("title")
+    if title is None:
+        title = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")["title"]
     return "\n".join((f"{title}. {caption}", "", render(rows), "", _origin(rows[-1], command)))
 
 
@@ -75,7 +83,7 @@ def newest_run(rows: list[Row]) -> list[Row]:
 def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
     lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = newest_run([json.loads(line) for line in lines])
     headings = [
         "processes",
         "experts",

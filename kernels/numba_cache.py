@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 class _SourcesCache(FunctionCache):
-    """Keyed by all sources of a folder instead of the function's file alone: compiled code holds
-    that of functions in other files and must not outlive them."""
+    """Files of its own for each state of all sources of a folder: compiled code holds that of
+    functions in other files and must not outlive them."""
 
     def __init__(self, function, folder):
         super().__init__(function)
-        self._sources = _digest(folder)
+        # In the names, not in the index alone: numba writes the index first, and a process that
+        # ends before the code is written would leave it pointing at a file of older sources.
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path,
+            filename_base=f"{self._impl.filename_base}-{_digest(folder)[:16]}",
+            source_stamp=self._impl.locator.get_source_stamp(),
+        )
 
-    def _index_key(self, signature, codegen):
-        return (*super()._index_key(signature, codegen), self._sources)
+    def save_overload(self, sig, data):
+        # A full disk costs the next start its time, not this one its life.
+        with suppress(OSError):
+            super().save_overload(sig, data)
 
 
 @cache

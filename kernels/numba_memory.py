@@ -18,7 +18,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_balance.kernels.numba_cache import kept
+from .numba_cache import kept
 
 jit = numba.njit(nogil=True)
 """A stage: compiled into the entries that call it, without the GIL."""

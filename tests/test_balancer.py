@@ -119,17 +119,19 @@ def test_marked_padding_counts_nowhere(name, way):
 
 
 @pytest.mark.parametrize("name", ["metro", "eplb"])
-def test_three_cpu_ranks_take_the_ids_of_the_first(name):
-    """Rounding differs between the ranks: this one has other ids for the last token."""
+@pytest.mark.parametrize(("num_ranks", "alike"), [(3, True), (2, False)])
+def test_cpu_ranks_that_round_differently_take_the_ids_of_the_first(name, num_ranks, alike):
+    """This one has other ids for the last token."""
+    ranks = {"num_ranks": num_ranks, "ranks_are_alike": alike}
     own_TK, sent = torch.tensor([[0, 1], [0, 2], [3, 1]]), []
 
     def all_reduce(tensor):
         sent.append(tensor.clone())
         return tensor.add_(IDS_TK)
 
-    first = balancer(policy=policy_of(name), num_ranks=3)
+    first = balancer(policy=policy_of(name), **ranks)
     slots_TK = first.in_router(IDS_TK.clone(), None)
-    other = balancer(policy=policy_of(name), num_ranks=3, rank=1, all_reduce=all_reduce)
+    other = balancer(policy=policy_of(name), rank=1, all_reduce=all_reduce, **ranks)
     ids_TK = own_TK.clone()
     found_TK = other.in_router(ids_TK, None)
     assert torch.equal(ids_TK, own_TK), "the router's ids were changed"

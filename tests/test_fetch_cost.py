@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.fetch_cost import FetchCost, gated_weights
+from vllm_balance.fetch_cost import FetchCost
 from vllm_balance.model_shape import ModelShape
 
 QWEN = ModelShape(
@@ -48,7 +48,7 @@ def test_a_v100_with_float32_experts():
 
 
 def test_the_threshold_is_printed_with_its_inputs():
-    weights = gated_weights(QWEN)
+    weights = 3 * QWEN.hidden * QWEN.inner
     assert weights == 3 * 2048 * 768
     cost = FetchCost(expert_bytes=2 * weights, copy_bytes_per_s=2 * weights * 1e3, token_us=16.0)
     assert cost.fetch_us == 1000 and cost.threshold_tokens == 63

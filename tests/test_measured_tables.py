@@ -142,10 +142,10 @@ def slo_rows():
 
 def test_throughput_within_the_slo_is_the_most_of_concurrencies_that_keep_it():
     table = slo_table(slo_rows())
-    assert [line[:5] for line in table.body] == [
-        ["static", "10.0", "8", "90.0", "1 of 1"],
-        ["eplb", "-", "-", "-", "-"],
-        ["metro", "20.0", "8", "90.0", "1 of 1"],
+    assert [line[:6] for line in table.body] == [
+        ["static", "10.0", "8", "90.0", "1 of 1", "2.00"],
+        ["eplb", "-", "-", "-", "-", "-"],
+        ["metro", "20.0", "8", "90.0", "1 of 1", "2.00"],
     ]
     assert column(table, "tokens/s at 100 ms") == ["20.0", "-", "30.0"]
     assert column(table, "tokens/s at 200 ms") == ["-", "-", "-"]
@@ -168,6 +168,19 @@ def test_a_concurrency_is_within_the_slo_by_its_median_and_says_how_often_it_was
         ]
     )
     assert [line[2:5] for line in table.body] == [["1", "68.0", "2 of 2"], ["8", "149.0", "1 of 2"]]
+
+
+def test_requests_within_the_slo_are_those_that_the_client_counted_at_that_concurrency():
+    heading = "requests/s within the SLO, by vLLM's client"
+    counted = [
+        row("static", load="8", concurrency=8, slo_tpot_ms=100.0, tpot_ms=90.0, goodput_per_s=rate)
+        for rate in (1.5, 0.0, 1.0)
+    ]
+    assert column(slo_table(counted), heading) == ["1.00"]
+    assert column(slo_table([counted[0], row("metro", slo_tpot_ms=100.0)]), heading) == [
+        "1.50",
+        "-",
+    ]
 
 
 def test_a_slowed_rank_is_a_table_of_end_to_end_latencies():

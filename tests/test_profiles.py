@@ -3,6 +3,7 @@
 import json
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,20 @@ def profile(num_ranks: int = 2) -> Profile:
 
 
 TEXT = profile().model_dump_json(indent=1)
+
+
+def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    documents.write(tmp_path / "p.json", profile())
+    before = (tmp_path / "p.json").read_bytes()
+
+    def full(self, mode):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "chmod", full)
+    with pytest.raises(BalancerError, match="No space left"):
+        documents.write_text(tmp_path / "p.json", "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    assert (tmp_path / "p.json").read_bytes() == before
 
 
 def test_what_is_written_comes_back(tmp_path):

@@ -218,6 +218,20 @@ def test_a_failure_of_the_writing_thread_ends_the_recording_with_its_reason(tmp_
     assert len(lines) == 1 and chosen.status()["reason"] in lines[0]
 
 
+def test_a_recording_that_cannot_start_leaves_no_file(tmp_path, monkeypatch):
+    def no_memory(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    chosen = recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder_module, "StepWriter", no_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            chosen.start(settings(tmp_path))
+    assert not any(tmp_path.iterdir()) and not chosen.is_recording
+    chosen.start(settings(tmp_path))
+    chosen.stop()
+
+
 def test_one_recording_at_a_time_into_a_new_file(tmp_path):
     chosen = recorder()
     assert chosen.status() == {"state": "off"}

@@ -42,6 +42,8 @@ class LayerBalancer:
     exchanged_bytes: int = 0
     """Bytes this rank put into exchanges of counts and ids beyond vLLM's own collectives."""
     exchange_ns: int = 0
+    ranks_are_alike: bool = True
+    """Whether all ranks have the same processor and number of threads."""
     last_physical_TK: torch.Tensor | None = None
     """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
 
@@ -77,13 +79,14 @@ class LayerBalancer:
         """Whether ranks with the same tokens may have chosen other ids for them.
 
         vLLM's all-reduce in shared memory adds a rank's own part first. From three ranks on, hidden
-        states then differ in the last bit, and a near tie of two experts falls differently.
+        states then differ in the last bit, and a near tie of two experts falls differently. So it
+        may where ranks have other processors or numbers of threads, which sum in another order.
         """
         return (
             self.way == "replicated"
             and topk_ids_TK.is_cpu
             and topk_ids_TK.numel() > 0
-            and self.tables.num_ranks > 2
+            and (self.tables.num_ranks > 2 or not self.ranks_are_alike)
         )
 
     def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
@@ -126,17 +129,13 @@ class LayerBalancer:
 
     def _exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """Pairs of each expert on each rank, [S, E] int32; a collective."""
-        start = time.perf_counter_ns()
-        counts_SE = counts_per_rank(
+        return counts_per_rank(
             topk_ids_TK,
-            num_logical=self.tables.num_replicas_E.shape[0],
+            num_logical=self.tables.num_logical,
             rank=self.rank,
             num_ranks=self.tables.num_ranks,
-            all_reduce=self.all_reduce,
+            all_reduce=self.summed,
         )
-        self.exchange_ns += time.perf_counter_ns() - start
-        self.exchanged_bytes += counts_SE.numel() * counts_SE.element_size()
-        return counts_SE
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
         """Routes ids in the layer's way on scratch buffers: compiles the kernels, counts nothing.
@@ -182,7 +181,7 @@ class LayerBalancer:
         """
         if not self.policy.counts_decide:
             return {}
-        if self.tables.num_physical == self.tables.num_replicas_E.shape[0]:
+        if self.tables.num_physical == self.tables.num_logical:
             return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
         return {
             "compute-bound batch, routed evenly": summed["compute_bound_batches"],
@@ -223,7 +222,7 @@ class WorkerBalancer:
     balancer: str
     rank: int
     placement: str = VLLMS_OWN
-    """Where the experts were loaded to: what decided it, and that they are there."""
+    """What decided where experts were loaded; "verified" behind it: every rank has checked it."""
     layers: list[LayerBalancer] = field(default_factory=list)
     huge_page_share: float | None = None
     """Of the bytes of expert weights, what lies in huge pages, where the worker asks for them."""
@@ -257,7 +256,7 @@ class WorkerBalancer:
             "placement": self.placement,
             "num_ranks": first.tables.num_ranks,
             "num_layers": len(layers),
-            "num_logical_experts": first.tables.num_replicas_E.shape[0],
+            "num_logical_experts": first.tables.num_logical,
             "num_physical_experts": first.tables.num_physical,
             "exchange": first.way,
             "counts_are_global": first.way != "all_reduce" or first.policy.counts_decide,

@@ -49,7 +49,10 @@ BALANCERS: tuple[str, ...] = get_args(BalancerName)
 FETCHES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
 """Balancers that fetch experts into dynamic slots."""
 LOADED_BY_MAP = ("gem", "exflow")
-"""Balancers whose placement comes from a map and stays."""
+"""Balancers that place experts by a map instead of by vLLM's EPLB; they stay there unless `online`
+moves them."""
+WITHOUT_EPLB = "Use --moe-balancer static, or gem or exflow with a map without redundant experts"
+"""What to do where vLLM's EPLB cannot move a model's experts."""
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
 DEFAULT_DYNAMIC_SLOTS = 8

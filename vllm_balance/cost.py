@@ -31,6 +31,9 @@ GROUPED: tuple[Form, ...] = tuple((tile, tile) for tile in (16, 32, 64, 128))
 IN_TURN: tuple[Form, ...] = tuple((1, free) for free in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))
 FORMS = (PLAIN, *GROUPED, *IN_TURN)
 """What a fit tries."""
+GPU_KNEE_TOKENS = 160.0
+"""Knee of a datacentre GPU where nothing was measured: the middle of what TEMPO (arXiv 2608.13057)
+reports for fp8."""
 _SPREAD = 0.05
 """Relative residual from which a point counts as an outlier rather than as noise."""
 

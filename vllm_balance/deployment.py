@@ -27,7 +27,8 @@ class Deployment:
     """Logical experts per layer; 0 for a dense model."""
     num_moe_layers: int
     expert_bytes: int
-    """Bytes of one expert of one layer, by its configuration; of a quantised one without scales."""
+    """Bytes of one expert of one layer as the configuration implies; scales of quantised weights do
+    not count."""
     num_ranks: int
     """Expert-parallel ranks: tensor times data parallel."""
     enable_expert_parallel: bool

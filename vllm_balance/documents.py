@@ -66,14 +66,26 @@ def write(path: Path, document: Document) -> None:
     Raises:
         BalancerError: the folder is missing or not writable.
     """
-    text = document.model_dump_json(indent=1) + "\n"
+    write_text(path, document.model_dump_json(indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts a text file in place in one step, or leaves what was there.
+
+    Raises:
+        BalancerError: the folder is missing or not writable, or the disk is full.
+    """
     try:
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
         ) as file:
-            file.write(text)
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+            try:
+                file.write(text)
+                file.flush()
+                Path(file.name).chmod(0o644)
+                Path(file.name).replace(path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
     except OSError as error:
         raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
 

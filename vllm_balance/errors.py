@@ -1,7 +1,7 @@
 """The one exception users see: what was asked, found and allowed, and what to do.
 
-Raised before weights are loaded, but where only they can tell (a rank's weights did not arrive), or
-while serving a fetch fails.
+Raised before weights are loaded, with two exceptions: a rank's weights did not arrive where they
+should, and a fetch that fails while serving.
 """
 
 from __future__ import annotations

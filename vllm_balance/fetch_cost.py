@@ -18,10 +18,6 @@ import math
 from dataclasses import dataclass
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.model_shape import ModelShape
-
-GATED_MATRICES = 3
-"""Weight matrices of an expert with a gate: gate, up and down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +66,7 @@ class FetchCost:
         """From the device's rates, as the paper derives q.
 
         Args:
-            num_weights: weights of one expert; see `gated_weights`.
+            num_weights: weights of one expert, all its matrices.
             bytes_per_weight: d_type, e.g. 2 for bfloat16 or 0.5 for 4 bits.
             flop_per_s: phi, measured on the kernel that computes experts.
             copy_bytes_per_s: beta.
@@ -88,8 +84,3 @@ class FetchCost:
             f"{self.expert_bytes / 2**20:.1f} MiB at {self.copy_bytes_per_s / 1e9:.2f} GB/s takes "
             f"{self.fetch_us:.0f} us, a token {self.token_us:.2f} us"
         )
-
-
-def gated_weights(shape: ModelShape) -> int:
-    """Weights of one gated expert of this model, all three matrices."""
-    return GATED_MATRICES * shape.hidden * shape.inner

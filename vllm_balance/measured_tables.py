@@ -17,11 +17,9 @@ from vllm_balance.measurement import Measurement
 BASES = ("static", "eplb")
 """Arms that the others are compared with, where a run has them."""
 FEW_TOKENS = 8
-"""With so few tokens per request a load is about the first one."""
-
+"""Output tokens per request up to which a load is about its first token."""
 FEW_PAIRS = 3
-"""Fewer have no quartiles."""
-
+"""Pairs below which no quartiles are given."""
 Value = Callable[[Measurement], float]
 
 
@@ -76,6 +74,10 @@ CORES_NOTE = (
 )
 
 
+GOODPUT = "requests/s within the SLO, by vLLM's client"
+"""Heading of what `vllm bench serve --goodput tpot:SLO` counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredTable:
     """A table with what it says about itself."""
@@ -88,6 +90,29 @@ class MeasuredTable:
     """Machine and commit."""
     command: str
     """Makes the rows."""
+
+
+def table_of(
+    rows: list[Measurement],
+    *,
+    caption: str,
+    headings: list[str],
+    body: list[list[str]],
+    arguments: str = "",
+) -> MeasuredTable:
+    """A table of one run, with the title, origin and command of its rows.
+
+    Args:
+        arguments: what the command takes beside the run file.
+    """
+    return MeasuredTable(
+        title=rows[0].title,
+        caption=caption,
+        headings=headings,
+        body=body,
+        origin=origin(rows),
+        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml{arguments}",
+    )
 
 
 def tables(rows: list[Measurement]) -> list[MeasuredTable]:
@@ -117,13 +142,12 @@ def slow_table(rows: list[Measurement]) -> MeasuredTable:
         body.append(cells + [_ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
     headings = ["case"] if has_cases else []
     headings += ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
-    return MeasuredTable(
-        title=rows[0].title,
+    return table_of(
+        rows,
         caption=f"End-to-end latency of a request, medians.{_in_turn(rows)}",
         headings=headings + [f"{arm} against {base}" for arm, base in pairs],
         body=body,
-        origin=origin(rows),
-        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml --traces DIR",
+        arguments=" --traces DIR",
     )
 
 
@@ -152,14 +176,12 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     headings = [*(heading for heading, _ in varied), "arm"]
     headings += [f"{_compared(rows)} against {base}" for base in bases]
     headings.append(f"{_compared(rows)} ms, lowest to highest")
-    return MeasuredTable(
-        title=rows[0].title,
+    return table_of(
+        rows,
         caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}"
         f"{CORES_NOTE if watched else ''}{_in_small_pages(rows)}",
         headings=headings + [heading for heading, _, _ in columns],
         body=body,
-        origin=origin(rows),
-        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
 
 
@@ -182,7 +204,7 @@ def slo_table(rows: list[Measurement]) -> MeasuredTable:
     has_cases = any(case for case, _ in loads)
     slo_ms = next(iter(groups.values()))[0].slo_tpot_ms or 0.0
     headings = ["case", "arm"] if has_cases else ["arm"]
-    headings += ["tokens/s within the SLO", "requests at once", "TPOT ms there", "kept it"]
+    headings += ["tokens/s within the SLO", "requests at once", "TPOT ms there", "kept it", GOODPUT]
     for tpot_ms in (slo_ms, 2 * slo_ms):
         headings += [f"tokens/s at {tpot_ms:g} ms", *(f"against {base}" for base in bases)]
     body = []
@@ -196,36 +218,38 @@ def slo_table(rows: list[Measurement]) -> MeasuredTable:
                 theirs = throughput_at(tpot_ms, loads.get((case, base), []))
                 cells.append(f"{ours / theirs - 1:+.1%}" if ours and theirs else "-")
         body.append(cells)
-    return MeasuredTable(
-        title=rows[0].title,
+    return table_of(
+        rows,
         caption=f"Of the concurrencies whose TPOT was within {slo_ms:g} ms, the one with the most "
-        f"tokens per second, and how many of its measurements were within it. Beside it tokens per "
-        f"second at a TPOT of exactly that and of twice that, on the line between the two "
-        f"concurrencies around it. Medians of {_count(groups.values())} per concurrency.",
+        f"tokens per second, how many of its measurements were within it, and the requests per "
+        f"second that were, one by one, as vLLM's client counts them. Beside it tokens per second "
+        f"at a TPOT of exactly that and of twice that, on the line between the two concurrencies "
+        f"around it. Medians of {_count(groups.values())} per concurrency.",
         headings=headings,
         body=body,
-        origin=origin(rows),
-        command=f"python -m bench.run configs/runs/{rows[-1].run}.toml",
     )
 
 
 def _within_slo(slo_ms: float, loads: list[list[Measurement]]) -> list[str]:
-    """Most tokens per second within the SLO, requests at once, TPOT there, and how many of the
-    measurements there kept the SLO; "-" if the median TPOT of no concurrency does.
+    """Most tokens per second within the SLO, requests at once, TPOT there, how many of the
+    measurements there kept the SLO, and GOODPUT there; "-" if the median TPOT of no concurrency
+    keeps it, or if the client did not count.
 
     Args:
         loads: rows of each concurrency of one arm.
     """
     within = [own for own in loads if median(own, _tpot_ms) <= slo_ms]
     if not within:
-        return ["-"] * 4
+        return ["-"] * 5
     best = max(within, key=lambda own: median(own, _tokens_per_s))
     kept = sum(_tpot_ms(row) <= slo_ms for row in best)
+    counted = [row.goodput_per_s for row in best if row.goodput_per_s is not None]
     return [
         f"{median(best, _tokens_per_s):.1f}",
         str(best[0].concurrency),
         f"{median(best, _tpot_ms):.1f}",
         f"{kept} of {len(best)}",
+        f"{statistics.median(counted):.2f}" if counted else "-",
     ]
 
 

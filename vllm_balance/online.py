@@ -101,11 +101,11 @@ class OnlinePlacement:
         self._settings, self._costs, self._ranks = settings, tuple(costs), ranks
         self._layers, self._load_LP, self._report = layers, load_LP, report
         self.placement_LP = placement_LP
-        self._own = layers[0].rank, placement_LP.shape[1] // len(self._costs)
+        self._rank, self._slots_per_rank = layers[0].rank, placement_LP.shape[1] // len(self._costs)
         num_layers, num_slots = placement_LP.shape
         self._window = Window(
             history_NLE=np.zeros((settings.window, num_layers, num_slots), np.int32),
-            own_NLP=np.zeros((settings.window, num_layers, self._own[1]), np.int32),
+            own_NLP=np.zeros((settings.window, num_layers, self._slots_per_rank), np.int32),
             kernel_us_NL=np.zeros((settings.window, num_layers)),
         )
         self._kernel_ns_L = [0] * num_layers
@@ -118,14 +118,17 @@ class OnlinePlacement:
         self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
 
     def after_step(self) -> None:
-        """Takes the step's load in; every rank calls it after every step. Idle steps are none."""
+        """Takes the step's load in; every rank calls it after every step.
+
+        Steps in which nothing was routed are skipped.
+        """
         kernel_us_L = self._kernel_us_of_step()
         load_LP = self._load_LP.numpy()
         if not load_LP.any():
             return
         load_LE = np.zeros_like(load_LP)
         np.put_along_axis(load_LE, self.placement_LP.astype(np.int64), load_LP, axis=1)
-        rank, slots = self._own
+        rank, slots = self._rank, self._slots_per_rank
         self._window.add(load_LE, load_LP[:, rank * slots : (rank + 1) * slots], kernel_us_L)
         self._load_LP.zero_()
         if self._window.steps % self._settings.interval == 0:
@@ -146,7 +149,7 @@ class OnlinePlacement:
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
-        own = np.array([self._window.slowdown(self._costs[self._own[0]]), self._swap_us])
+        own = np.array([self._window.slowdown(self._costs[self._rank]), self._swap_us])
         found_S2 = self._ranks.gather(own)
         self._slowdown_S, swap_us = found_S2[:, 0].tolist(), float(found_S2[:, 1].max())
         history_NLE = self._window.in_order()
@@ -155,7 +158,7 @@ class OnlinePlacement:
             self._reference_LE = load_LE
         self._drift = drift(self._reference_LE, load_LE)
         decision = None
-        if self._own[0] == 0:
+        if self._rank == 0:
             costs = [c.slowed(f) for c, f in zip(self._costs, self._slowdown_S, strict=True)]
             cluster = Cluster(costs=tuple(costs))
             turn = self._totals["decisions"]
@@ -171,8 +174,9 @@ class OnlinePlacement:
 
     def _move(self, decision: Decision, load_LE: Array) -> None:
         start = time.perf_counter()
-        self.placement_LP = decision.placement(self.placement_LP)
-        self._ranks.move(self.placement_LP)
+        placement_LP = decision.placement(self.placement_LP)
+        self._ranks.move(placement_LP)
+        self.placement_LP = placement_LP
         spent_us = (time.perf_counter() - start) * 1e6
         self._swap_us = (self._swap_us + spent_us / len(decision.swaps)) / 2
         self._time_us["moving"] += spent_us
@@ -223,7 +227,7 @@ def require_whole_batch(way: Way) -> None:
         )
 
 
-def recording(layer: LayerBalancer, load_P: torch.Tensor) -> None:
+def record_load_into(layer: LayerBalancer, load_P: torch.Tensor) -> None:
     """Makes the layer's routing add each batch to `load_P` (int32 [P]) instead of vLLM's load."""
     always = torch.ones((), dtype=torch.bool, device=load_P.device)
     layer.tables = replace(layer.tables, load_P=load_P, record_enabled=always)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -63,13 +64,7 @@ class Curve(Document):
         model = fit.model
         knee = model.knee_tokens
         return cls(
-            a_us=model.a_us,
-            b_us=model.b_us,
-            c_us=model.c_us,
-            beta_us=model.beta_us,
-            tile_us=model.tile_us,
-            tile_tokens=model.tile_tokens,
-            free_tokens=model.free_tokens,
+            **asdict(model),
             knee_tokens=knee if np.isfinite(knee) else None,
             r2=fit.r2,
             median_relative_error=fit.median_relative_error,
@@ -78,15 +73,7 @@ class Curve(Document):
 
     @property
     def model(self) -> CostModel:
-        return CostModel(
-            a_us=self.a_us,
-            b_us=self.b_us,
-            c_us=self.c_us,
-            beta_us=self.beta_us,
-            tile_us=self.tile_us,
-            tile_tokens=self.tile_tokens,
-            free_tokens=self.free_tokens,
-        )
+        return CostModel(**{field.name: getattr(self, field.name) for field in fields(CostModel)})
 
 
 class RankProfile(Document):

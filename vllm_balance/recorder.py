@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,15 +104,19 @@ class Recorder:
             )
         path = path_of_rank(settings.file.expanduser().absolute(), self.model.rank)
         settings = settings.model_copy(update={"file": path})
-        file = RecordingFile(path, settings.what, settings.max_bytes, self.model.header())
         if self._captured != settings.what or self._routed is None:
             self._captured, self._routed = settings.what, self.model.step_buffer(settings.what)
         self._serving_ns = 0
         row = self._routed[0]
         num_rows = min(BLOCK_BYTES, settings.max_bytes // 8) // (row.numel() * row.element_size())
-        self._writer = StepWriter(
-            file, settings, row=row, num_rows=max(num_rows, len(self._routed)), log=self._log
-        )
+        file = RecordingFile(path, settings.what, settings.max_bytes, self.model.header())
+        with ExitStack() as undo:
+            undo.callback(path.unlink)
+            undo.callback(file.close)
+            self._writer = StepWriter(
+                file, settings, row=row, num_rows=max(num_rows, len(self._routed)), log=self._log
+            )
+            undo.pop_all()
 
     def stop(self) -> None:
         """Writes what is there and closes the file; nothing happens if it does not record."""

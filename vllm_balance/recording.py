@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -138,14 +138,14 @@ def path_of_rank(path: Path, rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
-def require_new(path: Path, num_files: int) -> None:
-    """Returns if `num_files` ranks can record at `path`.
+def require_new(path: Path, ranks: Iterable[int]) -> None:
+    """Returns if these ranks can record at `path`.
 
     Raises:
         BalancerError: a file exists, or the folder is missing or cannot be written to.
     """
     problem = folder_problem(path)
-    for rank in range(num_files):
+    for rank in ranks:
         if path_of_rank(path, rank).exists():
             problem = f"{path_of_rank(path, rank)} exists, and recordings are never overwritten"
     if problem:

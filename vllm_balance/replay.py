@@ -9,8 +9,6 @@ end, so routing costs one row look-up. Two processes that see the same batches i
 (the ranks of a tensor-parallel group) take the same rows, and nothing has to be sent.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from vllm_balance.replay_rows import ReplaySettings, draw, name_experts
@@ -82,18 +80,16 @@ def register(
     num_experts: int,
     top_k: int,
     rank: int = 0,
-    layer_of_call: Callable[[int], int] | None = None,
 ) -> Replay:
     """Make STRATEGY known to vLLM in this process, and return what it replays.
 
     num_layers counts MoE layers, in the order in which a forward pass calls them; num_experts and
     top_k are the logical ones. Raises ValueError as `Replay` does. Registering again replaces.
 
-    A strategy is not told its layer. `layer_of_call(num_layers)` must tell it; by default it counts
-    calls within the forward pass, in the pass's own ForwardContext: a pass that was cut short
-    (profiling, an error) leaves nothing behind. On GPUs the model must run eagerly or with
-    piecewise CUDA graphs that leave the MoE layers out: a captured graph repeats the rows of its
-    capture.
+    vLLM does not tell a strategy its layer, so calls are counted within the forward pass, in its
+    own ForwardContext: a pass that was cut short (profiling, an error) leaves nothing behind. On
+    GPUs the model must run eagerly or with piecewise CUDA graphs that leave the MoE layers out: a
+    captured graph repeats the rows of its capture.
     """
     from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
         RoutingSimulator,
@@ -103,7 +99,6 @@ def register(
     replay = Replay(
         settings, num_layers=num_layers, num_experts=num_experts, top_k=top_k, rank=rank
     )
-    find_layer = layer_of_call or layer_of_forward_pass
 
     class ReplayStrategy(RoutingStrategy):  # type: ignore[misc]
         def route_tokens(
@@ -113,7 +108,8 @@ def register(
             top_k: int,
             indices_type: torch.dtype | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            return route(replay, find_layer(num_layers), router_logits, top_k, indices_type)
+            layer = layer_of_forward_pass(num_layers)
+            return route(replay, layer, router_logits, top_k, indices_type)
 
     RoutingSimulator.register_strategy(STRATEGY, ReplayStrategy())
     return replay

@@ -170,12 +170,25 @@ def _draw_trace(
         drawn_NLK = trace.topk_ids_TLK[tokens_N][:, layers_L].astype(np.int32)
         return torch.from_numpy(drawn_NLK).transpose(0, 1).contiguous()
     assert trace.counts_NLE is not None
-    steps_N = random.integers(0, len(trace.counts_NLE), settings.rows)
+    return torch.from_numpy(
+        draw_from_counts(trace.counts_NLE, layers_L, settings.rows, top_k, random)
+    )
+
+
+def draw_from_counts(
+    counts_NLE: np.ndarray,
+    layers_L: np.ndarray,
+    num_rows: int,
+    top_k: int,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """int32 [L, num_rows, top_k]: each row takes a random step, the same in all layers, and draws
+    experts by their counts in it, without replacement. `layers_L`: which of the recorded layers."""
+    steps_N = random.integers(0, len(counts_NLE), num_rows)
     # An expert that a step did not use comes last, behind all that it used.
-    weight_NLE = trace.counts_NLE[steps_N] + 1e-9
-    drawn = [_draw_weighted(weight_NLE[:, layer], random, settings.rows, top_k)
+    drawn = [_draw_weighted(counts_NLE[steps_N, layer] + 1e-9, random, num_rows, top_k)
              for layer in layers_L]  # fmt: skip
-    return torch.from_numpy(np.stack(drawn).astype(np.int32))
+    return np.stack(drawn).astype(np.int32)
 
 
 def read_trace(path: Path, num_experts: int, top_k: int) -> Trace:

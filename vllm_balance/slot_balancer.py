@@ -139,7 +139,7 @@ def _record(
     tables: LayerTables,
     num_valid_tokens: torch.Tensor | None,
 ) -> None:
-    record(physical_TK, regime=_regime(schedule), **tables.recording(num_valid_tokens))
+    record(physical_TK, regime=_regime(schedule), **tables.kernel_arguments(num_valid_tokens))
 
 
 def _regime(schedule: Schedule) -> Regime:

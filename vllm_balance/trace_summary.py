@@ -50,22 +50,27 @@ def summarise(trace: Trace, batch: int) -> TraceSummary:
     """Figures of a trace cut into steps of `batch` consecutive tokens (counts: its own steps)."""
     counts_NLE = trace.chunks(batch)
     load_LE = counts_NLE.sum(0, dtype=np.int64)
-    active_NLE = counts_NLE > 0
-    share_LE = active_NLE.mean(0)
-    while_active_LE = load_LE / np.maximum(active_NLE.sum(0), 1)
-    mean_L = load_LE.sum(1) / np.maximum(active_NLE.sum((0, 2)), 1)
+    consistent_LE, temporal_LE = kinds(counts_NLE)
     return TraceSummary(
         num_tokens=None if trace.topk_ids_TLK is None else len(trace.topk_ids_TLK),
         num_steps=len(counts_NLE),
         skew_L=load_LE.max(1) / np.maximum(load_LE.mean(1), 1e-9),
-        active_share_L=share_LE.mean(1),
-        consistent_LE=share_LE >= CONSISTENT,
-        temporal_LE=(share_LE > 0)
-        & (share_LE <= TEMPORAL)
-        & (while_active_LE >= HEAVY * mean_L[:, None]),
+        active_share_L=(counts_NLE > 0).mean((0, 2)),
+        consistent_LE=consistent_LE,
+        temporal_LE=temporal_LE,
         groups_L=tuple(groups(counts_NLE[:, layer]) for layer in range(trace.num_layers)),
         drift_LN=drift(counts_NLE),
     )
+
+
+def kinds(counts_NLE: Array) -> tuple[Array, Array]:
+    """Which experts are consistent and which are temporal, bool [L, E] each."""
+    active_NLE = counts_NLE > 0
+    load_LE, share_LE = counts_NLE.sum(0, dtype=np.int64), active_NLE.mean(0)
+    while_active_LE = load_LE / np.maximum(active_NLE.sum(0), 1)
+    mean_L = load_LE.sum(1) / np.maximum(active_NLE.sum((0, 2)), 1)
+    is_heavy_LE = while_active_LE >= HEAVY * mean_L[:, None]
+    return share_LE >= CONSISTENT, (share_LE > 0) & (share_LE <= TEMPORAL) & is_heavy_LE
 
 
 def groups(counts_NE: Array) -> tuple[tuple[int, ...], ...]:

@@ -7,8 +7,12 @@ T     tokens on this rank                G  tokens on all ranks
 K     choices per token (top-k)          E  logical experts
 P     physical experts (slots)           R  replicas of one expert, padded with -1
 S     ranks                              L  MoE layers
-D     hidden size, or dynamic slots      F  inner size of an expert, or source ranks
+D     dynamic slots, in kernels hidden   F  source ranks, in kernels inner size of an expert
+X     rank and dynamic slot together     N  steps, rows, pairs or points, as the docstring says
+M     moves, or starts of a search       I  items of a search
 ====  ==========================================================
+
+A digit is that length: load_S3 has three numbers for each rank.
 """
 
 from __future__ import annotations

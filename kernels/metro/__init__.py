@@ -18,7 +18,7 @@ from ..tensor_checks import (
     unsupported_device,
 )
 
-__all__ = ["choose", "counters_size", "route"]
+__all__ = ["choose", "route"]
 
 
 def choose(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:

@@ -23,7 +23,6 @@ from .tokens_cpu import minimise_tokens
 from .turns_cpu import time_if_even, time_with_one
 
 _MEMORY_BOUND, _COMPUTE_BOUND = int(Regime.MEMORY_BOUND), int(Regime.COMPUTE_BOUND)
-_FIXED = FIXED
 
 
 @jit
@@ -146,7 +145,7 @@ def record_one_replica(tokens_E, column_E, slot_E, per_rank, num_physical, load,
         for expert in range(len(tokens_E)):
             if column_E[expert] >= 0:
                 load_P[slot_E[expert]] += tokens_E[expert]
-    counters_N = int64_at(counters, _FIXED + 2 * per_rank.shape[1])
+    counters_N = int64_at(counters, FIXED + 2 * per_rank.shape[1])
     add_batch(counters_N, per_rank[0], per_rank[1], _MEMORY_BOUND)
 
 

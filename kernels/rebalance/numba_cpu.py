@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ...types import Outcome
 from ..metro.numba_cpu import choose_columns, is_compute_bound
 from ..metro.numba_cpu import count as count_pairs
 from ..numba_memory import entry, int32_at, ints_at, jit, num_valid_pairs
@@ -15,7 +16,9 @@ from .slots_cpu import age, fill_split, fill_tables, link_holders, place_moves
 from .spread_cpu import spread
 
 _HARMOENY, _PAPER, _EVEN = int(Method.HARMOENY), int(Method.HARMOENY_PAPER), int(Method.EVEN_SPLIT)
-_EMPTY, _MEMORY_BOUND, _BALANCED, _UNPAID, _HELD, _FETCHED = range(6)  # types.Outcome
+_EMPTY, _MEMORY_BOUND = int(Outcome.EMPTY), int(Outcome.MEMORY_BOUND)
+_BALANCED, _UNPAID = int(Outcome.BALANCED), int(Outcome.UNPAID)
+_HELD, _FETCHED = int(Outcome.HELD), int(Outcome.FETCHED)
 
 
 @jit

@@ -1,7 +1,8 @@
 """Schedules with dynamic slots in plain Python: the definition the kernel is tested against.
 
-A move is (expert, receiving rank, tokens). The functions here are written for reading; only
-`rebalance` (Algorithm 2 of HarMoEny, arXiv 2506.12417) and the improved `balance` decide anything.
+A move is (expert, receiving rank, tokens). The functions here are written for reading. Moves come
+from `rebalance` (Algorithm 2 of HarMoEny, arXiv 2506.12417) with `keep_what_fits`, from `balance`
+or from `spread`; `place_moves` gives them slots.
 """
 
 from __future__ import annotations

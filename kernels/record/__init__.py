@@ -10,7 +10,6 @@ import torch
 from ..custom_op import register
 from ..tensor_checks import require_routing_buffers, unsupported_device
 from .layout import (
-    FIXED,
     Counter,
     Regime,
     activated_slice,
@@ -19,7 +18,6 @@ from .layout import (
 )
 
 __all__ = [
-    "FIXED",
     "Counter",
     "Regime",
     "activated_slice",

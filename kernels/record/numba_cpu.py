@@ -13,7 +13,6 @@ _MAX_ACTIVATED = int(Counter.MAX_ACTIVATED_SUM)
 _MAX_TOKENS = int(Counter.MAX_TOKENS_SUM)
 _PAIRS = int(Counter.PAIRS)
 _ACTIVATED = int(Counter.ACTIVATED_SUM)
-_FIXED = FIXED
 
 
 @jit
@@ -30,8 +29,8 @@ def add_batch(counters, activated_S, tokens_S, regime):
     max_activated = max_tokens = total_activated = np.int64(0)
     for rank in range(num_ranks):
         activated, tokens = np.int64(activated_S[rank]), np.int64(tokens_S[rank])
-        counters[_FIXED + rank] += activated
-        counters[_FIXED + num_ranks + rank] += tokens
+        counters[FIXED + rank] += activated
+        counters[FIXED + num_ranks + rank] += tokens
         total_activated += activated
         max_activated = max(max_activated, activated)
         max_tokens = max(max_tokens, tokens)
@@ -63,7 +62,7 @@ def add_physical(tokens_P, num_ranks, load, record, counters, regime):
                 per_rank[1, rank] += tokens
                 if record_load:
                     load_P[slot] += tokens
-    add_batch(int64_at(counters, _FIXED + 2 * num_ranks), per_rank[0], per_rank[1], regime)
+    add_batch(int64_at(counters, FIXED + 2 * num_ranks), per_rank[0], per_rank[1], regime)
 
 
 @entry

@@ -5,9 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from bench import harmoeny_schedule
+from bench.harmoeny_loads import BATCH_TOKENS
 from bench.harmoeny_lookahead import judge
 from bench.harmoeny_schedule import RULES
+from vllm_balance import traces
 from vllm_balance.seams.slots import ModelSlots
+from vllm_balance.traces import Trace
 
 
 def test_the_rules_are_those_of_a_server_with_this_threshold():
@@ -26,3 +30,31 @@ def test_a_fetch_that_no_server_would_pay_for_is_not_made():
     )
     assert (served.wanted, served.late) == (0, 0)
     assert (free.wanted, free.late) == (1, 1)
+
+
+def test_schedules_are_timed_on_drawn_loads_and_on_the_first_recorded_one_that_divides(
+    tmp_path, monkeypatch
+):
+    """The first of these has 12 experts, which do not divide over eight ranks."""
+    seen = []
+
+    def sweep(tokens_SE, repetitions):
+        seen.append(tokens_SE)
+        return {"harmoeny": float(len(tokens_SE))}
+
+    monkeypatch.setattr(harmoeny_schedule, "_sweep", sweep)
+    random = np.random.default_rng(0)
+    for name, num_experts in (("a", 12), ("b", 16), ("c", 16)):
+        trace = Trace(
+            name=name, num_experts=num_experts, top_k=1, layer_index_L=np.arange(1),
+            topk_ids_TLK=random.integers(0, num_experts, (2 * BATCH_TOKENS, 1, 1)),
+        )  # fmt: skip
+        traces.save(tmp_path / f"{name}.npz", trace)
+    drawn = list(harmoeny_schedule.time_rows(1, None, 0))
+    assert [(row["E"], row["S"]) for row in drawn[::2]] == list(harmoeny_schedule.TIMED)
+    assert (128, 4) in harmoeny_schedule.TIMED
+    *again, recorded = harmoeny_schedule.time_rows(1, tmp_path, 0)
+    assert again == drawn
+    shape = {"load": "b", "alpha": None, "E": 16, "S": 8, "time_us": {"harmoeny": 8.0}}
+    assert shape.items() <= recorded.items()
+    assert seen[-1].sum() == 8 * BATCH_TOKENS

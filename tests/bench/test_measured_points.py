@@ -143,6 +143,22 @@ def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path,
     assert {p["what"] for p in made} == {"ttft_ms", "activated_worst_rank", "tokens_worst_rank"}
 
 
+def test_a_load_with_a_skew_of_its_own_is_predicted_under_it(tmp_path, monkeypatch, asked):
+    seen = {}
+
+    def predict(tables, load, arm, machine):
+        seen[arm] = predictions.predict(tables, load, arm, "cpu-avx512")
+        return outcome(100e3)
+
+    monkeypatch.setattr(measured_points, "predict", predict)
+    monkeypatch.setattr(predictions, "simulate", lambda arm, served, placed_by: served.name)
+    for load, name in (("even", "zipf 0"), ("Zipf 1.2", "zipf 1.2"), ("8 hot experts", "hot 0.5")):
+        points(tmp_path, [cell("metro", HERE, "skew-bfloat16", load=load)])
+        assert seen.pop("metro") == name
+    assert points(tmp_path, [cell("metro", HERE, "skew-bfloat16", load="Zipf 0.8, changing")]) == []
+    assert not seen
+
+
 def test_a_prediction_has_the_slots_and_the_warmth_of_the_benchmark(monkeypatch):
     made = []
     monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.append(arm))

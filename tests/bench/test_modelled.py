@@ -134,7 +134,7 @@ def test_rates_are_of_cells_that_fit():
     points = ((10e3, 64, 100.0), (20e3, 128, 300.0), (30e3, 200, 400.0))
     rows = [row("metro", 1.5, tpot, concurrency=n, tokens_per_s=rate) for tpot, n, rate in points]
     assert [modelled._rate(rows, limit) for limit in (5, 15, 40)] == ["-", "200", "(400)"]
-    rows[-1]["concurrency"] = modelled.MOST
+    rows[-1]["concurrency"] = modelled.MAX_CONCURRENCY
     assert modelled._rate(rows, 40) == "-"
 
 
@@ -143,7 +143,7 @@ def test_slo_cells_fit_and_one_of_each_arm_is_as_large_as_can_be():
     assert all(cell.concurrency <= room(cell) for cell in cells)
     largest = {(c.model, c.balancer, c.redundancy): c for c in cells}
     for cell in largest.values():
-        assert cell.concurrency == min(room(cell), modelled.MOST)
+        assert cell.concurrency == min(room(cell), modelled.MAX_CONCURRENCY)
 
 
 def test_a_table_shows_a_dash_for_what_does_not_fit(monkeypatch):

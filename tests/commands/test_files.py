@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from vllm_balance import commands, documents, maps, profiles, traces
 from vllm_balance.commands import expert_probe
 from vllm_balance.commands.expert_probe import Timing
+from vllm_balance.commands.place import batches
 from vllm_balance.commands.profile import (
     MAX_TOKENS,
     deviations,
@@ -29,6 +30,7 @@ from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import Cluster, score_L
 from vllm_balance.recording import RecordingFile
 from vllm_balance.seams.device import served_dtype
+from vllm_balance.trace_summary import kinds
 
 SHAPE = ModelShape(
     name="m",
@@ -194,6 +196,64 @@ def test_place_writes_a_map_that_fits_the_model(folder, policy):
     found.require(shape=SHAPE, num_ranks=2, layers=[0, 1, 3])
     with pytest.raises(BalancerError, match="no entry for layer 2"):
         found.require(shape=SHAPE, num_ranks=2, layers=[2])
+
+
+def test_ranks_are_the_profiles_and_kinds_of_experts_are_reported(folder):
+    files = ("--profile", folder / "p.json", "--trace", folder / "t.npz", "-o", folder / "m.json")
+    done = run("place", "--policy", "gem+r", *files, "--redundant", 2, "--steps", 8)
+    assert done.exit_code == 0, done.output
+    found = maps.load(folder / "m.json")
+    assert (found.num_ranks, found.policy) == (2, "gem_r")
+    consistent_LE, temporal_LE = kinds(
+        batches(
+            traces.load(folder / "t.npz").split(0)[0], batch=256, steps=8, prefill=False, seed=0
+        )
+    )
+    said = " ".join(done.output.split())
+    assert f"{consistent_LE.sum(1).mean():.1f} consistent" in said
+    assert f"{temporal_LE.sum(1).mean():.1f} temporal" in said
+
+
+def test_experts_are_placed_without_a_profile_by_the_speeds_that_are_given(folder, tmp_path):
+    """A device that cannot be profiled: the slow rank gets less of the load."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
+    trace = traces.load(folder / "t.npz")
+    counts = trace.steps(256, 40, 9)
+    shares = []
+    for speeds in ("1,1", "1,0.5"):
+        done = run("place", "--model", tmp_path, "--speeds", speeds, "--trace", folder / "t.npz",
+                   "-o", tmp_path / "m.json", "--batch", 4096)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert "times of a token" in done.output
+        found = maps.load(tmp_path / "m.json")
+        assert found.sources["speeds"] == speeds and found.num_ranks == 2
+        slow_LP = found.placement_LP([0, 1, 3])[:, 4:]
+        load_LE = counts.sum(0)
+        shares.append(np.take_along_axis(load_LE, slow_LP, axis=1).sum() / load_LE.sum())
+    assert shares[1] < shares[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ((), "neither was given"),
+        (("--profile", "p.json", "--model", "."), "both were given"),
+        (("--model", "."), "add --ranks N, or --speeds"),
+        (("--model", ".", "--speeds", "1,x"), "a positive number for each rank"),
+        (("--model", ".", "--speeds", "1,0"), "a positive number for each rank"),
+        (
+            ("--model", ".", "--speeds", "1,1", "--ranks", 3),
+            "names 2 ranks, and --ranks asks for 3",
+        ),
+        (("--profile", "p.json", "--speeds", "1,1,1"), "3 ranks were asked for"),
+    ],
+)
+def test_place_says_what_it_needs_to_know_of_the_ranks(folder, monkeypatch, given, reason):
+    monkeypatch.chdir(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
+    done = run("place", *given, "--trace", folder / "t.npz", "-o", folder / "no.json")
+    assert isinstance(done.exception, BalancerError) and reason in str(done.exception)
+    assert not (folder / "no.json").exists()
 
 
 def test_what_a_server_recorded_is_described_and_placed_by(folder, tmp_path):

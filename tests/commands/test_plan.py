@@ -113,6 +113,27 @@ def test_a_trace_is_split_between_placing_and_serving(tmp_path):
     assert "leave it off" in plan(*SMALL, "--trace", str(tmp_path / "t.npz"))
 
 
+def test_counts_will_do_and_what_they_do_not_tell_is_said(tmp_path):
+    random = np.random.default_rng(0)
+    shape = {"name": "t", "num_experts": 128, "top_k": 8, "layer_index_L": np.arange(2)}
+    counts_NLE = random.integers(0, 9, (40, 2, 128)).astype(np.int32)
+    ids_TLK = np.argsort(random.random((400, 2, 128)), axis=2)[..., :8].astype(np.uint8)
+    asked = [*SMALL, "--concurrency", "8", "--trace"]
+    said = {}
+    for kind, recorded in {"counts_NLE": counts_NLE, "topk_ids_TLK": ids_TLK}.items():
+        traces.save(tmp_path / f"{kind}.npz", traces.Trace(**shape, **{kind: recorded}))
+        said[kind] = plan(*asked, str(tmp_path / f"{kind}.npz"))
+    drawn = "which experts a token uses together is drawn from them, not recorded."
+    assert said["counts_NLE"].endswith(f"Trace counts_NLE holds counts of steps: {drawn}")
+    assert "drawn from them" not in said["topk_ids_TLK"]
+
+
+def test_a_trace_without_counts_or_ids_is_refused(tmp_path):
+    np.savez(tmp_path / "t.npz", num_experts=128, top_k=8)
+    with pytest.raises(BalancerError, match="exactly one of topk_ids and counts"):
+        plan(*SMALL, "--trace", str(tmp_path / "t.npz"))
+
+
 def test_fetching_is_a_candidate_where_there_is_a_host_link():
     prefill = ["--prompt", "2048", "--output", "2", "--zipf", "1.5", "--concurrency", "16"]
     said = plan(*MODEL, *prefill)

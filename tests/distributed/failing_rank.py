@@ -1,24 +1,18 @@
 """One rank of a gloo group, of which rank 1 cannot get an expert; started by test_failing_rank.py.
 
-    python failing_rank.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+    python gloo.py failing_rank.py WORLD_SIZE FOLDER
 
 As in slot_ranks.py, with copies that end the process where one fails, as in vLLM's workers.
 """
 
-import importlib.util
 import sys
-from pathlib import Path
 
+import ranks
+import slot_ranks
 import vllm.logger  # noqa: F401  (once, before the ranks are forked)
 
 from vllm_balance.experts.prefetch import Copy, Prefetch, RunCopy
 from vllm_balance.seams.fetch_failure import for_executor
-
-_spec = importlib.util.spec_from_file_location(
-    "slot_ranks", Path(__file__).with_name("slot_ranks.py")
-)
-slot_ranks = sys.modules["slot_ranks"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(slot_ranks)
 
 FAILING_RANK, FAILING_COPY = 1, 2
 
@@ -40,13 +34,9 @@ class Model(slot_ranks.Model):
 
 def main() -> None:
     size, rank = int(sys.argv[1]), int(sys.argv[2])
-    slot_ranks.ranks.join(size, rank, sys.argv[3], timeout_s=1000)
-    link = slot_ranks.ranks.Communicator(rank, size)
+    ranks.join(size, rank, sys.argv[3], timeout_s=1000)
+    link = ranks.Communicator(rank, size)
     model = Model("harmoeny", "replicated", "async", rank, size, link)
     for batches in slot_ranks.sequence(size):
         for index in range(2):
             model.run(index, batches, batches.name)
-
-
-if __name__ == "__main__":
-    main()

@@ -50,9 +50,10 @@ def exit_codes(script: Path, size: int, folder: Path) -> list[int]:
 
 def main() -> None:
     script, size, folder = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # What a script imports from tests: cases, and its neighbours, as `import ranks`.
+    sys.path.insert(0, str(script.parent))
+    load("cases", Path(__file__).parents[1] / "cases.py")
+    module = load(script.stem, script)
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=run, args=(module, size, rank, folder)) for rank in range(size)]
     for rank in ranks:
@@ -60,6 +61,14 @@ def main() -> None:
     for rank in ranks:
         rank.join()
     (folder / "codes.json").write_text(json.dumps([rank.exitcode for rank in ranks]))
+
+
+def load(name: str, file: Path) -> ModuleType:
+    """The module of a file, by a name under which others import it."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(module: ModuleType, size: int, rank: int, folder: Path) -> None:

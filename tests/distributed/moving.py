@@ -21,7 +21,7 @@ from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
 from vllm_balance.balancer import LayerBalancer, new_counters
 from vllm_balance.cost import CostModel
 from vllm_balance.experts.local_pairs import LocalPairExperts
-from vllm_balance.online import OnlinePlacement, recording
+from vllm_balance.online import OnlinePlacement, record_load_into
 from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.routing import ROUTING, LayerTables
 from vllm_balance.seams.loading import write_maps
@@ -136,7 +136,7 @@ def run(group: Group) -> dict:
     layers = [layer_of(row, state, group) for row in range(LAYERS)]
     load_LP = torch.zeros((LAYERS, EXPERTS), dtype=torch.int32)
     for layer, load_P in zip(layers, load_LP, strict=True):
-        recording(layer, load_P)
+        record_load_into(layer, load_P)
     with patch("vllm.distributed.get_ep_group", lambda: group):
         ranks = WorkerRanks(state)
     before = [weight[0].clone() for weight in state.model.expert_weights]

@@ -1,12 +1,11 @@
 """One rank of a gloo group that runs many cases; started by test_ranks.py, prints its findings.
 
-    python ranks.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+    python gloo.py ranks.py WORLD_SIZE FOLDER
 
-Every assertion that needs one rank only is made here; what ranks must agree on is written to
-OUT_FILE for the test to compare.
+Every assertion that needs one rank only is made here; what ranks must agree on is written to a
+file in FOLDER for the test to compare.
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -26,10 +26,6 @@ from vllm_balance.routing import ROUTING, LayerTables
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import _all_gatherv, _reduce_scatterv
 from vllm_balance.types import Demand, Placement
-
-_spec = importlib.util.spec_from_file_location("cases", Path(__file__).parents[1] / "cases.py")
-cases = sys.modules["cases"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
 
 WAYS = ("replicated", "after_gather", "all_reduce")
 POLICIES = {
@@ -356,7 +352,3 @@ def main() -> None:
     Path(arguments.out).write_text(json.dumps(findings))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

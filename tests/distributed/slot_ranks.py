@@ -1,18 +1,19 @@
 """One rank of a gloo group whose layer has dynamic slots; started by test_slot_ranks.py.
 
-    python slot_ranks.py WORLD_SIZE RANK INIT_FILE OUT_FILE
+    python gloo.py slot_ranks.py WORLD_SIZE FOLDER
 
 Weights are real rows, filled from a store that the ranks share, so that a slot with the wrong
 expert, or with half of one, gives wrong tokens. Every batch is compared with the dense layer.
 """
 
-import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
 
+import cases
 import numpy as np
+import ranks
 import torch
 import torch.distributed as dist
 
@@ -26,10 +27,6 @@ from vllm_balance.kernels.rebalance import Rules
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = sys.modules["ranks"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 
 WAYS = ("replicated", "after_gather", "all_reduce")
 NUM_EXPERTS, TOP_K, HIDDEN, NUM_DYNAMIC = 12, 3, 6, 2
@@ -200,7 +197,7 @@ def sequence(world_size: int) -> list:
             weights_E[rng.permutation(NUM_EXPERTS)[: 1 + 2 * (number % 2)]] = 10.0
         if kind == 3:
             sizes = [1] + [0] * (world_size - 1)
-        ids = [ranks.cases.draw_topk(size, TOP_K, weights_E, rng) for size in sizes]
+        ids = [cases.draw_topk(size, TOP_K, weights_E, rng) for size in sizes]
         if kind == 4:
             ids[0][:] = -1
             ids[-1] = np.full_like(ids[-1], number)
@@ -241,7 +238,3 @@ def main() -> None:
     Path(sys.argv[4]).write_text(json.dumps(findings))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -32,8 +32,8 @@ def test_cache_key_covers_all_kernel_sources(tmp_path):
     from vllm_balance.kernels.numba_cache import _digest
 
     folder = Path(numba_memory.__file__).parent
-    cache, codegen = numba_cpu._choose._cache, numba_cpu._choose.targetctx.codegen()
-    assert cache._index_key("signature", codegen)[-1] == _digest(folder)
+    index = Path(numba_cpu._choose._cache._cache_file._index_path)
+    assert _digest(folder)[:16] in index.name
 
     same, changed = (Path(shutil.copytree(folder, tmp_path / name)) for name in "ab")
     helper = changed / "metro" / "choice_cpu.py"

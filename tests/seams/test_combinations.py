@@ -74,6 +74,40 @@ def test_a_map_needs_all_weights_to_be_read(moe_model):
         deployment._check_combination(BalancerConfig(**others), config)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "names"),
+    [
+        ("lora_config", "LoRA", {"metro", "gem", "harmoeny"}),
+        ("weight_transfer_config", "weight transfer", {"metro", "harmoeny"}),
+    ],
+)
+def test_weights_that_follow_the_linear_placement_are_refused_where_experts_are_elsewhere(
+    moe_model, setting, value, names
+):
+    config = stock_config(moe_model)
+    setattr(config, setting, object())
+    every = (
+        {"name": "static"},
+        {"name": "metro"},
+        {"name": "gem", "map": "m"},
+        {"name": "harmoeny"},
+    )
+    for settings in every:
+        if settings["name"] in names:
+            with pytest.raises(BalancerError, match=f"together with {value}"):
+                deployment._check_combination(BalancerConfig(**settings), config)
+        else:
+            deployment._check_combination(BalancerConfig(**settings), config)
+
+
+def test_steps_are_not_tried_again_by_balancers_with_a_memory_of_them(moe_model):
+    config = stock_config(moe_model)
+    config.parallel_config.enable_fault_tolerance = True
+    with pytest.raises(BalancerError, match="--enable-fault-tolerance"):
+        deployment._check_combination(BalancerConfig(name="harmoeny"), config)
+    deployment._check_combination(BalancerConfig(name="metro"), config)
+
+
 @pytest.fixture
 def on_gpus(monkeypatch):
     found = facts(on_cpu=False, num_experts=8)

@@ -29,9 +29,10 @@ def said(monkeypatch) -> list[str]:
     return lines
 
 
+@pytest.mark.parametrize("executor", ["mp", "ray"])
 @pytest.mark.parametrize("kind", [SyncPrefetch, ThreadPrefetch])
-def test_a_worker_process_that_cannot_get_an_expert_says_so_and_ends(kind, said):
-    prefetch = for_executor(kind(broken), "mp")
+def test_a_worker_process_that_cannot_get_an_expert_says_so_and_ends(kind, executor, said):
+    prefetch = for_executor(kind(broken), executor)
     with pytest.raises(SystemExit) as ended:
         prefetch.start([COPY])
         prefetch.wait(3)
@@ -41,7 +42,7 @@ def test_a_worker_process_that_cannot_get_an_expert_says_so_and_ends(kind, said)
     assert "Expert 5 of MoE layer 3" in said[0] and "page is gone" in said[0]
 
 
-@pytest.mark.parametrize("executor", ["uni", "ray", "external_launcher", object])
+@pytest.mark.parametrize("executor", ["uni", "external_launcher", object])
 def test_elsewhere_the_error_reaches_the_caller(executor, said):
     prefetch = for_executor(SyncPrefetch(broken), executor)
     with pytest.raises(FetchError, match="Expert 5"):

@@ -104,6 +104,16 @@ def test_weights_that_did_not_arrive_are_named():
     assert "w13_weight w1 x2" in twice.problem([rank], "auto")
 
 
+def test_every_part_may_come_twice_if_all_do():
+    """vLLM measures each part before it quantises a model while loading it."""
+    rank = Rank(0, EXPERTS)
+    loading = loaded([3, 2, 1, 0], rank)
+    for expert in range(EXPERTS):
+        for shard in ("w1", "w2"):
+            loading.load(rank.original, rank, call(expert, shard, torch.tensor(float(expert))))
+    assert loading.problem([rank], "auto") is None
+
+
 def test_a_loader_that_goes_another_way_is_noticed():
     rank = Rank(0, EXPERTS)
     untouched = PlacedLoading(InitialPlacement.of("test", (3,), np.array([[3, 2, 1, 0]])))

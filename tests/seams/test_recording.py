@@ -52,9 +52,7 @@ class Worker(RecordingWorker, StockWorker):
         self.model_runner = SimpleNamespace(
             execute_model_state=None, input_batch=SimpleNamespace(req_ids=[])
         )
-        tables = SimpleNamespace(
-            num_replicas_E=torch.ones(EXPERTS), counters=torch.zeros(1), num_ranks=num_ranks
-        )
+        tables = SimpleNamespace(num_logical=EXPERTS, counters=torch.zeros(1), num_ranks=num_ranks)
         self.layers = [
             SimpleNamespace(way=way, rank=rank, tables=tables, record=None) for _ in LAYERS
         ]

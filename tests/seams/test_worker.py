@@ -7,7 +7,8 @@ import torch
 
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
-from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, regime_of
+from vllm_balance.seams.device import processor
+from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, knee_and_free
 
 
 def worker(name: str, **settings) -> BalancedWorker:
@@ -34,31 +35,89 @@ def ranks_find(monkeypatch):
 def test_only_bfloat16_is_computed_by_amx(monkeypatch):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     metro = BalancerConfig(name="metro")
-    assert regime_of(metro, torch.bfloat16) == (43.0, 20.0)
-    assert regime_of(metro, torch.float32) == regime_of(metro, torch.float16) == (4.0, 2.0)
+    assert knee_and_free(metro, torch.bfloat16) == (43.0, 20.0)
+    assert knee_and_free(metro, torch.float32) == knee_and_free(metro, torch.float16) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize("name", ["metro", "harmoeny"])
 def test_ranks_with_other_processors_do_not_route_apart(name, ranks_find):
-    own = regime_of(BalancerConfig(name=name), torch.float32)
+    own = knee_and_free(BalancerConfig(name=name), torch.float32)
     ranks_find(own)
-    assert worker(name)._agreed_regime(torch.float32) == own
+    assert worker(name)._agreed_knee(torch.float32) == own
     ranks_find((own[0] + 1, own[1]))
     with pytest.raises(BalancerError, match=r"rank 1: .*Set both in --moe-balancer-config"):
-        worker(name)._agreed_regime(torch.float32)
+        worker(name)._agreed_knee(torch.float32)
     settled = worker(name, knee_tokens=own[0] + 1, free_tokens=own[1])
-    assert settled._agreed_regime(torch.float32) == (own[0] + 1, own[1])
+    assert settled._agreed_knee(torch.float32) == (own[0] + 1, own[1])
 
 
 def test_who_routes_by_no_knee_needs_no_agreement(ranks_find):
     ranks_find((1e9, None))
-    assert worker("static")._agreed_regime(torch.float32)
+    assert worker("static")._agreed_knee(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["metro", "eplb", "first_copy"])
 def test_weights_are_not_reloaded_into_slots_that_experts_have_left(name):
     with pytest.raises(BalancerError, match=f"{name} moves experts between slots"):
         worker(name).reload_weights()
+
+
+def test_sleep_gives_no_maps_away():
+    slept = []
+
+    class Stock:
+        def sleep(self, level: int = 1) -> None:
+            slept.append(level)
+
+    class Worker(BalancedWorker, Stock):
+        pass
+
+    made = Worker()
+    made.balancer_config = BalancerConfig(name="metro")
+    with pytest.raises(BalancerError, match="Use level 1"):
+        made.sleep(2)
+    made.sleep()
+    made.balancer_config = BalancerConfig(name="static")
+    made.sleep(2)
+    assert slept == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rank", "executor", "ends"),
+    [(1, "mp", True), (1, "ray", True), (0, "mp", False), (1, "external_launcher", False)],
+)
+def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, ends):
+    """vLLM's executor answers for rank 0 alone; peers would wait for the others for minutes."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        assert status == 1
+        raise Ended
+
+    class Stock:
+        def execute_model(self, scheduler_output) -> None:
+            raise MemoryError("no buffer")
+
+    class Worker(BalancedWorker, Stock):
+        pass
+
+    monkeypatch.setattr("os._exit", end)
+    made = Worker()
+    made.rank, made.recorder = rank, None
+    made.parallel_config = SimpleNamespace(distributed_executor_backend=executor)
+    made.balancer_config = BalancerConfig(name="metro")
+    with pytest.raises(Ended if ends else MemoryError):
+        made.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))
+
+
+def test_ranks_are_alike_with_one_processor_and_number_of_threads(ranks_find):
+    own = (processor(), torch.get_num_threads())
+    ranks_find(own)
+    assert worker("metro")._ranks_are_alike()
+    ranks_find((own[0], own[1] + 1))
+    assert not worker("metro")._ranks_are_alike()
 
 
 @pytest.mark.parametrize("settings", [{"name": "static"}, {"name": "gem", "map": "m.json"}])

@@ -85,7 +85,7 @@ def test_the_gate_of_benchmarks_proves_this_arm(server, dense, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(gate, "PROMPTS", PROMPTS)
         patch.setattr(gate, "MAX_TOKENS", MAX_TOKENS)
-        patch.setattr(gate, "_cache", lambda: tmp_path)
+        patch.setattr(gate, "cache", lambda: tmp_path)
         patch.setattr(gate, "_dense", lambda model, announce: dense.tokens)
         patch.setattr(gate, "Server", lambda arm, model: nullcontext(server))
         arm = Arm(name="metro", balancer="metro", settings={"redundancy": 1.5}, tensor_parallel=2)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import requests
 from serving import (
+    DATA_PARALLEL,
     EAGER,
     FLOAT32,
     LONG_PROMPT,
@@ -120,10 +121,13 @@ def wait_until_written(server, pairs: int) -> None:
         time.sleep(0.1)
 
 
-def test_bfloat16(start, dense):
+@pytest.mark.parametrize(
+    "layout", [(*TENSOR_PARALLEL, *EAGER), DATA_PARALLEL], ids=["tensor, eager", "data, compiled"]
+)
+def test_bfloat16(start, dense, layout):
     """Greedy tokens may differ by rounding; log probabilities of the dense texts must not, nor may
     those of tokens as they were decoded differ from those in a prompt."""
-    with start(*TENSOR_PARALLEL, *METRO, "--dtype", "bfloat16", *EAGER) as server:
+    with start(*layout, *METRO, "--dtype", "bfloat16") as server:
         with ThreadPoolExecutor(12) as clients:
             answers = list(clients.map(partial(server.complete, logprobs=0), PROMPTS))
         assert server.count_in_log(REARRANGED) > 0

@@ -1,5 +1,6 @@
 """The simulator asks production's policies, and loses no token on the way."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_balance import traces
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.metro.reference import optimal_activated
 from vllm_balance.placement import PLACEMENT, Cluster
 from vllm_balance.replay import Replay
-from vllm_balance.replay_rows import Hot, ReplaySettings
+from vllm_balance.replay_rows import Hot, ReplaySettings, draw
 from vllm_balance.routing import FETCHING, ROUTING
 from vllm_balance.simulate import Arm, Layout, Load, hardware, models, recorded, skewed
 from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
@@ -86,11 +88,64 @@ def test_prompts_come_in_the_same_random_order_whatever_numbers_requests_have(nu
     assert made.prefill_LNK[0, :, 0].tolist() == expected.tolist()
 
 
-def test_unusable_traces_are_refused():
-    counts = Trace(name="c", num_experts=128, top_k=8, layer_index_L=np.arange(1),
-                   counts_NLE=np.ones((2, 1, 128), np.int64))  # fmt: skip
-    with pytest.raises(BalancerError, match=r'counts of steps.*"what": "ids"'):
-        recorded(counts, MODEL, 1, seed=0)
+def counts_of(steps, phases=None):
+    """A trace of counts: which experts are used in each step of each layer, evenly."""
+    counts_NLE = np.zeros((len(steps), len(steps[0]), 128), np.int32)
+    for step, layers in enumerate(steps):
+        for layer, experts in enumerate(layers):
+            counts_NLE[step, layer, experts] = 3
+    return Trace(
+        name="c", num_experts=128, top_k=8, layer_index_L=np.arange(len(steps[0])),
+        counts_NLE=counts_NLE, phase_N=None if phases is None else np.array(phases),
+    )  # fmt: skip
+
+
+def test_counts_serve_tokens_of_distinct_experts_of_one_step():
+    """Steps use other experts, and layers of a step belong together; the trace has two layers."""
+    steps = [[range(0, 9), range(10, 19)], [range(20, 29), range(30, 39)]]
+    made = recorded(counts_of(steps), MODEL, 3, seed=0, rows=64)
+    assert made.decode_LNK.shape == made.prefill_LNK.shape == (3, 64, 8)
+    for rows_LNK in (made.decode_LNK, made.prefill_LNK):
+        assert (np.diff(np.sort(rows_LNK, axis=2), axis=2) > 0).all()
+        first_N = (rows_LNK[0] < 10).all(1)
+        second_N = (rows_LNK[0] >= 20).all(1)
+        assert (first_N ^ second_N).all() and first_N.any() and second_N.any()
+        assert ((rows_LNK[1] >= 10) & (rows_LNK[1] < 19))[first_N].all()
+        assert ((rows_LNK[1] >= 30) & (rows_LNK[1] < 39))[second_N].all()
+        assert ((rows_LNK[2] < 9).all(1) == first_N).all()
+
+
+def test_no_token_of_counts_is_lost():
+    trace = counts_of([[range(0, 40)], [range(60, 70)]])
+    history_NLE = recorded(trace, MODEL, 2, seed=0, rows=64).history(5, 100)
+    assert (history_NLE.sum(2) == 800).all()
+    assert not history_NLE[:, :, 40:60].any() and not history_NLE[:, :, 70:].any()
+
+
+def test_counts_of_a_step_serve_tokens_of_its_phase():
+    trace = counts_of([[range(0, 9)], [range(20, 29)], [range(40, 49)]], phases=(0, 1, 2))
+    made = recorded(trace, MODEL, 1, seed=0, rows=64)
+    assert made.prefill_LNK.max() < 9
+    assert made.decode_LNK.min() >= 20 and made.decode_LNK.max() < 29
+
+
+def test_counts_serve_as_many_tokens_of_an_expert_as_replay_does(tmp_path):
+    random = np.random.default_rng(0)
+    counts_NLE = random.integers(0, 50, (6, 2, 128)).astype(np.int32)
+    trace = replace(counts_of([[[], []]]), counts_NLE=counts_NLE)
+    traces.save(tmp_path / "c.npz", trace)
+    replay = ReplaySettings(trace=tmp_path / "c.npz", rows=4096)
+    served, replayed = (
+        np.bincount(rows_NK.ravel(), minlength=128) / rows_NK.size
+        for rows_NK in (
+            recorded(trace, MODEL, 2, seed=0, rows=4096).decode_LNK[1],
+            draw(replay, 2, 128, 8, 0)[1].numpy(),
+        )
+    )
+    assert np.abs(served - replayed).max() < 0.0035
+
+
+def test_a_trace_of_another_model_is_refused():
     other = Trace(name="o", num_experts=4, top_k=1, layer_index_L=np.arange(1),
                   topk_ids_TLK=np.zeros((2, 1, 1), np.uint8))  # fmt: skip
     with pytest.raises(BalancerError, match="4 experts and top-1"):

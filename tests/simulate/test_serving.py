@@ -34,7 +34,7 @@ def test_one_request():
     assert steps.decode_N.tolist() == [0, 1, 1]
     assert steps.sampled_N.tolist() == [1, 1, 1]
     # Token i looks at itself and the i tokens before it.
-    assert steps.looks_N.tolist() == [1 + 2 + 3 + 4 + 5, 6, 7]
+    assert steps.attended_N.tolist() == [1 + 2 + 3 + 4 + 5, 6, 7]
     assert steps.reads_N.tolist() == [5, 6, 7]
     assert (steps.arrived_R.tolist(), steps.first_R.tolist()) == ([0], [0])
     assert steps.times_N.tolist() == [1, 1, 1]
@@ -42,9 +42,9 @@ def test_one_request():
 
 def test_a_window_bounds_what_is_looked_at():
     steps = schedule(load(), window=2)
-    assert steps.narrow_looks_N.tolist() == [1 + 2 + 2 + 2 + 2, 2, 2]
-    assert steps.narrow_reads_N.tolist() == [5, 2, 2]
-    assert steps.looks_N.tolist() == [15, 6, 7]
+    assert steps.window_attended_N.tolist() == [1 + 2 + 2 + 2 + 2, 2, 2]
+    assert steps.window_reads_N.tolist() == [5, 2, 2]
+    assert steps.attended_N.tolist() == [15, 6, 7]
 
 
 def test_a_long_prompt_is_cut_and_decoding_goes_first():
@@ -80,7 +80,7 @@ def test_no_token_is_lost(concurrency, prompt, output, spare, seed):
     assert steps.tokens_N.max() <= asked.token_budget
     assert len(steps.arrived_R) == concurrency
     every = prompt + output - 1
-    assert steps.looks_N.sum() == concurrency * every * (every + 1) // 2
+    assert steps.attended_N.sum() == concurrency * every * (every + 1) // 2
 
 
 def one_by_one(asked, num_steps, seed):
@@ -123,7 +123,7 @@ def test_the_steady_state_is_where_a_scheduler_of_single_requests_ends_up(
                  token_budget=budget, steady=True)  # fmt: skip
     expected = one_by_one(asked, 2000, seed=1)
     steps = schedule(asked)
-    found = [mean(steps, name) for name in ("decode_N", "prefill_N", "looks_N")]
+    found = [mean(steps, name) for name in ("decode_N", "prefill_N", "attended_N")]
     assert found == pytest.approx(expected, rel=0.05)
 
 
@@ -182,9 +182,9 @@ def test_a_cycle_with_room_for_all_holds_every_token_once(
     assert total(steps, "prefill_N") == pytest.approx(concurrency * prompt)
     assert total(steps, "decode_N") == pytest.approx(concurrency * (output - 1))
     assert total(steps, "sampled_N") == pytest.approx(concurrency * output)
-    assert total(steps, "looks_N") == pytest.approx(concurrency * every.sum())
+    assert total(steps, "attended_N") == pytest.approx(concurrency * every.sum())
     near = np.minimum(every, window).sum()
-    assert total(steps, "narrow_looks_N") == pytest.approx(concurrency * near)
+    assert total(steps, "window_attended_N") == pytest.approx(concurrency * near)
     assert len(steps.first_R) == concurrency and (steps.first_R == steps.arrived_R).all()
 
 

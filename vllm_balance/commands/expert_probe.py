@@ -57,8 +57,13 @@ class Probe:
         Raises:
             BalancerError: a rank died.
         """
-        for connection, tokens_E in zip(self._connections, tokens_SE, strict=True):
-            connection.send((list(tokens_E), repeats))
+        for rank, (connection, tokens_E) in enumerate(
+            zip(self._connections, tokens_SE, strict=True)
+        ):
+            try:
+                connection.send((list(tokens_E), repeats))
+            except OSError:
+                _receive(rank, connection)  # which says that the rank died
         return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
 
 

@@ -1,7 +1,8 @@
-"""``vllm-balance place``: a placement map from a profile and a trace."""
+"""``vllm-balance place``: a placement map from the ranks' curves and a trace."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from vllm_balance import documents, maps, profiles, traces
 from vllm_balance.commands.installed import require_vllm
+from vllm_balance.cost import GPU_KNEE_TOKENS, CostModel
 from vllm_balance.errors import BalancerError, unknown
-from vllm_balance.model_shape import ModelShape
+from vllm_balance.model_shape import ModelShape, from_config
 from vllm_balance.placement import (
     PLACEMENT,
     TRACED,
@@ -29,15 +31,29 @@ from vllm_balance.placement import (
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.recording import Phase
+from vllm_balance.trace_summary import CONSISTENT, kinds
 
 POLICIES = (*PLACEMENT, *TRACED)
+ALIASES = {"gem+r": "gem_r"}
+"""Other names of placements."""
 
 
 def place(
-    profile: Annotated[Path, typer.Option(help="Written by `vllm-balance profile`.")],
     trace: Annotated[Path, typer.Option(help="Recorded routing, .npz.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The map to write.")],
+    profile: Annotated[
+        Path | None, typer.Option(help="Written by `vllm-balance profile`; or give --model.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a profile, where there can be none: the model's folder."),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Expert-parallel ranks; default: the profile's.")
+    ] = None,
+    speeds: Annotated[
+        str, typer.Option(help="Relative speed of each rank, e.g. 1,1,0.86,1; default: the same.")
+    ] = "",
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = "gem",
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
     routing: Annotated[
@@ -57,11 +73,13 @@ def place(
     documents.require_writable(output)
     if routing not in ("even", "one"):
         raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
+    policy = ALIASES.get(policy, policy)
     _require_policy(policy)
     split: Split = "even" if routing == "even" else "one"
-    measured, recorded = profiles.load(profile), traces.load(trace)
-    require_same_model(recorded, measured.shape)
-    cluster = Cluster(costs=measured.costs_of(ranks), num_redundant=redundant)
+    shape, costs = ranks_of(profile, model, ranks, speeds)
+    recorded = traces.load(trace)
+    require_same_model(recorded, shape)
+    cluster = Cluster(costs=costs, num_redundant=redundant)
     halves = recorded.split(seed)
     fit, held_out = (
         batches(half, batch=batch, steps=steps, prefill=prefill, seed=seed) for half in halves
@@ -81,9 +99,14 @@ def place(
     placement_map = maps.PlacementMap(
         created=datetime.now(UTC),
         policy=policy,
-        sources={"profile": profile.name, "trace": trace.name, "seed": str(seed)},
-        shape=measured.shape,
-        num_ranks=ranks,
+        sources={
+            "profile": "none" if profile is None else profile.name,
+            "speeds": speeds or "as profiled",
+            "trace": trace.name,
+            "seed": str(seed),
+        },
+        shape=shape,
+        num_ranks=cluster.num_ranks,
         layers=[
             maps.LayerMap(index=int(index), physical_to_logical=slots_P.tolist())
             for index, slots_P in zip(recorded.layer_index_L, placement_LP, strict=True)
@@ -93,10 +116,77 @@ def place(
     bases = [base for base in ("linear", "eplb") if base != policy]
     placements = {base: PLACEMENT[base]().place(fit, cluster) for base in bases}
     placements[policy] = placement_LP
-    report(recorded.layer_index_L, held_out, placements, cluster, split)
+    unit = "us" if profile is not None else "times of a token"
+    report(recorded.layer_index_L, held_out, placements, cluster, split, unit)
+    consistent_LE, temporal_LE = kinds(fit)
     Console().print(
-        f"Wrote {output}: {recorded.num_layers} of the model's {measured.shape.num_layers} layers."
+        f"Experts per layer in the batches placed by: {consistent_LE.sum(1).mean():.1f} consistent "
+        f"(active in {CONSISTENT:.0%} of them or more), {temporal_LE.sum(1).mean():.1f} temporal "
+        f"(seldom active, heavy then)."
     )
+    Console().print(
+        f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers."
+    )
+
+
+def ranks_of(
+    profile: Path | None, model: Path | None, ranks: int | None, speeds: str
+) -> tuple[ModelShape, tuple[CostModel, ...]]:
+    """The model's shape and the curve of each rank, measured or assumed.
+
+    Raises:
+        BalancerError: neither or both of profile and model, speeds that are no positive numbers,
+            or numbers of ranks that do not fit each other.
+    """
+    factor_S = _speeds(speeds, ranks)
+    if (profile is None) == (model is None):
+        raise BalancerError(
+            f"place needs --profile FILE or --model MODEL, one of them; "
+            f"{'neither was' if profile is None else 'both were'} given. A profile has the "
+            f"measured curves of x86 CPUs; for other devices give the model, and --speeds if "
+            f"ranks differ."
+        )
+    if profile is not None:
+        measured = profiles.load(profile)
+        shape, costs = (
+            measured.shape,
+            measured.costs_of(ranks or len(factor_S) or len(measured.ranks)),
+        )
+    else:
+        assert model is not None
+        shape, costs = from_config(model), assumed_costs(ranks or len(factor_S))
+    return shape, tuple(
+        cost.slowed(1 / factor)
+        for cost, factor in zip(costs, factor_S or [1.0] * len(costs), strict=True)
+    )
+
+
+def assumed_costs(num_ranks: int) -> tuple[CostModel, ...]:
+    """Equal curves in times of one token: streaming an expert takes as long as computing
+    GPU_KNEE_TOKENS of its tokens.
+
+    Raises:
+        BalancerError: no rank.
+    """
+    if not num_ranks:
+        raise BalancerError("--model says nothing about ranks: add --ranks N, or --speeds 1,1,...")
+    curve = CostModel(a_us=0.0, b_us=GPU_KNEE_TOKENS, c_us=0.0, beta_us=1.0)
+    return (curve,) * num_ranks
+
+
+def _speeds(asked: str, ranks: int | None) -> list[float]:
+    """The speeds of --speeds, or none."""
+    try:
+        found = [float(part) for part in asked.split(",")] if asked else []
+    except ValueError:
+        found = [math.nan]
+    if not all(math.isfinite(speed) and speed > 0 for speed in found):
+        raise BalancerError(
+            f"--speeds is {asked!r}; needed is a positive number for each rank, as 1,1,0.86,1."
+        )
+    if found and ranks not in (None, len(found)):
+        raise BalancerError(f"--speeds names {len(found)} ranks, and --ranks asks for {ranks}.")
+    return found
 
 
 def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
@@ -122,7 +212,7 @@ def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
     ):
         raise BalancerError(
             f"Trace {trace.name} has {trace.num_experts} experts, top-{trace.top_k} and layers up "
-            f"to {last}; the profile is of {shape.name} with {shape.num_experts} experts, "
+            f"to {last}; profile or model is {shape.name} with {shape.num_experts} experts, "
             f"top-{shape.top_k} and {shape.num_layers} layers. Both must be of one model."
         )
 
@@ -162,6 +252,7 @@ def report(
     placements: dict[str, np.ndarray],
     cluster: Cluster,
     split: Split,
+    unit: str,
 ) -> None:
     """Prints, per layer, the mean modelled time of a batch: the last placement against others."""
     columns = {
@@ -170,7 +261,7 @@ def report(
     }
     *bases, own = columns
     columns["lower bound"] = lower_bound_L(held_out_NLE, cluster) / len(held_out_NLE)
-    table = Table(title="Modelled time of a batch that was not used for placing, us")
+    table = Table(title=f"Modelled time of a batch that was not used for placing, {unit}")
     for heading in ("layer", *columns, *(f"{own} against {base}" for base in bases)):
         table.add_column(heading, justify="right")
     for row, layer in enumerate([*layer_index_L, "all"]):

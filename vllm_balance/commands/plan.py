@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # The simulator imports torch, which need not be there for ot
     from vllm_balance.simulate.models import Model
     from vllm_balance.simulate.validity import Errors
 
-MOST_LAYERS = 4
+MAX_LAYERS = 4
 """Simulated layers, which stand for all."""
 HEADINGS = ("x", "in flight", "TPOT", "TTFT", "tok/s", "gain", "experts", "wait", "GB")
 
@@ -75,6 +75,7 @@ def plan(
     found = found.with_engine(*engine_of(found, batched_tokens, sequences))
     layout = layout_of(tensor, data, dispatch, found.ranks_per_node.value)
     _require_one_traffic(trace, zipf)
+    recording = None if trace is None else traces.load(trace)
     if concurrency is None and slo_tpot is None:
         concurrency = 32 * layout.num_ranks
     question = advice.Question(
@@ -84,12 +85,18 @@ def plan(
         layout=layout,
         prompt_tokens=prompt,
         output_tokens=output,
-        traffic=traffic_of(shape, trace, zipf or 0.0, seed),
+        traffic=traffic_of(shape, recording, zipf or 0.0, seed),
         concurrency=concurrency,
         slo_tpot_us=None if slo_tpot is None else microseconds(slo_tpot),
     )
     errors = validity.load().of(profile)
     report(question, advice.advise(question, errors.mean.value), errors)
+    if recording is not None and recording.topk_ids_TLK is None:
+        Console().print(
+            f"Trace {recording.name} holds counts of steps: which experts a token uses together is "
+            f"drawn from them, not recorded.",
+            soft_wrap=True,
+        )
 
 
 def _require_one_traffic(trace: Path | None, zipf: float | None) -> None:
@@ -158,17 +165,17 @@ def microseconds(text: str) -> float:
 
 
 def traffic_of(
-    shape: Model, trace: Path | None, zipf: float, seed: int
+    shape: Model, trace: traces.Trace | None, zipf: float, seed: int
 ) -> Callable[[], tuple[Traffic, Traffic]]:
     """What makes fresh traffic: of a trace, half to serve and half to place experts by."""
     from vllm_balance.replay_rows import ReplaySettings
     from vllm_balance.simulate import recorded, skewed
 
-    layers = min(MOST_LAYERS, shape.num_moe_layers)
+    layers = min(MAX_LAYERS, shape.num_moe_layers)
     if trace is None:
         served = placed_by = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
     else:
-        first, second = traces.load(trace).split(seed)
+        first, second = trace.split(seed)
         served = recorded(second, shape, layers, seed)
         placed_by = recorded(first, shape, layers, seed)
     return lambda: (served.fresh(), placed_by.fresh())

@@ -76,6 +76,12 @@ def profile(
     if plot is not None:
         pictures.require_drawable(plot)
     cores, isa = cores_of(ranks), kernel_isa(shape.dtype)
+    if experts is not None and experts * COARSE[1] > MAX_TOKENS:
+        raise BalancerError(
+            f"--experts asks for {experts} experts on each rank, and samples have at most "
+            f"{MAX_TOKENS} tokens, {COARSE[1]} and more for each expert. Allowed are up to "
+            f"{MAX_TOKENS // COARSE[1]}."
+        )
     local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
     with probing(shape, isa, cores, local) as probe:
         points_RSN = sample(probe, local)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vllm_balance import documents
 from vllm_balance.commands.report_plots import panels
 from vllm_balance.errors import BalancerError
 from vllm_balance.measured_tables import tables
@@ -27,11 +28,7 @@ def report(
             f"There is no measurement in {', '.join(map(str, results))}. Measure with "
             f"`python -m bench.run configs/runs/decode.toml`; its rows are in bench/results."
         )
-    page = render(runs)
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise BalancerError(f"{output} cannot be written: {error.strerror}.") from error
+    documents.write_text(output, render(runs))
     Console().print(f"Wrote {output}: {', '.join(rows[0].run for rows in runs)}.")
 
 

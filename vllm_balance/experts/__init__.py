@@ -1,1 +1,1 @@
-"""How a rank computes its experts."""
+"""Experts of one rank: host store, dynamic slots, copies into them, and what the CPU computes."""

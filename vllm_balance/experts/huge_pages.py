@@ -11,9 +11,9 @@ import torch
 
 HUGE_PAGE_BYTES = 2 << 20
 PIECE_BYTES = 16 * HUGE_PAGE_BYTES
-"""Memory that one call is about."""
+"""Bytes that one madvise call covers."""
 ROUNDS = 3
-"""Times that a piece is asked for, until the system moves it."""
+"""Attempts to collapse a piece before it is left as it is."""
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 """Linux 6.1 and later; refused with EINVAL before."""

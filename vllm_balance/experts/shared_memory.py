@@ -44,12 +44,14 @@ class SharedMemory:
         Raises:
             BalancerError: the machine does not have this much.
         """
-        descriptor = os.memfd_create("moe_balancer_experts", os.MFD_CLOEXEC)
+        descriptor = -1
         try:
+            descriptor = os.memfd_create("moe_balancer_experts", os.MFD_CLOEXEC)
             os.truncate(descriptor, size_bytes)
             shared = cls(descriptor, size_bytes)
         except OSError as error:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise BalancerError(
                 f"The host store of all experts needs {size_bytes:,} bytes of shared memory, and "
                 f"the machine refuses them: {error.strerror}. Free memory or leave "
@@ -98,5 +100,8 @@ class SharedMemory:
 
 def machine() -> str:
     """The same text in all processes that can share memory."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # a sandbox that hides it
+        boot = os.uname().nodename
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"

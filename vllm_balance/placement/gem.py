@@ -7,8 +7,6 @@ experts which fire together end up on different ranks although averages would no
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +17,7 @@ from vllm_balance.placement.policy import (
     Cluster,
     Progress,
     check_history,
+    place_layers,
     refuse_redundant,
 )
 
@@ -48,12 +47,9 @@ class GemPlacement:
 
         def place_layer(layer: int) -> Array:
             rank_of_E = self._search(history_NLE[:, layer], cluster, coefficient_S7, layer)
-            if progress is not None:
-                progress(layer)
             return np.argsort(rank_of_E, kind="stable").astype(np.int32)
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
+        return place_layers(place_layer, history_NLE.shape[1], progress)
 
     def _search(
         self, history_NE: Array, cluster: Cluster, coefficient_S7: Array, layer: int
@@ -65,7 +61,7 @@ class GemPlacement:
         random = np.random.default_rng((self.seed, layer))
         starts_ME = [linear_E, packed(history_NE, cluster)]
         starts_ME += [random.permutation(linear_E) for _ in range(self.starts)]
-        _, rank_of_E, _ = search(
+        rank_of_E = search(
             np.ascontiguousarray(history_NE, dtype=np.int64),
             np.array(starts_ME, dtype=np.int64),
             coefficient_S7,

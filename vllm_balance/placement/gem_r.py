@@ -7,15 +7,19 @@ gives redundant slots to other experts, and scores both as the routing will use 
 from __future__ import annotations
 
 import heapq
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from vllm_balance.placement.gem import coefficients, mean_loads
-from vllm_balance.placement.policy import Array, Cluster, Progress, check_history
+from vllm_balance.placement.policy import (
+    Array,
+    Cluster,
+    Progress,
+    check_history,
+    place_layers,
+)
 from vllm_balance.placement.score import Split
 
 
@@ -39,12 +43,9 @@ class GemReplicaPlacement:
 
         def place_layer(layer: int) -> Array:
             slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7)
-            if progress is not None:
-                progress(layer)
             return slots_P.astype(np.int32)
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            return np.stack(list(threads.map(place_layer, range(history_NLE.shape[1]))))
+        return place_layers(place_layer, history_NLE.shape[1], progress)
 
     def _search(self, history_NE: Array, cluster: Cluster, coefficient_S7: Array) -> Array:
         from vllm_balance.placement.replica_load import EVEN, ONE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -58,12 +60,29 @@ class PlacementPolicy(Protocol):
 
         Args:
             history_NLE: pairs of each expert in each recorded step, integers [N, L, E], N >= 1.
+            cluster: the ranks' curves, and how many redundant experts they hold together.
+            progress: called with each layer's position when it is ready.
 
         Raises:
             BalancerError: the slots do not divide over the ranks, or the policy cannot use
                 redundant experts.
         """
         ...
+
+
+def place_layers(
+    place_layer: Callable[[int], Array], num_layers: int, progress: Progress | None
+) -> Array:
+    """The rows of all layers, int32 [L, P], computed on all cores that this process may use."""
+
+    def placed(layer: int) -> Array:
+        row_P = place_layer(layer)
+        if progress is not None:
+            progress(layer)
+        return row_P
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return np.stack(list(threads.map(placed, range(num_layers))))
 
 
 def check_history(history_NLE: Array) -> None:

@@ -173,7 +173,7 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
 def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
     """Descends from every start, then kicks the best and descends again, keeping what is better.
 
-    Returns (score, rank of each item, descents).
+    Returns the rank of each item, int64 [I].
     """
     np.random.seed(seed)
     none = np.empty(0)
@@ -198,4 +198,4 @@ def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
         fruitless += 1
         if score < best * (1.0 - 1e-9):
             best, best_I, fruitless = score, trial_I, 0
-    return best, best_I, descents
+    return best_I

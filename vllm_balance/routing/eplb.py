@@ -37,7 +37,7 @@ class EplbRouting:
                 topk_ids_TK,
                 logical_to_physical_ER=tables.logical_to_physical_ER,
                 num_replicas_E=tables.num_replicas_E,
-                **tables.recording(num_valid_tokens),
+                **tables.kernel_arguments(num_valid_tokens),
             )
         return _vllm_hash(topk_ids_TK, tables, num_valid_tokens)
 
@@ -59,5 +59,7 @@ def _vllm_hash(
         num_unpadded_tokens=num_valid_tokens,
     )
     counted_only = replace(tables, load_P=None, record_enabled=None)
-    record(physical_TK, regime=Regime.COMPUTE_BOUND, **counted_only.recording(num_valid_tokens))
+    record(
+        physical_TK, regime=Regime.COMPUTE_BOUND, **counted_only.kernel_arguments(num_valid_tokens)
+    )
     return physical_TK

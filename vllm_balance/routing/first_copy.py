@@ -1,4 +1,4 @@
-"""Every token of an expert goes to its first replica: the strongest choice that never looks."""
+"""Every token of an expert goes to its first replica: a baseline that never looks at the batch."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class FirstCopyRouting:
         physical_TK = torch.where(
             topk_ids_TK >= 0, first_E[topk_ids_TK.clamp(min=0).long()], topk_ids_TK
         )
-        record(physical_TK, regime=Regime.MEMORY_BOUND, **tables.recording(num_valid_tokens))
+        record(physical_TK, regime=Regime.MEMORY_BOUND, **tables.kernel_arguments(num_valid_tokens))
         return physical_TK

@@ -30,6 +30,6 @@ class GemRouting:
         tables: LayerTables,
         num_valid_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
-        redundant = tables.num_physical > tables.num_replicas_E.shape[0]
+        redundant = tables.num_physical > tables.num_logical
         policy = _EVEN if redundant else _ONLY_COPY
         return policy.route(topk_ids_TK, tables, num_valid_tokens)

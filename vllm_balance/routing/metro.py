@@ -3,10 +3,10 @@
 arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/metro.md). In the
 compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
 
-It is written down four times, and tests hold them against each other. `route` is what a batch
-meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba on CPU, Triton on GPU).
-`plan` is the same from counts in torch operations, for the `all_reduce` way. Beside the kernels are
-a reference that is easy to read, and one that follows the GPU's algorithm step by step.
+`route` is what a batch meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba
+on CPU, Triton on GPU). `plan` is for the `all_reduce` way: the kernel `choose` on exchanged counts,
+the split in torch operations. Tests hold both against `kernels/metro/reference.py` (the smallest
+lambda by maximum flow, the mapping), and the GPU's choice against `parallel_reference.py`.
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ class MetroRouting:
             num_replicas_E=tables.num_replicas_E,
             knee_tokens=self.knee_tokens,
             free_tokens=self.free_tokens,
-            **tables.recording(num_valid_tokens),
+            **tables.kernel_arguments(num_valid_tokens),
         )

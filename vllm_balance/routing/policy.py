@@ -30,7 +30,12 @@ class LayerTables:
     counters: torch.Tensor
     """int64, laid out by ``kernels/record/layout.py``."""
 
-    def recording(self, num_valid_tokens: torch.Tensor | None) -> dict[str, Any]:
+    @property
+    def num_logical(self) -> int:
+        """Experts of the model's layer, without replicas."""
+        return self.num_replicas_E.shape[0]
+
+    def kernel_arguments(self, num_valid_tokens: torch.Tensor | None) -> dict[str, Any]:
         """Keyword arguments of every kernel that routes and records a batch."""
         return {
             "num_ranks": self.num_ranks,
@@ -46,7 +51,7 @@ class LayerTables:
         """The placement as it is now. No host sync; columns up to the most replicas possible."""
         width = min(
             self.logical_to_physical_ER.shape[1],
-            self.num_physical - self.num_replicas_E.shape[0] + 1,
+            self.num_physical - self.num_logical + 1,
         )
         table_ER = self.logical_to_physical_ER[:, :width].to(torch.int32).contiguous()
         experts_ER = torch.arange(table_ER.shape[0], dtype=torch.int32, device=table_ER.device)[
@@ -73,8 +78,8 @@ class RoutingPolicy(Protocol):
     def plan(self, demand: Demand, placement: Placement) -> Plan:
         """Tokens for each replica of each expert, without a host sync.
 
-        Called in serving where ranks exchange counts and see only their own tokens, and by
-        simulation and tests.
+        Called in serving for policies with `counts_decide` where ranks exchange counts and see
+        only their own tokens; of the others it says, for tests, what `route` must do.
         """
         ...
 

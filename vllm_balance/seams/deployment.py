@@ -25,6 +25,7 @@ from vllm_balance.maps import PlacementMap
 from vllm_balance.online import require_whole_batch
 from vllm_balance.recording import RecordSettings, require_new
 from vllm_balance.replay_rows import draw
+from vllm_balance.seams.host_memory import available_bytes
 from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.settings_files import (
     absolute,
@@ -187,13 +188,17 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         and config.map is not None
         and not config.uses_eplb,
     }
+    # The host store is filled once, and moved experts are not where new weights would be written.
+    if config.fetches or config.moves:
+        refused["weight transfer"] = vllm_config.weight_transfer_config is not None
+    # vLLM gives adapters to experts by the linear placement.
+    if config.fetches or config.uses_eplb or config.map is not None:
+        refused["LoRA"] = vllm_config.lora_config is not None
     if config.fetches:
-        # The host store is filled once: weights that change later would not reach it.
-        refused |= {
-            "sleep mode": vllm_config.model_config.enable_sleep_mode,
-            "weight transfer": vllm_config.weight_transfer_config is not None,
-            "LoRA": vllm_config.lora_config is not None,
-        }
+        refused["sleep mode"] = vllm_config.model_config.enable_sleep_mode
+    # A step that is tried again would be counted, fetched for or recorded twice on some ranks.
+    if config.fetches or config.online is not None or config.record is not None:
+        refused["--enable-fault-tolerance"] = getattr(parallel, "enable_fault_tolerance", False)
     found = [name for name, present in refused.items() if present]
     if found:
         raise BalancerError(
@@ -234,7 +239,8 @@ def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
     """The absolute path to record at, checked where the deployment is set up."""
     path = record.file.expanduser().absolute()
     if _is_first_process():
-        require_new(path, num_files=parallel.data_parallel_size_local or 1)
+        first = parallel.data_parallel_rank
+        require_new(path, range(first, first + (parallel.data_parallel_size_local or 1)))
     return path
 
 
@@ -329,10 +335,9 @@ def _weight_bytes(model: Any) -> float:
 
 def _free_host_bytes(vllm_config: Any, local_ranks: int) -> int:
     """Memory of this machine that weights may take: what is free, on CPU without the caches."""
-    import psutil
     from vllm.platforms import current_platform
 
-    free = int(psutil.virtual_memory().available)
+    free = available_bytes()
     if current_platform.is_cpu():
         free -= (vllm_config.cache_config.kv_cache_memory_bytes or 0) * local_ranks
     return max(0, free)

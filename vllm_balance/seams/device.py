@@ -49,29 +49,39 @@ def unprofiled_device() -> str | None:
     return None if is_x86 else f"a CPU of type {platform.machine()}"
 
 
+def has_amx_kernel(dtype: str) -> bool:
+    """Whether vLLM's CPU experts run on AMX here, which computes bfloat16 only."""
+    import torch
+
+    return dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
+
+
 def kernel_isa(dtype: str) -> str:
     """Which of its CPU kernels vLLM chooses for unquantised experts here: amx or vec.
 
     Args:
-        dtype: of the weights, as in `torch.bfloat16`; AMX computes bfloat16 only.
+        dtype: of the weights, as in `torch.bfloat16`.
 
     Raises:
         BalancerError: this is no x86 CPU; other devices are not profiled yet.
     """
-    import torch
-
     if (found := unprofiled_device()) is not None:
         raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs; this is {found}. "
-            f"Run it on the machine that serves."
+            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs only; this is "
+            f"{found}. `vllm-balance place --model MODEL --speeds ...` places experts without a "
+            f"profile."
         )
-    has_amx = dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
-    return "amx" if has_amx else "vec"
+    return "amx" if has_amx_kernel(dtype) else "vec"
+
+
+def processor() -> str:
+    """The name of this machine's processor, as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
 
 
 def device_name(dtype: str) -> str:
     """Processor of this machine and kernel for experts of a dtype. Raises BalancerError as
     `kernel_isa` does."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {kernel_isa(dtype)}"
+    return f"{processor()}, {kernel_isa(dtype)}"

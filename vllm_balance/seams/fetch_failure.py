@@ -1,4 +1,4 @@
-"""A fetch that fails in a worker process ends it, so that vLLM's engine notices at once."""
+"""What fails in a worker process ends it, so that vLLM's engine notices at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 from vllm_balance.experts.prefetch import Copy, FetchError, Prefetch
 
+WATCHED = ("mp", "ray")
+"""Executors of vLLM whose processes catch every exception and are watched for their end; with
+others an exception reaches those who can end the engine."""
+
 
 def for_executor(prefetch: Prefetch, executor: Any) -> Prefetch:
     """The prefetch as a rank of this executor needs it.
 
     Args:
-        executor: vLLM's ``distributed_executor_backend``. Only ``mp`` watches processes of its
-            own; elsewhere an exception reaches those who can end the engine.
+        executor: vLLM's ``distributed_executor_backend``.
     """
-    return EndingPrefetch(prefetch) if executor == "mp" else prefetch
+    return EndingPrefetch(prefetch) if executor in WATCHED else prefetch
 
 
 class EndingPrefetch:
@@ -32,14 +35,14 @@ class EndingPrefetch:
         self._prefetch = prefetch
 
     def start(self, copies: Sequence[Copy]) -> None:
-        with _ends_process():
+        with ends_process(FetchError):
             self._prefetch.start(copies)
 
     def pending(self, layer: int) -> set[int]:
         return self._prefetch.pending(layer)
 
     def wait(self, layer: int) -> None:
-        with _ends_process():
+        with ends_process(FetchError):
             self._prefetch.wait(layer)
 
     def close(self) -> None:
@@ -47,12 +50,12 @@ class EndingPrefetch:
 
 
 @contextmanager
-def _ends_process() -> Iterator[None]:
-    """Logs a fetch that fails inside and ends the process with status 1, without clean-up: that
-    of a process group waits for the other ranks."""
+def ends_process(kind: type[Exception]) -> Iterator[None]:
+    """Logs an exception of this kind and ends the process with status 1, without clean-up: that of
+    a process group waits for the other ranks."""
     try:
         yield
-    except FetchError as error:
+    except kind as error:
         from vllm.logger import init_logger
 
         init_logger(f"vllm.{__name__}").exception("This worker ends. %s", error)

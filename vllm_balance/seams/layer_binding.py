@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_balance.balancer import LayerBalancer, new_counters
-from vllm_balance.config import BalancerConfig
+from vllm_balance.config import WITHOUT_EPLB, BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts, PairBuffers
@@ -91,8 +91,8 @@ def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> Layer
         if state.logical_to_physical_map is None:
             raise BalancerError(
                 f"{runner.layer_name} was built for vLLM's EPLB, whose maps do not cover it: vLLM "
-                f"does not support EPLB for this model. Use --moe-balancer static, or gem or "
-                f"exflow with a map without redundant experts, or leave --moe-balancer away."
+                f"does not support EPLB for this model. {WITHOUT_EPLB}, or leave --moe-balancer "
+                f"away."
             )
         device = state.logical_to_physical_map.device
         return LayerTables(

@@ -65,7 +65,7 @@ class PlacedLoading:
             write_maps(state, row, slots_P, model.num_logical_experts)
 
     def problem(self, layers: Iterable[Any], load_format: str) -> str | None:
-        """What did not arrive on this rank, or None: every slot has each part exactly once."""
+        """What did not arrive on this rank, or None: every slot has every part equally often."""
         for layer in layers:
             slots_P = self.placement.slots_P(layer_index(layer.layer_name))
             parts = {
@@ -73,7 +73,10 @@ class PlacedLoading:
                 for slot in np.flatnonzero(slots_P >= 0).tolist()
                 if is_local(layer, slot)
             }
-            whole = Counter(set().union(*parts.values())) if parts else Counter()
+            # Once, or twice where vLLM quantises while loading: then it measures each part first.
+            whole: Counter[tuple[str, str]] = Counter()
+            for found in parts.values():
+                whole |= found
             # vLLM's own placement is left to loaders that go other ways.
             if not whole and (load_format == "dummy" or self._is_vllms):
                 continue

@@ -10,7 +10,7 @@ import torch
 
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.config import BalancerConfig
-from vllm_balance.online import OnlinePlacement, recording, require_whole_batch
+from vllm_balance.online import OnlinePlacement, record_load_into, require_whole_batch
 from vllm_balance.placement.online import Decision, compile_ahead
 from vllm_balance.placement.policy import Array, Cluster
 from vllm_balance.seams.loading import write_maps
@@ -109,7 +109,7 @@ def online_placement(
     placement_LP = ranks.placement_LP
     load_LP = torch.zeros(placement_LP.shape, dtype=torch.int32)
     for layer, load_P in zip(layers, load_LP, strict=True):
-        recording(layer, load_P)
+        record_load_into(layer, load_P)
     return OnlinePlacement(
         settings=config.online,
         costs=costs,

@@ -52,7 +52,7 @@ class RecordingWorker:
         self._record_from_start = settings
         self.recorder = Recorder(
             RecordedModel(
-                num_experts=first.tables.num_replicas_E.shape[0],
+                num_experts=first.tables.num_logical,
                 top_k=moe.experts_per_token,
                 layer_index=tuple(extract_layer_index(runner.layer_name) for runner in runners),
                 rank=0 if shares_tokens else first.rank,
@@ -109,7 +109,7 @@ class RecordingWorker:
             return None
         try:
             self.recorder.start(RecordSettings.model_validate(settings))
-        except BalancerError as error:
+        except (BalancerError, OSError, RuntimeError, ValueError) as error:
             return {"error": str(error)}
         self._requests, self._asked_by = {}, asked_by
         return self.recorder.status()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_balance.config import WITHOUT_EPLB
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam
 from vllm_balance.seams.deployment import settings_of
@@ -202,9 +203,8 @@ def require_known_slots(runner: Any, enable_eplb: bool) -> None:
     if enable_eplb and runner.router.eplb_state is None:
         raise BalancerError(
             f"{runner.layer_name} was built without vLLM's EPLB, which this --moe-balancer needs "
-            f"for redundant or moving experts: vLLM does not support EPLB for this model. Use "
-            f"--moe-balancer static, or gem or exflow with a map without redundant experts, or "
-            f"leave --moe-balancer away."
+            f"for redundant or moving experts: vLLM does not support EPLB for this model. "
+            f"{WITHOUT_EPLB}, or leave --moe-balancer away."
         )
     fused = runner.routed_experts.expert_map_manager.num_fused_shared_experts
     if fused:

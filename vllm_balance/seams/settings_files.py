@@ -44,8 +44,8 @@ def absolute(config: BalancerConfig) -> dict[str, str]:
 
 
 def initial_placement(config: BalancerConfig, vllm_config: Any) -> InitialPlacement | None:
-    """Where settled settings want the experts at load time; None leaves them to vLLM, which loads
-    redundant experts from some checkpoints and from others not.
+    """Where settled settings want the experts at load time. None: vLLM loads them its own way,
+    which fills redundant slots from some checkpoints only.
 
     Raises:
         BalancerError: the placement cannot be read or does not fit the model and the ranks.

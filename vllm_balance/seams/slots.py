@@ -94,7 +94,7 @@ class ModelSlots:
             if costs is not None
             else token_us(self._runners[0].routed_experts),
         )
-        of_ranks = _share(self._group, own)
+        of_ranks = from_all_ranks(self._group, own)
         speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
         cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
         init_logger(f"vllm.{__name__}").info("MoE balancer %s: %s.", self._config.name, cost)
@@ -121,7 +121,9 @@ class ModelSlots:
                 f"needs one size. Use another --moe-balancer for this model."
             )
         num_experts = self._runners[0].moe_config.num_logical_experts
-        machine = Machine(rank=self._group.rank_in_group, share=partial(_share, self._group))
+        machine = Machine(
+            rank=self._group.rank_in_group, share=partial(from_all_ranks, self._group)
+        )
         store = HostStore.shared(
             layouts.pop(),
             num_layers=len(self._runners),
@@ -166,7 +168,8 @@ def _logits(gate: Any, hidden_states_TD: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _share(group: Any, mine: Any) -> list[Any]:
+def from_all_ranks(group: Any, own: Any) -> list[Any]:
+    """What each rank of a vLLM group passes, in the order of ranks; a collective."""
     found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
     return found

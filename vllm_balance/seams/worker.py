@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
-from vllm_balance.config import BalancerConfig
+from vllm_balance.config import WITHOUT_EPLB, BalancerConfig
+from vllm_balance.cost import GPU_KNEE_TOKENS
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import PairBuffers
 from vllm_balance.experts.prefetch import Prefetch
@@ -19,15 +20,16 @@ from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, ROUTING, RoutingPolicy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.fetch_failure import for_executor
+from vllm_balance.seams.device import has_amx_kernel, processor
+from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor
 from vllm_balance.seams.layer_binding import bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
-from vllm_balance.seams.slots import ModelSlots
+from vllm_balance.seams.slots import ModelSlots, from_all_ranks
 
-Regime = tuple[float, float | None]
+KneeAndFree = tuple[float, float | None]
 """`knee_tokens` and `free_tokens` of :class:`MetroRouting`."""
 
 
@@ -45,8 +47,7 @@ def explaining_eplb(config: BalancerConfig) -> Iterator[None]:
             raise
         raise BalancerError(
             f"--moe-balancer {config.name} needs vLLM's EPLB for redundant or moving experts, and "
-            f"vLLM says: {error} Use --moe-balancer static, or gem or exflow with a map without "
-            f"redundant experts, or a checkpoint that is quantised another way."
+            f"vLLM says: {error} {WITHOUT_EPLB}, or a checkpoint that is quantised another way."
         ) from error
 
 
@@ -61,6 +62,8 @@ class BalancedWorker(RecordingWorker):
     _prefetch: Prefetch | None = None
     """Of a balancer that fetches."""
     model_runner: Any
+    parallel_config: Any
+    rank: int
     """vLLM's, of the worker class that this is mixed into."""
 
     def read_settings(self, vllm_config: Any) -> None:
@@ -101,15 +104,18 @@ class BalancedWorker(RecordingWorker):
             rank=get_ep_group().rank_in_group,
             placement=self._verified_placement(vllm_config, runners),
         )
-        regime = self._agreed_regime(vllm_config.model_config.dtype)
+        knee = self._agreed_knee(vllm_config.model_config.dtype)
         if self.balancer_config.fetches:
-            self._bind_slots(vllm_config, runners, regime)
+            self._bind_slots(vllm_config, runners, knee)
         else:
-            make = partial(LayerBalancer, policy=make_policy(self.balancer_config, regime))
+            make = partial(LayerBalancer, policy=make_policy(self.balancer_config, knee))
             buffers = PairBuffers()
             for runner in runners:
                 layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
                 self.worker_balancer.layers.append(layer)
+        alike = self._ranks_are_alike()
+        for layer in self.worker_balancer.layers:
+            layer.ranks_are_alike = alike
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
             vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
@@ -134,19 +140,18 @@ class BalancedWorker(RecordingWorker):
             self._prefetch.close()
         super().shutdown()
 
-    def _agreed_regime(self, dtype: torch.dtype) -> Regime:
-        """`regime_of` on this rank, which must be that of all where it decides; a collective.
+    def _agreed_knee(self, dtype: torch.dtype) -> KneeAndFree:
+        """`knee_and_free` on this rank, which must be that of all where it decides; a collective.
 
         Raises:
             BalancerError: on every rank, if their processors differ and the settings do not decide.
         """
         from vllm.distributed import get_ep_group
 
-        own, group = regime_of(self.balancer_config, dtype), get_ep_group()
+        own, group = knee_and_free(self.balancer_config, dtype), get_ep_group()
         if self.balancer_config.name != MetroRouting.name and not self.balancer_config.fetches:
             return own
-        found: list[Regime] = [own] * group.world_size
-        torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+        found = from_all_ranks(group, own)
         if len(set(found)) > 1:
             raise BalancerError(
                 f"Ranks must route a batch alike, and their processors suggest different "
@@ -156,7 +161,14 @@ class BalancedWorker(RecordingWorker):
             )
         return own
 
-    def _bind_slots(self, vllm_config: Any, runners: list[Any], regime: Regime) -> None:
+    def _ranks_are_alike(self) -> bool:
+        """Whether all ranks have this one's processor and number of threads; a collective."""
+        from vllm.distributed import get_ep_group
+
+        own = (processor(), torch.get_num_threads())
+        return len(set(from_all_ranks(get_ep_group(), own))) == 1
+
+    def _bind_slots(self, vllm_config: Any, runners: list[Any], knee: KneeAndFree) -> None:
         from vllm.distributed import get_ep_group
 
         config = self.balancer_config
@@ -165,7 +177,7 @@ class BalancedWorker(RecordingWorker):
             shared.prefetch, vllm_config.parallel_config.distributed_executor_backend
         )
         self._prefetch = shared.prefetch
-        knee_tokens, _ = regime
+        knee_tokens, _ = knee
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)
         layers, buffers = [], PairBuffers()
@@ -190,8 +202,7 @@ class BalancedWorker(RecordingWorker):
         load_format = str(vllm_config.load_config.load_format)
         placement, group = self.loading.placement, get_ep_group()
         own = (placement.checksum, self.loading.problem(layers, load_format))
-        found: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(found, own, group=group.cpu_group)
+        found = from_all_ranks(group, own)
         problems = [f"rank {rank}: {p}" for rank, (_, p) in enumerate(found) if p is not None]
         if len({checksum for checksum, _ in found}) > 1:
             problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
@@ -225,6 +236,33 @@ class BalancedWorker(RecordingWorker):
                 f"that is filled once, so weights cannot be reloaded. Restart the server."
             )
         super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def sleep(self, level: int = 1) -> None:
+        """vLLM's, where what it gives away can be had again.
+
+        Raises:
+            BalancerError: level 2 would lose the maps of vLLM's EPLB, which nothing restores.
+        """
+        if level > 1 and self.balancer_config.uses_eplb:
+            raise BalancerError(
+                f"--moe-balancer {self.balancer_config.name} needs the maps of vLLM's EPLB, which "
+                f"sleep level {level} gives away with the weights. Use level 1."
+            )
+        super().sleep(level)  # type: ignore[misc]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        with self._fails_aloud():
+            return super().execute_model(scheduler_output)
+
+    def execute_dummy_batch(self) -> None:
+        with self._fails_aloud():
+            super().execute_dummy_batch()
+
+    def _fails_aloud(self) -> AbstractContextManager[None]:
+        """Ends the process if the inside fails on a rank whose exceptions vLLM does not report."""
+        executor = self.parallel_config.distributed_executor_backend
+        is_heard = self.rank == 0 or executor not in WATCHED
+        return nullcontext() if is_heard else ends_process(Exception)
 
     def moe_balancer_status(self, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did; for ``collective_rpc("moe_balancer_status")``."""
@@ -264,26 +302,23 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
     )
 
 
-def make_policy(config: BalancerConfig, regime: Regime) -> RoutingPolicy:
+def make_policy(config: BalancerConfig, knee: KneeAndFree) -> RoutingPolicy:
     """The routing policy that the settings name."""
     policy = ROUTING[config.name]
     if policy is MetroRouting:
-        return MetroRouting(*regime)
+        return MetroRouting(*knee)
     return policy()
 
 
-def regime_of(config: BalancerConfig, dtype: torch.dtype) -> Regime:
+def knee_and_free(config: BalancerConfig, dtype: torch.dtype) -> KneeAndFree:
     """`knee_tokens` and `free_tokens` of the settings, or of this kind of device.
 
-    AMX computes bfloat16 only; other dtypes run on the kernel of CPUs without it. CPU: fitted to
-    vLLM's kernel with Qwen3-30B-A3B experts (docs/log.md). GPU: 160, the middle of what TEMPO
-    (arXiv 2608.13057) reports for fp8 on datacentre GPUs.
+    CPU: fitted to vLLM's kernels with Qwen3-30B-A3B experts, on AMX and without (docs/log.md).
     """
     from vllm.platforms import current_platform
 
     if config.knee_tokens is not None:
         return config.knee_tokens, config.free_tokens
     if not current_platform.is_cpu():
-        return 160.0, None
-    has_amx = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return (43.0, 20.0) if has_amx else (4.0, 2.0)
+        return GPU_KNEE_TOKENS, None
+    return (43.0, 20.0) if has_amx_kernel(str(dtype).removeprefix("torch.")) else (4.0, 2.0)

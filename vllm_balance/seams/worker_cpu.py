@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_balance.config import WITHOUT_EPLB
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
@@ -67,8 +68,8 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} needs vLLM's EPLB for redundant or "
                 f"moving experts, and vLLM does not support EPLB for "
-                f"{type(runner.get_model()).__name__}. Use --moe-balancer static, or gem or exflow "
-                f"with a map without redundant experts, or leave --moe-balancer away."
+                f"{type(runner.get_model()).__name__}. {WITHOUT_EPLB}, or leave --moe-balancer "
+                f"away."
             )
         runner.eplb_state = EplbState(self.parallel_config, self.device)
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)

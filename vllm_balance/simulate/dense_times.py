@@ -14,8 +14,8 @@ from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.steps import Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_ACTIVATION_BYTES = 2
-"""Hidden states travel in 16 bits."""
+ACTIVATION_BYTES = 2
+"""Per value of a hidden state: they travel in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,12 @@ class DenseTimes:
         model, tensor = self.model, self.layout.tensor
         tokens_N = self._own(steps.tokens_N)
         per_layer_N = self._product(model.attention_weights / tensor, tokens_N)
-        narrow = 0 if model.window is None else model.window.layers.value
+        windowed = 0 if model.window is None else model.window.layers.value
         total_N = per_layer_N * model.num_layers.value
-        total_N += (model.num_layers.value - narrow) * self._scores(steps.looks_N, steps.reads_N)
-        total_N += narrow * self._scores(steps.narrow_looks_N, steps.narrow_reads_N)
+        total_N += (model.num_layers.value - windowed) * self._scores(
+            steps.attended_N, steps.reads_N
+        )
+        total_N += windowed * self._scores(steps.window_attended_N, steps.window_reads_N)
         reduce_us = self.network.all_reduce_us(0, tensor)
         slope = self.network.all_reduce_us(self._state_bytes, tensor) - reduce_us
         return np.asarray(total_N + model.num_layers.value * (reduce_us + slope * tokens_N))
@@ -56,7 +58,7 @@ class DenseTimes:
 
     @property
     def _state_bytes(self) -> int:
-        return self.model.hidden.value * _ACTIVATION_BYTES
+        return self.model.hidden.value * ACTIVATION_BYTES
 
     def _own(self, tokens_N: Array) -> Array:
         """Tokens of one data-parallel rank, which are taken to be equally many on each."""
@@ -71,17 +73,17 @@ class DenseTimes:
         compute_N = share.dense_exposed.value * stream + 2 * weights * tokens_N / peak
         return np.where(tokens_N > 0, np.maximum(stream, compute_N), 0.0)
 
-    def _scores(self, looks_N: Array, reads_N: Array) -> Array:
+    def _scores(self, attended_N: Array, reads_N: Array) -> Array:
         """Attention proper of one layer.
 
-        looks_N: pairs of a query and a cached token; reads_N: cached tokens read from memory.
+        attended_N: pairs of a query and a cached token; reads_N: cached tokens read from memory.
         """
         model, layout, share = self.model, self.layout, self.hardware.efficiency
         split = 1 if model.latent else min(layout.tensor, model.num_kv_heads.value)
         moved_N = reads_N / layout.data * model.cache_width * model.cache_element.value / split
         stream_N = moved_N / (self.hardware.memory_bandwidth.per_us * share.dense_streaming.value)
         heads = model.num_heads.value / layout.tensor
-        flop_N = 2 * heads * model.attention_width * looks_N / layout.data
+        flop_N = 2 * heads * model.attention_width * attended_N / layout.data
         number = "float16" if "float16" in self.hardware.compute else model.dense_number
         peak = self.hardware.peak(number).per_us * share.attention_compute.value
         return np.maximum(stream_N, flop_N / peak)

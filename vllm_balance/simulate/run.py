@@ -10,7 +10,7 @@ import numpy as np
 from vllm_balance.profiles import Profile
 from vllm_balance.routing import FETCHING
 from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
-from vllm_balance.simulate.dense_times import DenseTimes
+from vllm_balance.simulate.dense_times import ACTIVATION_BYTES, DenseTimes
 from vllm_balance.simulate.expert_times import ExpertTimes, measured, roofline
 from vllm_balance.simulate.fetches import (
     FetchingDecider,
@@ -30,7 +30,6 @@ from vllm_balance.simulate.traffic import Traffic
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
 """Decode batches that redundant experts are placed by, and their size."""
-_STATE_BYTES = 2
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
 
@@ -174,7 +173,7 @@ class _MoeStage:
         """Exchange of one layer; dispatch and combine of all."""
         layout, network, layers = self.arm.layout, self.network, len(pairs_LS)
         ranks = layout.num_ranks
-        state = self.arm.model.hidden.value * _STATE_BYTES
+        state = self.arm.model.hidden.value * ACTIVATION_BYTES
         if layout.data == 1:
             return 0.0, 0.0, layers * network.all_reduce_us(num_tokens * state, ranks)
         if layout.dispatch == "all_gather":
@@ -186,7 +185,7 @@ class _MoeStage:
         asks = self.decider.policy.counts_decide
         exchange = network.all_reduce_us(counts, ranks) if asks else 0.0
         busiest_L = pairs_LS.max(1)
-        narrow = self.arm.model.expert_weight.value if self._is_narrow else _STATE_BYTES
+        narrow = self.arm.model.expert_weight.value if self._is_narrow else ACTIVATION_BYTES
         sent_L = busiest_L * self.arm.model.hidden.value * narrow
         dispatch = sum(network.all_to_all_us(float(sent), ranks) for sent in sent_L)
         combine = sum(network.all_to_all_us(float(pairs * state), ranks) for pairs in busiest_L)

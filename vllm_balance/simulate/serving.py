@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from vllm_balance.simulate.steady import steady
-from vllm_balance.simulate.steps import Load, Steps
+from vllm_balance.simulate.steps import NO_WINDOW, Load, Steps, cache_use
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_NAMES = ("decode", "prefill", "sampled", "looks", "reads", "narrow_looks", "narrow_reads")
+_NAMES = ("decode", "prefill", "sampled", "attended", "reads", "window_attended", "window_reads")
 
 
 def schedule(load: Load, *, window: int | None = None, seed: int = 0) -> Steps:
-    """The steps of a load. `window`: how far back narrow layers look."""
-    far = window or 2**40
+    """The steps of a load. `window`: how far back layers with a window look."""
+    far = window or NO_WINDOW
     return steady(load, far, np.random.default_rng(seed)) if load.steady else _burst(load, far)
 
 
@@ -64,19 +64,11 @@ class _Requests:
         self.computed_C = before_C + added_C
         prompted_C = (taken_C > 0) & (self.computed_C == prompt)
         self.first_C[prompted_C] = now
+        chunks = [(int(b), int(a)) for b, a in zip(before_C, added_C, strict=True) if a]
         return (
             int(decoding_C.sum()),
             int(taken_C.sum()),
             int(decoding_C.sum() + prompted_C.sum()),
-            *_cache_use(before_C, added_C, 2**40),
-            *_cache_use(before_C, added_C, self.window),
+            *cache_use(chunks, NO_WINDOW),
+            *cache_use(chunks, self.window),
         )
-
-
-def _cache_use(before_C: Array, added_C: Array, window: int) -> tuple[int, int]:
-    """(looks, reads) of the tokens added in a step, none further back than `window`."""
-    after_C = before_C + added_C
-    short_C = np.clip(window - before_C, 0, added_C)
-    looks = (short_C * before_C + short_C * (short_C + 1) // 2 + (added_C - short_C) * window).sum()
-    reads = np.where(added_C > 0, np.minimum(after_C, window + added_C - 1), 0).sum()
-    return int(looks), int(reads)

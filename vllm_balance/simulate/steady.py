@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_balance.simulate.steps import Load, Steps
+from vllm_balance.simulate.steps import NO_WINDOW, Load, Steps, cache_use
 
 Array = np.ndarray[Any, np.dtype[Any]]
-MOST_STEPS = 2**14
-"""Of a cycle, in which every request goes around once; longer ones are cut."""
-MOST_CYCLES = 6
+MAX_CYCLE_STEPS = 2**14
+"""Of a cycle, in which every request goes around once; a longer cycle is cut."""
+MAX_CYCLES = 6
 DRIFT = 0.01
 """Relative difference of the tokens that come out of two cycles up to which nothing drifts."""
 
@@ -25,9 +25,9 @@ DRIFT = 0.01
 def steady(load: Load, window: int, random: np.random.Generator) -> Steps:
     """At most `max_steps` typical steps of a cycle of the steady state."""
     state = _Scheduler(load, window, random)
-    length = min(cycle_steps(load), MOST_STEPS)
+    length = min(cycle_steps(load), MAX_CYCLE_STEPS)
     before = math.inf
-    for _ in range(MOST_CYCLES):
+    for _ in range(MAX_CYCLES):
         start = len(state.rows)
         for _ in range(length):
             state.step()
@@ -64,8 +64,8 @@ class _Scheduler:
         self.head = 0
         """Computed tokens of the first one's prompt."""
         self.rows: list[tuple[int, ...]] = []
-        """Decoding requests, prompt tokens and finished prompts of each step, and looks and reads
-        of prompts, without and with the window."""
+        """Decoding requests, prompt tokens and finished prompts of each step, and what prompts
+        attend to and read, without and with the window."""
         self.answered: list[tuple[int, int]] = []
         """Steps in which each request came and got its first token."""
 
@@ -77,7 +77,7 @@ class _Scheduler:
         self.queue.extend([now] * ended)
         prompts, chunks = self._take(now, self.load.token_budget - self.decoding)
         self.finished.append(prompts)
-        far, near = (_uses(chunks, window) for window in (2**40, self.window))
+        far, near = (cache_use(chunks, window) for window in (NO_WINDOW, self.window))
         added = sum(added for _, added in chunks)
         self.rows.append((self.decoding, added, prompts, *far, *near))
 
@@ -98,23 +98,23 @@ class _Scheduler:
     def columns(self, start: int) -> Array:
         """Rows of `Steps` from a step on, [M, 7]."""
         decode_M, prefill_M, prompts_M, *used = np.array(self.rows[start:], np.int64).T
-        own = [self._decoding_reads(start, window) for window in (2**40, self.window)]
-        looks_M, reads_M, near_looks_M, near_reads_M = used
+        own = [self._decoding_reads(start, window) for window in (NO_WINDOW, self.window)]
+        attended_M, reads_M, window_attended_M, window_reads_M = used
         return np.stack(
             [
                 decode_M,
                 prefill_M,
                 decode_M + prompts_M,
-                looks_M + own[0],
+                attended_M + own[0],
                 reads_M + own[0],
-                near_looks_M + own[1],
-                near_reads_M + own[1],
+                window_attended_M + own[1],
+                window_reads_M + own[1],
             ],
             axis=1,
         )
 
     def _decoding_reads(self, start: int, window: int) -> Array:
-        """Cached tokens that decoding requests read and look at in each step from `start` on, [M].
+        """Cached tokens that decoding requests read, and attend to, in each step from `start`, [M].
 
         Of a request whose prompt was finished k steps ago: prompt + k, at most the window.
         """
@@ -137,16 +137,6 @@ class _Scheduler:
         return arrived_R, first_R
 
 
-def _uses(chunks: list[tuple[int, int]], window: int) -> tuple[int, int]:
-    """(looks, reads) of chunks of prompts, none further back than `window`."""
-    looks = reads = 0
-    for before, added in chunks:
-        short = min(max(window - before, 0), added)
-        looks += short * before + short * (short + 1) // 2 + (added - short) * window
-        reads += min(before + added, window + added - 1)
-    return looks, reads
-
-
 def _typical(load: Load, rows_M7: Array, arrived_R: Array, first_R: Array) -> Steps:
     """Groups of alike steps, each simulated as its mean, in the order in which they first come."""
     like_M = _groups(rows_M7, load.max_steps)
@@ -156,10 +146,10 @@ def _typical(load: Load, rows_M7: Array, arrived_R: Array, first_R: Array) -> St
         decode_N=mean_7N[0],
         prefill_N=mean_7N[1],
         sampled_N=mean_7N[2],
-        looks_N=mean_7N[3],
+        attended_N=mean_7N[3],
         reads_N=mean_7N[4],
-        narrow_looks_N=mean_7N[5],
-        narrow_reads_N=mean_7N[6],
+        window_attended_N=mean_7N[5],
+        window_reads_N=mean_7N[6],
         like_M=like_M,
         arrived_R=arrived_R,
         first_R=first_R,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from vllm_balance.errors import BalancerError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+NO_WINDOW = 2**40
+"""Tokens that layers without a window look back: more than any request has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +28,8 @@ class Load:
     max_steps: int
     """Simulated steps: of a steady load those that stand for a cycle, of a burst its first."""
     steady: bool = True
-    """A finished request is followed by the next, and has been for long. False: a burst that none
-    follows. The engine begins a step with the first request, and the others wait for its end."""
+    """Closed loop in its steady state: when a request ends, the next one starts. False: one burst;
+    the engine starts its first step with one request and takes the others in the second."""
 
     def __post_init__(self) -> None:
         least = min(self.concurrency, self.prompt_tokens, self.output_tokens, self.max_steps)
@@ -54,18 +57,18 @@ class Steps:
     """Tokens of prompts."""
     sampled_N: Array
     """Tokens that come out: one per decoding request and per finished prompt."""
-    looks_N: Array
+    attended_N: Array
     """Pairs of a query token and a cached one."""
     reads_N: Array
     """Cached tokens read: once per request in the step."""
-    narrow_looks_N: Array
+    window_attended_N: Array
     """The same where a layer looks back `window` tokens only."""
-    narrow_reads_N: Array
+    window_reads_N: Array
     like_M: Array
     """The simulated step that each step of the load is like; of a burst, itself."""
     arrived_R: Array
-    """Step at whose beginning, or of a burst at once behind whose beginning, the request came;
-    negative: before the first step."""
+    """Step at whose start the request arrived; in a burst all but the first arrive just after step
+    0 has started. Negative: before the first step."""
     first_R: Array
     """Step that gave its first token."""
 
@@ -84,3 +87,20 @@ class Steps:
     def times_N(self) -> Array:
         """How many steps of the load each simulated one stands for."""
         return np.bincount(self.like_M, minlength=len(self.decode_N))
+
+
+def cache_use(chunks: Iterable[tuple[int, int]], window: int) -> tuple[int, int]:
+    """What tokens added in a step attend to and read, none further back than `window`.
+
+    Args:
+        chunks: (tokens in the cache before the step, tokens added) of each request.
+
+    Returns:
+        Pairs of an added token and a cached one, and cached tokens read.
+    """
+    attended = reads = 0
+    for before, added in chunks:
+        short = min(max(window - before, 0), added)
+        attended += short * before + short * (short + 1) // 2 + (added - short) * window
+        reads += min(before + added, window + added - 1)
+    return attended, reads

@@ -11,7 +11,7 @@ import torch
 from vllm_balance.errors import BalancerError
 from vllm_balance.recording import Phase
 from vllm_balance.replay import Replay
-from vllm_balance.replay_rows import ReplaySettings
+from vllm_balance.replay_rows import ReplaySettings, draw_from_counts
 from vllm_balance.simulate.models import Model
 from vllm_balance.traces import Trace
 
@@ -88,18 +88,13 @@ def skewed(settings: ReplaySettings, model: Model, num_layers: int) -> Traffic:
 def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int = 16384) -> Traffic:
     """Tokens of a trace: decoding ones at random, prompts whole, requests in random order.
 
+    Of a trace of counts each token draws its experts from a random step, as `replay` does: decoding
+    ones from steps of decode, those of prompts from steps of prefill, if there are any.
     Layer l uses layer l of the trace, modulo the layers that it has.
 
-    Raises:
-        BalancerError: the trace holds counts only, or is of a model of another shape.
+    Raises BalancerError if the trace is of a model of another shape.
     """
     shape = (model.num_experts.value, model.top_k.value)
-    if trace.topk_ids_TLK is None:
-        raise BalancerError(
-            f"Trace {trace.name} holds counts of steps, and the simulator needs the experts of "
-            f"single tokens. Record with ids, which the settings of a recording ask for as "
-            f'{{"file": "trace.npz", "what": "ids"}} (docs/recording.md), or use a skew, --zipf.'
-        )
     if (trace.num_experts, trace.top_k) != shape:
         raise BalancerError(
             f"Trace {trace.name} has {trace.num_experts} experts and top-{trace.top_k}, "
@@ -107,13 +102,29 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
         )
     random = np.random.default_rng(seed)
     layers_L = np.arange(num_layers) % trace.num_layers
-    drawn = random.choice(trace.tokens_of(Phase.DECODE), rows)
+    if trace.topk_ids_TLK is None:
+        decode_LNK, prefill_LNK = (
+            draw_from_counts(_counts_of(trace, phase), layers_L, rows, trace.top_k, random)
+            for phase in (Phase.DECODE, Phase.PREFILL)
+        )
+    else:
+        drawn = random.choice(trace.tokens_of(Phase.DECODE), rows)
+        decode_LNK = _rows(trace, drawn, layers_L)
+        prefill_LNK = _rows(trace, _in_requests(trace, random)[:rows], layers_L)
     return Traffic(
         name=trace.name,
         num_experts=trace.num_experts,
-        decode_LNK=_rows(trace, drawn, layers_L),
-        prefill_LNK=_rows(trace, _in_requests(trace, random)[:rows], layers_L),
+        decode_LNK=decode_LNK,
+        prefill_LNK=prefill_LNK,
     )
+
+
+def _counts_of(trace: Trace, phase: Phase) -> Array:
+    """Counts of the recorded steps of a phase, [N, L, E]; of all steps if none is."""
+    assert trace.counts_NLE is not None
+    if trace.phase_N is not None and (trace.phase_N == int(phase)).any():
+        return trace.counts_NLE[trace.phase_N == int(phase)]
+    return trace.counts_NLE
 
 
 def _in_requests(trace: Trace, random: np.random.Generator) -> Array:

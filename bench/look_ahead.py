@@ -1,0 +1,130 @@
+"""Look-ahead in a server: `python -m bench.look_ahead`.
+
+The demo model, whose own router decides (a replayed one cannot be looked ahead of), reads prompts
+of its own kind of text, several at once and other ones in every load. Arms differ in the number of
+dynamic slots and in `look_ahead`; settings force fetches, as the model's experts are so small that
+none would pay. So the table is about guesses, not about time. Rows are JSON lines in
+bench/results/look_ahead.jsonl; `started` is the same in all rows of a run. Every call starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from bench import client, demo_model, demo_text, markdown
+from bench.gate import FLAGS
+from bench.provenance import ROOT, provenance, sources
+from bench.server import Arm, Server
+
+SLOTS = (2, 4)
+LOOK_AHEAD = ("off", "router")
+FORCED = {"knee_tokens": 1.0, "threshold_tokens": 2}
+LOADS, WARM = 6, 2
+TITLE = "Prefill of the demo model with its own router, 4 prompts at once, TP2, fetches forced"
+AT_ONCE = 4
+PROMPT_CHARACTERS = 900
+COUNTED = (
+    *("fetches", "early_fetches", "hits", "early_hits", "fetched_bytes", "wasted_bytes"),
+    *("fetch_wait_us", "look_ahead_us", "experts_us"),
+)
+RESULTS = ROOT / "bench" / "results" / "look_ahead.jsonl"
+Row = dict[str, Any]
+
+
+def look_ahead(seed: int = 1) -> None:
+    """Append one row per server to bench/results/look_ahead.jsonl and print the table."""
+    origin = {
+        "run": "look_ahead",
+        "title": TITLE,
+        "started": datetime.now(UTC).isoformat(),
+        "seed": seed,
+    }
+    origin |= {"sources": sources(), **provenance()}
+    model = demo_model.ensure()
+    arms = [(slots, how) for slots in SLOTS for how in LOOK_AHEAD]
+    rows = []
+    for position, (slots, how) in enumerate([*arms, *reversed(arms)]):
+        rows.append(origin | {"position": position} | _measured(model, slots, how, seed))
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        Console(stderr=True).print(rows[-1])
+    Console().print(table(rows), markup=False)
+
+
+def prompts(seed: int) -> list[list[str]]:
+    """The prompts of each load, cut out of one text: [loads, at once]."""
+    text = "".join(demo_text.documents(seed=seed))
+    cut = [
+        text[start : start + PROMPT_CHARACTERS]
+        for start in range(0, LOADS * AT_ONCE * PROMPT_CHARACTERS, PROMPT_CHARACTERS)
+    ]
+    return [cut[load * AT_ONCE : (load + 1) * AT_ONCE] for load in range(LOADS)]
+
+
+def _measured(model: Path, slots: int, how: str, seed: int) -> Row:
+    """Counters of all ranks over the loads behind the warm ones.
+
+    Raises:
+        RuntimeError: nothing was fetched, or look-ahead guessed nothing.
+    """
+    settings = {"dynamic_slots": slots, "look_ahead": how, **FORCED}
+    arm = Arm(name="harmoeny", balancer="harmoeny", settings=settings, tensor_parallel=2,
+              flags=list(FLAGS))  # fmt: skip
+    ttft_ms = []
+    with Server(arm, model) as server:
+        for number, load in enumerate(prompts(seed)):
+            if number == WARM:
+                server.reset()
+            answers = client.send(server.url, str(model), load, max_tokens=1)
+            ttft_ms += [answers.ttft_ms] if number >= WARM else []
+        ranks = server.status()
+    found = {key: sum(rank[key] for rank in ranks) for key in COUNTED}
+    if not found["fetches"] or bool(found["early_fetches"]) != (how == "router"):
+        raise RuntimeError(f"look_ahead {how} with {slots} slots fetched {found}: no number.")
+    return {
+        "slots": slots,
+        "look_ahead": how,
+        "schedules": ranks[0]["decisions"],
+        "ttft_ms": statistics.median(ttft_ms),
+        **found,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Per number of slots, without and with look-ahead: what was fetched when, and in vain."""
+    headings = (
+        *("slots per rank", "look-ahead", "needed and there", "fetched late, per layer and step"),
+        *("fetched ahead", "of these used", "bytes wasted", "waiting for copies", "guessing"),
+        "TTFT ms",
+    )
+    body = []
+    for slots, how in dict.fromkeys((row["slots"], row["look_ahead"]) for row in rows):
+        own = [row for row in rows if (row["slots"], row["look_ahead"]) == (slots, how)]
+        total = {key: sum(row[key] for row in own) for key in (*COUNTED, "schedules")}
+        early = total["early_fetches"]
+        body.append(
+            [
+                str(slots),
+                how,
+                f"{total['hits'] / (total['hits'] + total['fetches']):.1%}",
+                f"{total['fetches'] / total['schedules']:.2f}",
+                f"{early / total['schedules']:.2f}",
+                f"{total['early_hits'] / early:.1%}" if early else "-",
+                f"{total['wasted_bytes'] / total['fetched_bytes']:.1%}",
+                f"{total['fetch_wait_us'] / total['experts_us']:.1%}",
+                f"{total['look_ahead_us'] / total['experts_us']:.1%}",
+                f"{statistics.median(row['ttft_ms'] for row in own):.0f}",
+            ]
+        )
+    return markdown.table(headings, body)
+
+
+if __name__ == "__main__":
+    typer.run(look_ahead)
