@@ -1,15 +1,18 @@
 """Look-ahead in a server: `python -m bench.look_ahead`.
 
 The demo model, whose own router decides (a replayed one cannot be looked ahead of), reads prompts
-of its own kind of text, several at once and other ones in every load. Arms differ in the number of
-dynamic slots and in `look_ahead`; settings force fetches, as the model's experts are so small that
-none would pay. So the table is about guesses, not about time. Rows are JSON lines in
+that repeat one word each, so that few experts are hot in a batch and others in the next: on text as
+it was trained on, slots soon hold all that is needed. Arms differ in the number of dynamic slots
+and in `look_ahead`; settings force fetches, as the model's experts are so small that none would
+pay. So the table is about guesses, not about time. Rows are JSON lines in
 bench/results/look_ahead.jsonl; `started` is the same in all rows of a run. Every call starts anew.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import statistics
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +29,14 @@ from bench.server import Arm, Server
 SLOTS = (2, 4)
 LOOK_AHEAD = ("off", "router")
 FORCED = {"knee_tokens": 1.0, "threshold_tokens": 2}
-LOADS, WARM = 6, 2
-TITLE = "Prefill of the demo model with its own router, 4 prompts at once, TP2, fetches forced"
+LOADS, WARM = 30, 2
+TITLE = (
+    "Prefill of the demo model with its own router, 4 prompts of one word each at once, TP2, "
+    "fetches forced"
+)
 AT_ONCE = 4
-PROMPT_CHARACTERS = 900
+WORDS = 100
+"""Of a prompt, all the same."""
 COUNTED = (
     *("fetches", "early_fetches", "hits", "early_hits", "fetched_bytes", "wasted_bytes"),
     *("fetch_wait_us", "look_ahead_us", "experts_us"),
@@ -59,13 +66,11 @@ def look_ahead(seed: int = 1) -> None:
 
 
 def prompts(seed: int) -> list[list[str]]:
-    """The prompts of each load, cut out of one text: [loads, at once]."""
-    text = "".join(demo_text.documents(seed=seed))
-    cut = [
-        text[start : start + PROMPT_CHARACTERS]
-        for start in range(0, LOADS * AT_ONCE * PROMPT_CHARACTERS, PROMPT_CHARACTERS)
-    ]
-    return [cut[load * AT_ONCE : (load + 1) * AT_ONCE] for load in range(LOADS)]
+    """The prompts of each load, [loads, at once]; no word comes twice."""
+    words = sorted(set(re.findall(r"[a-z]{4,8}", "".join(demo_text.documents(seed=seed)[:200]))))
+    picked = random.Random(seed).sample(words, LOADS * AT_ONCE)
+    said = [" ".join([word] * WORDS) for word in picked]
+    return [said[load * AT_ONCE : (load + 1) * AT_ONCE] for load in range(LOADS)]
 
 
 def _measured(model: Path, slots: int, how: str, seed: int) -> Row:

@@ -74,7 +74,7 @@ class Placed:
     folder: Path
     num_ranks: int
     settings: dict[str, Any]
-    """`batch` and `steps` of `vllm-balance place`."""
+    """`batch`, `prefill_batch` and `steps` of `vllm-balance place`."""
     seed: int
     shown_slowdown: dict[Slowed, float] = field(default_factory=dict)
     """What was asked for -> the factor that the profile's kernels showed."""

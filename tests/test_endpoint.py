@@ -101,6 +101,7 @@ def test_a_recording_is_started_and_stopped_on_every_rank():
     assert stopped.json() == {"ranks": [{"state": "moe_record_stop"}] * 2}
     settings = {"file": "t.npz", "what": "ids", "max_bytes": 256 * 2**20}
     (start, asked), stop = engine.asked
+    assert len(asked["settings"].pop("run")) == 32
     assert (start, asked["settings"]) == ("moe_record_start", settings)
     assert stop == ("moe_record_stop", {})
 

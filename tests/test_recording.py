@@ -255,6 +255,18 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         traces.load(tmp_path / "t.rank1.npz")
 
 
+@pytest.mark.parametrize("other", [{"run": "b"}, {"num_experts": EXPERTS + 1}, {"num_ranks": 3}])
+def test_files_of_two_recordings_are_not_added_up(tmp_path, other):
+    own = {"num_ranks": 2, "run": "a"}
+    write(tmp_path / "t.npz", [counts_chunk(0, 2)], **own)
+    write(tmp_path / "t.rank1.npz", [counts_chunk(0, 2)], **(own | {"rank": 1}))
+    assert traces.load(tmp_path / "t.npz").counts_NLE is not None
+    (tmp_path / "t.rank1.npz").unlink()
+    write(tmp_path / "t.rank1.npz", [counts_chunk(0, 2)], **(own | {"rank": 1} | other))
+    with pytest.raises(BalancerError, match="not of this recording"):
+        traces.load(tmp_path / "t.npz")
+
+
 def test_a_recording_without_a_step_and_a_newer_format_are_refused(tmp_path):
     RecordingFile(tmp_path / "empty.npz", "counts", 2**20, HEADER).close()
     with pytest.raises(BalancerError, match="no whole step"):

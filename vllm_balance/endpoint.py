@@ -57,7 +57,8 @@ async def replay(request: Request) -> dict[str, str]:
 @router.post("/moe_balancer/record/start")
 async def start_recording(request: Request, settings: RecordSettings) -> dict[str, Any]:
     """The state of every recording rank; 409 if one of them refuses: then no rank starts one."""
-    asked = {"settings": settings.model_dump(mode="json"), "asked_by": uuid.uuid4().hex}
+    run = uuid.uuid4().hex
+    asked = {"settings": settings.model_dump(mode="json") | {"run": run}, "asked_by": run}
     ranks = await _ask(request, "moe_record_start", asked)
     refusals = [rank["error"] for rank in ranks if rank and "error" in rank]
     if refusals:

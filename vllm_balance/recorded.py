@@ -41,13 +41,21 @@ def read(path: Path) -> dict[str, Array] | None:
     for rank in range(1, int(first["num_ranks"])):
         other = path_of_rank(path, rank)
         part = _arrays(other) if other.is_file() else None
-        if part is None or part.keys() != first.keys() or int(part["rank"]) != rank:
+        if part is None or int(part["rank"]) != rank or not _of_one_recording(first, part):
             raise BalancerError(
                 f"Trace {path} was recorded by {len(parts)} ranks or more, and {other} is missing "
                 f"or not of this recording. Put the files of all ranks into one folder."
             )
         parts.append(part)
     return _merge(parts)
+
+
+def _of_one_recording(first: dict[str, Array], other: dict[str, Array]) -> bool:
+    """Whether the files of two ranks belong together, by their headers."""
+    same = ("num_experts", "top_k", "num_ranks", "layer_index", "run")
+    return first.keys() == other.keys() and all(
+        np.array_equal(first[key], other[key]) for key in same if key in first
+    )
 
 
 def _arrays(path: Path) -> dict[str, Array] | None:

@@ -109,7 +109,9 @@ class Recorder:
         self._serving_ns = 0
         row = self._routed[0]
         num_rows = min(BLOCK_BYTES, settings.max_bytes // 8) // (row.numel() * row.element_size())
-        file = RecordingFile(path, settings.what, settings.max_bytes, self.model.header())
+        file = RecordingFile(
+            path, settings.what, settings.max_bytes, {**self.model.header(), "run": settings.run}
+        )
         with ExitStack() as undo:
             undo.callback(path.unlink)
             undo.callback(file.close)

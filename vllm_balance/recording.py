@@ -67,6 +67,8 @@ class RecordSettings(BaseModel):
     """Pairs of each expert in each step, or the experts of each token."""
     max_bytes: int = Field(default=256 * 2**20, ge=2**16, le=2**31)
     """Recording stops before a file, one per recording rank, becomes larger."""
+    run: str = ""
+    """Tells the files of this recording from those of another; set when it is asked for."""
 
 
 class RecordingFile:

@@ -16,7 +16,7 @@ def test_every_load_has_prompts_of_its_own():
     assert len(loads) == look_ahead.LOADS
     assert {len(load) for load in loads} == {look_ahead.AT_ONCE}
     assert len(set(flat)) == len(flat)
-    assert {len(prompt) for prompt in flat} == {look_ahead.PROMPT_CHARACTERS}
+    assert all(len(set(prompt.split())) == 1 for prompt in flat)
 
 
 def test_the_table_adds_servers_of_an_arm_up():

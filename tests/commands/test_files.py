@@ -383,9 +383,24 @@ def test_place_refuses_batches_of_prefill_that_are_all_the_same(folder):
     for batch in (300, 5000):
         refused = run(*arguments, batch).exception
         assert isinstance(refused, BalancerError)
-        assert f"--batch {batch} " in str(refused) and "holds 300" in str(refused)
+        assert f"of {batch} consecutive" in str(refused) and "holds 300" in str(refused)
+    beside = run(*arguments[:-2], "--prefill-batch", 300).exception
+    assert isinstance(beside, BalancerError) and "of 300 consecutive" in str(beside)
     assert not (folder / "prefill.json").exists()
     assert run(*arguments, 299).exit_code == 0
+
+
+def test_batches_of_decode_and_of_prefill_are_placed_by_together(folder):
+    trace = traces.load(folder / "t.npz")
+    asked = {"batch": 16, "steps": 5, "seed": 3}
+    decode = batches(trace, prefill=False, **asked)
+    prefill = batches(trace, prefill=True, batch=200, steps=5, seed=3)
+    both = batches(trace, prefill=False, prefill_batch=200, **asked)
+    assert np.array_equal(both, np.concatenate([decode, prefill]))
+    done = run("place", "--profile", folder / "p.json", "--trace", folder / "t.npz", "--batch", 16,
+               "--prefill-batch", 200, "--steps", 5, "-o", folder / "both.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    maps.load(folder / "both.json").require(shape=SHAPE, num_ranks=2, layers=[0, 1, 3])
 
 
 def test_a_profile_is_not_begun_if_its_results_have_no_place(tmp_path, monkeypatch):

@@ -62,6 +62,10 @@ def place(
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a batch over all ranks.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 128,
     prefill: Annotated[bool, typer.Option(help="Batches of consecutive tokens.")] = False,
+    prefill_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also as many batches of so many consecutive tokens of prompts."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds; for exflow only.")] = 120.0,
 ) -> None:
@@ -82,7 +86,10 @@ def place(
     cluster = Cluster(costs=costs, num_redundant=redundant)
     halves = recorded.split(seed)
     fit, held_out = (
-        batches(half, batch=batch, steps=steps, prefill=prefill, seed=seed) for half in halves
+        batches(
+            half, batch=batch, steps=steps, prefill=prefill, prefill_batch=prefill_batch, seed=seed
+        )
+        for half in halves
     )
     if policy in TRACED:
         traced = TRACED[policy](time_limit_s=time_limit)
@@ -217,21 +224,41 @@ def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
         )
 
 
-def batches(trace: traces.Trace, *, batch: int, steps: int, prefill: bool, seed: int) -> np.ndarray:
-    """Pairs of each expert in `steps` batches, [N, L, E]: of decode or of prefill.
+def batches(
+    trace: traces.Trace,
+    *,
+    batch: int,
+    steps: int,
+    prefill: bool,
+    prefill_batch: int | None = None,
+    seed: int,
+) -> np.ndarray:
+    """Pairs of each expert in batches, [N, L, E].
+
+    `steps` batches of `batch` tokens, of decode or of prefill, and as many of prefill of
+    `prefill_batch` tokens, if that is given.
 
     Raises:
         BalancerError: a batch of prefill would be all tokens of the trace, every time.
     """
+    kinds_of_batch = [(batch, prefill)]
+    if prefill_batch is not None:
+        kinds_of_batch.append((prefill_batch, True))
     held = None if trace.topk_ids_TLK is None else len(trace.tokens_of(Phase.PREFILL))
-    if prefill and held is not None and batch >= held:
-        raise BalancerError(
-            f"--prefill with --batch {batch} asks for that many consecutive tokens, and a half of "
-            f"trace {trace.name} holds {held} of prompts, so that all batches would be one and the "
-            f"same. Allowed are fewer than {held}: lower --batch, or record more."
-        )
-    draw = trace.prefill_steps if prefill else trace.steps
-    return draw(batch, steps, seed)
+    for tokens, is_prefill in kinds_of_batch:
+        if is_prefill and held is not None and tokens >= held:
+            raise BalancerError(
+                f"Batches of prefill of {tokens} consecutive tokens were asked for, and a half of "
+                f"trace {trace.name} holds {held} of prompts, so that all batches would be one and "
+                f"the same. Allowed are fewer than {held}: lower --batch or --prefill-batch, or "
+                f"record more."
+            )
+    return np.concatenate(
+        [
+            (trace.prefill_steps if is_prefill else trace.steps)(tokens, steps, seed)
+            for tokens, is_prefill in kinds_of_batch
+        ]
+    )
 
 
 def with_progress(

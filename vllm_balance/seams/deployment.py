@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _settled(config: BalancerConfig, vllm_config: Any, redundant: int) -> dict[s
         settled["knee_tokens"], settled["free_tokens"] = knee_of(costs), free_of(costs)
     if config.record is not None:
         settled["record"]["file"] = str(_checked_recording(config.record, parallel))
+        settled["record"]["run"] = config.record.run or uuid.uuid4().hex
     return settled
 
 
