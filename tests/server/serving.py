@@ -84,14 +84,23 @@ class Server:
         with ThreadPoolExecutor(at_once) as clients:
             return list(clients.map(self.tokens, prompts))
 
-    def ask_long(self, prompt: str) -> int | str:
-        """HTTP status of a long request, or how the connection ended."""
+    def ask_long(self, prompt: str | list[int]) -> int | str:
+        """HTTP status of a long request, or how it or its connection ended before its last token.
+
+        A server that shuts down may answer the requests that it aborts with what they have: 200.
+        """
         body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
         url = f"{self.url}/v1/completions"
         try:
-            return requests.post(url, json=body, timeout=DIES_WITHIN_S).status_code
+            answer = requests.post(url, json=body, timeout=DIES_WITHIN_S)
         except requests.ConnectionError as error:
             return type(error).__name__
+        if (
+            answer.status_code == 200
+            and (ended := answer.json()["choices"][0]["finish_reason"]) != "length"
+        ):
+            return str(ended)
+        return answer.status_code
 
     def logprobs(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token but the first, given those before it."""
