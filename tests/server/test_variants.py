@@ -54,7 +54,7 @@ def assert_policy_chose(server, num_ranks: int) -> None:
 def test_four_ranks_with_prompts_in_pieces_and_cached_prefixes(start, dense):
     pieces = ("--max-num-batched-tokens", "64", "--enable-prefix-caching")
     layout = ("--tensor-parallel-size", "4", "--enable-expert-parallel")
-    with start(*layout, *METRO, *FLOAT32, *EAGER, *pieces, num_ranks=4) as server:
+    with start(*layout, *METRO, *FLOAT32, *pieces, num_ranks=4) as server:
         server.reset()
         assert server.tokens(LONG_PROMPT, max_tokens=1) == dense.long_tokens[:1]
         forward_passes = server.status()[0]["decisions"] // 4
