@@ -252,11 +252,14 @@ class BalancedWorker(RecordingWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         with self._fails_aloud():
-            return super().execute_model(scheduler_output)
+            output = super().execute_model(scheduler_output)
+            self.worker_balancer.after_step()
+        return output
 
     def execute_dummy_batch(self) -> None:
         with self._fails_aloud():
             super().execute_dummy_batch()
+            self.worker_balancer.after_step()
 
     def _fails_aloud(self) -> AbstractContextManager[None]:
         """Ends the process if the inside fails on a rank whose exceptions vLLM does not report."""

@@ -44,15 +44,6 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         self.bind(self.vllm_config, model)
         self.worker_balancer.huge_page_share = _use_huge_pages(model)
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        output = super().execute_model(scheduler_output)
-        self.worker_balancer.after_step()
-        return output
-
-    def execute_dummy_batch(self) -> None:
-        super().execute_dummy_batch()
-        self.worker_balancer.after_step()
-
     def _attach_eplb(self) -> None:
         """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out.
 
