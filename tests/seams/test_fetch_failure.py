@@ -1,5 +1,9 @@
 """A fetch that fails ends a worker process of vLLM's, and is an exception anywhere else."""
 
+import multiprocessing
+import os
+import signal
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +13,7 @@ from vllm_balance.balancer import WorkerBalancer
 from vllm_balance.config import BalancerConfig
 from vllm_balance.experts.prefetch import Copy, FetchError, SyncPrefetch, ThreadPrefetch
 from vllm_balance.kernels.rebalance import Rules
-from vllm_balance.seams.fetch_failure import EndingPrefetch, for_executor
+from vllm_balance.seams.fetch_failure import EndingPrefetch, for_executor, own_signals
 from vllm_balance.seams.worker import BalancedWorker
 
 COPY = Copy(layer=3, expert=5, slot=9)
@@ -77,3 +81,45 @@ def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     parallel = SimpleNamespace(distributed_executor_backend=executor)
     worker._bind_slots(SimpleNamespace(parallel_config=parallel), [], (4.0, 2.0))
     assert isinstance(shared.prefetch, EndingPrefetch) == ends
+
+
+def _terminated(own: bool) -> None:
+    if own:
+        own_signals()
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_terminates_a_forked_worker_does_not_reach_the_server(own):
+    """The event loop of the process that forks is woken unless the worker has its own signals."""
+    loop, wakes = socket.socketpair()
+    loop.settimeout(1)
+    wakes.setblocking(False)
+    before = signal.set_wakeup_fd(wakes.fileno())
+    try:
+        worker = multiprocessing.get_context("fork").Process(target=_terminated, args=(own,))
+        worker.start()
+        worker.join(timeout=60)
+    finally:
+        signal.set_wakeup_fd(before)
+    assert worker.exitcode == 0
+    if own:
+        with pytest.raises(TimeoutError):
+            loop.recv(1)
+    else:
+        assert signal.SIGTERM in loop.recv(16)
+
+
+def test_a_process_that_was_not_forked_keeps_its_event_loop():
+    loop, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    before = signal.set_wakeup_fd(wakes.fileno())
+    try:
+        own_signals()
+        assert signal.set_wakeup_fd(before) == wakes.fileno()
+    finally:
+        signal.set_wakeup_fd(before)
+        loop.close()
+        wakes.close()

@@ -115,7 +115,7 @@ def test_the_start_says_what_the_store_takes(server):
 
 
 @pytest.mark.parametrize("layout", ["tensor", "data-all_reduce"], indirect=True)
-def test_a_rank_that_cannot_get_an_expert(server):
+def test_a_rank_that_cannot_get_an_expert(server, layout):
     """Requests fail and the server ends, without a hang and without a process left behind.
 
     The last test of its server: it breaks the host store of one rank while requests run.
@@ -133,6 +133,8 @@ def test_a_rank_that_cannot_get_an_expert(server):
     server.assert_dies_of(break_store)
     assert server.count_in_log("page is gone") > 0
     assert server.count_in_log("This worker ends. Expert") == 1
+    if layout == "tensor":
+        assert server.count_in_log("shutdown triggered") == 0, "signalled by its worker"
 
 
 def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):

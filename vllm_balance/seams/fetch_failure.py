@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import current_process
+from multiprocessing.context import ForkProcess
+from threading import current_thread, main_thread
 from typing import Any
 
 from vllm_balance.experts.prefetch import Copy, FetchError, Prefetch
@@ -47,6 +51,17 @@ class EndingPrefetch:
 
     def close(self) -> None:
         self._prefetch.close()
+
+
+def own_signals() -> None:
+    """From now on a signal to this process is none to the process that it was forked from.
+
+    A fork inherits the file descriptor that wakes the event loop of vLLM's API server. A worker
+    that is gone has vLLM terminate its peers, which the server would then take for its own end: it
+    would stop without telling the requests that run, and wait for their clients to give up.
+    """
+    if isinstance(current_process(), ForkProcess) and current_thread() is main_thread():
+        signal.set_wakeup_fd(-1)
 
 
 @contextmanager
