@@ -107,6 +107,8 @@ class Profile(Document):
     """Processor and kernel, e.g. "Intel Xeon ..., vec"."""
     versions: dict[str, str]
     shape: ModelShape
+    cores_per_rank: int = Field(default=1, ge=1)
+    """Cores that each rank computed with."""
     ranks: list[RankProfile] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import deployments
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
@@ -148,3 +149,26 @@ def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
     )
     getattr(model, where).quantization_config = said
     assert deployment._weight_bytes(model) == weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "redundant", "expert_bytes", "warned"),
+    [
+        ("metro", 0, 1000, "will serve as static does"),
+        ("first_copy", 0, 1000, "Set `redundancy`"),
+        ("metro", 4, 1000, ""),
+        ("eplb", 0, 1000, ""),
+        ("eplb", 4, 0, "memory was not checked"),
+    ],
+)
+def test_what_cannot_help_or_be_checked_is_warned_about(
+    name, redundant, expert_bytes, warned, monkeypatch
+):
+    said: list[str] = []
+    logger = SimpleNamespace(
+        info=lambda *_: None, warning=lambda text, *values: said.append(text % values)
+    )
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
+    facts = deployments.deployment(expert_bytes=expert_bytes)
+    deployment._announce(BalancerConfig(name=name), redundant, facts)
+    assert len(said) == (warned != "") and warned in " ".join(said)

@@ -23,6 +23,7 @@ from vllm_balance.deployment import (
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.maps import PlacementMap
+from vllm_balance.model_shape import NAMES
 from vllm_balance.online import require_whole_batch
 from vllm_balance.recording import RecordSettings, require_new
 from vllm_balance.replay_rows import draw
@@ -35,6 +36,7 @@ from vllm_balance.seams.settings_files import (
     num_ranks,
     placement_of,
     read_map,
+    read_shape,
 )
 from vllm_balance.seams.versions import unsupported_version
 from vllm_balance.slot_deployment import num_dynamic_slots
@@ -44,6 +46,8 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_balance.seams.worker_gpu.BalancedGPUWorker",
 }
 """vLLM's worker class -> ours, a subclass of it."""
+CHOOSING = ("metro", "first_copy")
+"""Balancers whose only means are copies of experts."""
 _UNDER_EIGHT_BITS = re.compile(r"fp[46]|int4|awq|deepseek_v4|bits?\W+[2-6]\b")
 """How quantisation methods and checkpoints say that weights have fewer than eight bits."""
 
@@ -81,12 +85,29 @@ def configure(vllm_config: Any) -> None:
     redundant = _redundant_experts(config, deployment, vllm_config)
     if found is not None:
         placement_of(found, vllm_config, redundant)
+        if _is_first_process():
+            _warn_of_another_name(found, vllm_config)
     if config.replay is not None:
         _check_replay(config, vllm_config.model_config)
     settled = _settled(config, vllm_config, redundant)
     _set_up(vllm_config, config, settled)
+    if _is_first_process():
+        _announce(config, redundant, deployment)
     os.environ[_SET_UP] = "1"
-    _announce(config, redundant, deployment)
+
+
+def _warn_of_another_name(found: PlacementMap, vllm_config: Any) -> None:
+    """Models of one shape use their experts differently; a name may be that of a folder only."""
+    from vllm.logger import init_logger
+
+    served = read_shape(vllm_config.model_config).name
+    if found.shape.name != served:
+        init_logger(f"vllm.{__name__}").warning(
+            "The placement map was made for %s, and %s of the same shape is served. Another "
+            "model uses its experts differently: make a map from a trace of this one.",
+            found.shape.name,
+            served,
+        )
 
 
 def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_config: Any) -> int:
@@ -171,7 +192,7 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     if parallel.worker_cls not in _WORKERS:
         raise BalancerError(
             f"--moe-balancer {config.name} replaces vLLM's worker class, and --worker-cls asks for "
-            f"{parallel.worker_cls}. Supported are {', '.join(_WORKERS)}; leave --worker-cls away."
+            f"{parallel.worker_cls}. Supported are {', '.join(_WORKERS)}; remove --worker-cls."
         )
     refused = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -206,7 +227,7 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         raise BalancerError(
             f"--moe-balancer {config.name} is not supported together with {', '.join(found)}. "
             f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
-            f"is named here, or leave --moe-balancer away."
+            f"is named here, or remove --moe-balancer."
         )
     way = _way(config, parallel)
     if config.online is not None:
@@ -215,7 +236,7 @@ def _check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     if parallel.enable_eplb and stays:
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
-            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or leave one of both away."
+            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or remove --enable-eplb."
         )
 
 
@@ -315,11 +336,16 @@ def read_deployment(vllm_config: Any) -> Deployment:
 
 def _expert_weights(text: Any) -> int:
     """Weights of one expert: gate, up and down projection; Nemotron-H has no gate, and experts of
-    another width than the model's where it says so."""
-    hidden = getattr(text, "moe_latent_size", None) or text.hidden_size
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
+    another width than the model's where it says so. 0 if a configuration does not say."""
+    hidden = _first(text, "moe_latent_size", *NAMES["hidden"])
+    inner = _first(text, *NAMES["inner"])
     matrices = 2 if getattr(text, "mlp_hidden_act", None) == "relu2" else 3
     return int(matrices * hidden * inner)
+
+
+def _first(text: Any, *keys: str) -> int:
+    """The first of these numbers that a configuration has; 0 if it has none."""
+    return next((int(found) for key in keys if (found := getattr(text, key, None))), 0)
 
 
 def _weight_bytes(model: Any) -> float:
@@ -381,6 +407,18 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
 def _announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
     from vllm.logger import init_logger
 
+    if deployment.expert_bytes == 0:
+        init_logger(f"vllm.{__name__}").warning(
+            "The configuration of %s does not say how large an expert is, so that memory was not "
+            "checked for the balancer's.",
+            deployment.model,
+        )
+    if config.name in CHOOSING and not redundant:
+        init_logger(f"vllm.{__name__}").warning(
+            "MoE balancer %s chooses among the copies of an expert, and there is one of each, so "
+            "it will serve as static does. Set `redundancy` or `num_redundant_experts`.",
+            config.name,
+        )
     if config.fetches:
         _announce_slots(config, redundant // deployment.num_ranks, deployment)
         return
