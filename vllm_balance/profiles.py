@@ -34,6 +34,8 @@ class Point(Document):
     time_us: float = Field(gt=0)
     """Median over the repeats, in the fastest of the rounds."""
     repeats: int = Field(ge=1)
+    rounds_us: list[float] = Field(default=[])
+    """Median over the repeats in every round: what a rank's speed follows from. Empty: of one."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
