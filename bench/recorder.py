@@ -133,7 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     headings = ("recording", "bursts", "TPOT ms", "against off", "quartiles", "least to most",
-                "bytes a step", "dropped steps", "in serving", "in the writer's thread")  # fmt: skip
+                "bytes a step", "dropped steps", "in serving",
+                "in the writer's thread")  # fmt: skip
     return markdown.table(headings, body)
 
 

@@ -139,19 +139,6 @@ def test_the_slo_has_a_table_of_its_own(page):
 
 
 @on_a_desk
-def test_a_run_of_several_skews_is_compared_with_its_bound():
-    measured = [
-        row(arm, run="skews", load=load, total_tokens_per_s=speed)
-        for load, speeds in (("even", (100.0, 98.0)), ("0.9 onto 10", (50.0, 90.0)))
-        for arm, speed in zip(("static", "harmoeny"), speeds, strict=True)
-    ]
-    bounded, *others = _section(measured)["tables"]
-    at = bounded.headings.index("of the bound")
-    assert [line[at] for line in bounded.body] == ["100.0%", "98.0%", "50.0%", "90.0%"]
-    assert len(others) == 1
-    assert len(_section(rows())["tables"]) == 1
-
-
 def test_a_choice_draws_another_figure(page):
     choice = page.get_by_role("combobox", name="Latency: which")
     plot = page.locator("section:visible figure").filter(has=choice).locator(".js-plotly-plot")
@@ -232,3 +219,16 @@ def test_without_plotly_the_error_names_the_extra(results, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(BalancerError, match=r"pip install '\.\[report\]'"):
         report([results], tmp_path / "report.html")
+
+
+def test_a_run_of_several_skews_is_compared_with_its_bound():
+    measured = [
+        row(arm, run="skews", load=load, total_tokens_per_s=speed)
+        for load, speeds in (("even", (100.0, 98.0)), ("0.9 onto 10", (50.0, 90.0)))
+        for arm, speed in zip(("static", "harmoeny"), speeds, strict=True)
+    ]
+    bounded, *others = _section(measured)["tables"]
+    at = bounded.headings.index("of the bound")
+    assert [line[at] for line in bounded.body] == ["100.0%", "98.0%", "50.0%", "90.0%"]
+    assert len(others) == 1
+    assert len(_section(rows())["tables"]) == 1
