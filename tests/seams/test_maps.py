@@ -12,7 +12,7 @@ from vllm_balance import maps, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import LayerMap
 from vllm_balance.model_shape import from_config
-from vllm_balance.seams import deployment
+from vllm_balance.seams import announcements
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.settings_files import initial_placement, moe_layers
 
@@ -154,11 +154,11 @@ def test_a_map_of_another_model_of_the_same_shape_is_warned_about(moe_model, wri
     shape = from_config(Path(moe_model))
     monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
     vllm_config = SimpleNamespace(model_config=None)
-    monkeypatch.setattr(deployment, "read_shape", lambda model_config: shape)
-    deployment._warn_of_another_name(maps.load(Path(write())), vllm_config)
+    monkeypatch.setattr(announcements, "read_shape", lambda model_config: shape)
+    announcements.warn_of_another_name(maps.load(Path(write())), vllm_config)
     assert said == []
     other = shape.model_copy(update={"name": "coder"})
-    deployment._warn_of_another_name(maps.load(Path(write(shape=other))), vllm_config)
+    announcements.warn_of_another_name(maps.load(Path(write(shape=other))), vllm_config)
     assert len(said) == 1 and f"made for coder, and {shape.name} of the same shape" in said[0]
     monkeypatch.undo()
     assert placement_of(configured(moe_model, "gem", map=write(shape=other)))

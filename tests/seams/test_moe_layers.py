@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_balance.seams.deployment import _expert_weights
+from vllm_balance.seams.read_deployment import _expert_weights
 from vllm_balance.seams.settings_files import moe_layers
 
 FAMILIES = {
