@@ -448,13 +448,17 @@ def test_a_profile_is_drawn(folder):
 
 
 def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
-    """One rank, experts of toy size, three rounds: a file with positive times that loads again."""
+    """One rank of two cores, toy experts, three rounds: a file with positive times that loads."""
     monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    done = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p.json")
+    asked = ("--ranks", 1, "--cores-per-rank", 2)
+    done = run("profile", tmp_path, *asked, "-o", tmp_path / "p.json")
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")
     assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
+    assert measured.ranks[0].place == "cores 0 to 1" and "Measured in" in done.output
+    for point in measured.ranks[0].points:
+        assert len(point.rounds_us) == 3 and point.time_us == min(point.rounds_us)
     assert measured.versions.keys() == set(profiles.BOUND_VERSIONS)
     with pytest.raises(BalancerError, match="hidden 128 instead of 64"):
         measured.require(shape=SHAPE)
