@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -38,9 +38,16 @@ DEEPSEEK = replace(QWEN, model="deepseek-v3", data=16)
 H20 = replace(DEEPSEEK, hardware="h20", concurrency=32, output_tokens=1024)
 CASES = {"qwen": QWEN, "deepseek": DEEPSEEK, "h20": H20}
 SLOS_MS = (20, 30, 40, 60)
+ALIKE = 0.005
+"""Relative throughput up to which copies decide."""
 MAX_CONCURRENCY = 4096
 """Requests in flight up to which a throughput is looked for."""
+PLACING = ("eplb", "gem")
+"""Without redundant experts."""
 BALANCERS = ("eplb", "first_copy", "metro")
+DYNAMIC_SLOTS = (2, 8)
+"""Of harmoeny, per rank."""
+ORDER = ("static", "eplb", "gem", "first_copy", "metro", "harmoeny")
 CODE = ("vllm_balance/simulate", "vllm_balance/routing", "vllm_balance/placement", "kernels")
 CODE += tuple(f"vllm_balance/{name}.py" for name in ("cost", "fetch_cost", "profiles", "types"))
 CODE += tuple(f"vllm_balance/{name}.py" for name in ("replay", "replay_rows"))
@@ -53,7 +60,8 @@ Row = dict[str, Any]
 
 def arms(cell: Cell, redundancies: tuple[float, ...] = REDUNDANCIES) -> Iterator[Cell]:
     """A cell without redundancy, and under every balancer and redundancy."""
-    yield replace(cell, balancer="static", redundancy=1.0)
+    for balancer in ("static", *PLACING):
+        yield replace(cell, balancer=balancer, redundancy=1.0)
     for balancer, redundancy in product(BALANCERS, redundancies):
         yield replace(cell, balancer=balancer, redundancy=redundancy)
 
@@ -68,6 +76,17 @@ def phase_cells(fine: bool) -> Iterator[Cell]:
         cell = replace(base, concurrency=batch, zipf=zipf, data=ranks)
         for seed in range(4 if fine else 1):
             yield from arms(replace(cell, seed=seed), ratios)
+
+
+def prefill_cells() -> Iterator[Cell]:
+    """Qwen3-235B on H100s that compute prompts alone, over tokens in a step, skew and ranks;
+    experts are fetched within a node."""
+    base = replace(QWEN, hardware="h100", output_tokens=1, layers=2, steps=8)
+    for prompts, zipf, ranks in product((1, 4, 16, 64), (0.0, 0.4, 0.8, 1.2), (4, 8, 16)):
+        cell = replace(base, concurrency=prompts, zipf=zipf, data=ranks)
+        yield from arms(cell, (1.125, 1.5))
+        for slots in DYNAMIC_SLOTS if ranks <= 8 else ():
+            yield replace(cell, balancer="harmoeny", redundancy=1 + slots * ranks / 128)
 
 
 def slo_cells() -> Iterator[Cell]:
@@ -102,6 +121,9 @@ def phase(
     fine: Annotated[bool, typer.Option(help="Over 30,000 cells instead of hundreds.")] = False,
     results: Annotated[Path | None, typer.Option(help="File of rows; needed with --fine.")] = None,
     first: Annotated[int | None, typer.Option(help="Only so many cells.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; default: the cores of this machine.")
+    ] = None,
 ) -> None:
     """Which balancer wins, over batch, skew, redundancy and ranks."""
     if fine and results is None:
@@ -109,7 +131,8 @@ def phase(
             "--fine computes over 30,000 cells, which are no rows of the table in "
             "docs/simulator.md. Name a file for them with --results."
         )
-    _run("phase", list(phase_cells(fine))[:first], results)
+    cells = [*phase_cells(fine), *(() if fine else prefill_cells())]
+    _run("phase", cells[:first], results, address)
 
 
 @app.command()
@@ -129,7 +152,9 @@ def docs() -> None:
     PAGE.write_text(markdown.filled(PAGE, "modelled", _table))
 
 
-def _run(name: str, cells: list[Cell], results: Path | None = None) -> None:
+def _run(
+    name: str, cells: list[Cell], results: Path | None = None, address: str | None = None
+) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     path = results or RESULTS / f"{name}.jsonl"
     left = missing(cells, path, decided_by)
@@ -140,6 +165,7 @@ def _run(name: str, cells: list[Cell], results: Path | None = None) -> None:
             path,
             {"commit": commit()},
             decided_by=decided_by,
+            address=address,
             on_rows=lambda n: bar.advance(task, n),
         )
 
@@ -163,12 +189,13 @@ def _table(name: str) -> str:
     if name == "slo":
         return _slo_table()
     if name == "phase":
-        return _phase_table()
+        return _phase_table(phase_cells(False), "batch")
+    if name == "phase-prefill":
+        return _phase_table(prefill_cells(), "prompts")
     rows = _newest("modelled")
     case = CASES[name]
     own = [row for row in rows if (row["model"], row["hardware"]) == (case.model, case.hardware)]
-    order = ("static", *BALANCERS)
-    own.sort(key=lambda row: (row["zipf"], order.index(row["balancer"]), row["redundancy"]))
+    own.sort(key=lambda row: (row["zipf"], ORDER.index(row["balancer"]), row["redundancy"]))
     head = ["zipf", "balancer", "redundancy", "TPOT ms", "against none", "against EPLB",
             "tokens/s", "experts on the worst rank", "waiting", "GB per rank"]  # fmt: skip
     body = []
@@ -219,7 +246,7 @@ def _slo_table() -> str:
     rows = [row for row in _newest("slo") if row["key"] in wanted]
     head = ["model", "balancer", "redundancy", *(f"{slo} ms" for slo in SLOS_MS)]
     groups: dict[tuple[str, str, float], list[Row]] = {}
-    rows.sort(key=lambda row: (row["model"], ("static", *BALANCERS).index(row["balancer"])))
+    rows.sort(key=lambda row: (row["model"], ORDER.index(row["balancer"])))
     for row in rows:
         groups.setdefault((row["model"], row["balancer"], row["redundancy"]), []).append(row)
     body = [
@@ -239,15 +266,15 @@ def _rate(rows: list[Row], limit_ms: float) -> str:
     return "-" if rate is None else f"{rate:,.0f}"
 
 
-def _phase_table() -> str:
-    """The best arm of each cell, mean over seeds, and its TPOT against no redundancy."""
-    wanted = {cell.key for cell in phase_cells(False)}
+def _phase_table(cells: Iterable[Cell], in_flight: str) -> str:
+    """The best arm of each cell, mean over seeds, and its throughput against static."""
+    wanted = {cell.key for cell in cells}
     rows = [row for row in _newest("phase") if row["key"] in wanted]
     batches = sorted({row["concurrency"] for row in rows})
     places: dict[tuple[int, float, int], list[Row]] = {}
     for row in rows:
         places.setdefault((row["data"], row["zipf"], row["concurrency"]), []).append(row)
-    head = ["ranks", "zipf", *(f"batch {batch}" for batch in batches)]
+    head = ["ranks", "zipf", *(f"{in_flight} {batch}" for batch in batches)]
     body = [
         [str(ranks), f"{zipf:g}", *(_best(places[ranks, zipf, batch]) for batch in batches)]
         for ranks, zipf in sorted({(ranks, zipf) for ranks, zipf, _ in places})
@@ -256,17 +283,20 @@ def _phase_table() -> str:
 
 
 def _best(rows: list[Row]) -> str:
-    """The arm with the least TPOT among those that fit; a dash if none does."""
+    """The arm that gives most tokens per second among those that fit; a dash if none does."""
     arms: dict[tuple[str, float], list[float]] = {}
     for row in rows:
-        if row["tpot_us"] is not None:
-            arms.setdefault((row["balancer"], row["redundancy"]), []).append(row["tpot_us"])
+        if row["tokens_per_s"] is not None:
+            arms.setdefault((row["balancer"], row["redundancy"]), []).append(row["tokens_per_s"])
     if ("static", 1.0) not in arms:
         return "-"
-    mean = {arm: statistics.mean(times) for arm, times in arms.items()}
-    balancer, redundancy = min(mean, key=lambda arm: mean[arm])
-    gain = mean[balancer, redundancy] / mean["static", 1.0] - 1
-    return "none" if gain > -0.005 else f"{balancer} {redundancy:g}: {gain:+.0%}"
+    mean = {arm: statistics.mean(rates) for arm, rates in arms.items()}
+    base = mean["static", 1.0]
+    # Of arms that are alike, the one with the fewest copies.
+    close = [arm for arm in mean if mean[arm] >= (1 - ALIKE) * max(mean.values())]
+    balancer, redundancy = min(close, key=lambda arm: (arm[1], -mean[arm]))
+    gain = mean[balancer, redundancy] / base - 1
+    return "none" if gain < ALIKE else f"{balancer} {redundancy:.4g}: {gain:+.0%}"
 
 
 if __name__ == "__main__":

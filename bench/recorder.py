@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -111,7 +112,7 @@ def _post(server: Server, action: str, body: dict[str, str] | None) -> list[dict
 def table(rows: list[dict[str, Any]]) -> str:
     """Per arm: time per token, against no recording, and what a step takes in the file."""
     bursts = {arm: [row for row in rows if row["arm"] == arm] for arm in ("off", "counts", "ids")}
-    base_ms = statistics.median(row["tpot_ms"] for row in bursts["off"])
+    against = against_off(rows)
     body = []
     for arm, own in bursts.items():
         values_ms = [row["tpot_ms"] for row in own]
@@ -124,16 +125,37 @@ def table(rows: list[dict[str, Any]]) -> str:
                 arm,
                 str(len(own)),
                 f"{median_ms:.1f}",
-                f"{median_ms / base_ms - 1:+.2%}",
+                *_spread([against[row["position"]] for row in own]),
                 f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
                 size,
                 dropped,
                 *(_share(own, key) for key in ("serving_us", "writing_us")),
             ]
         )
-    headings = ("recording", "bursts", "TPOT ms", "against off", "least to most", "bytes a step",
-                "dropped steps", "in serving", "in the writer's thread")  # fmt: skip
+    headings = ("recording", "bursts", "TPOT ms", "against off", "quartiles", "least to most",
+                "bytes a step", "dropped steps", "in serving",
+                "in the writer's thread")  # fmt: skip
     return markdown.table(headings, body)
+
+
+def against_off(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """TPOT of each burst by its position, over that of the bursts without recording around it.
+
+    Between two of them on the line between; of a burst without recording, over its neighbours'.
+    """
+    off = {row["position"]: row["tpot_ms"] for row in rows if row["arm"] == "off"}
+    found = {}
+    for row in rows:
+        at = row["position"]
+        known = sorted(place for place in off if place != at)
+        found[at] = row["tpot_ms"] / float(np.interp(at, known, [off[p] for p in known]))
+    return found
+
+
+def _spread(ratios: list[float]) -> tuple[str, str]:
+    """Median and quartiles of ratios, as differences."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle - 1:+.2%}", f"{low - 1:+.1%} to {high - 1:+.1%}"
 
 
 def _share(rows: list[dict[str, Any]], key: str) -> str:

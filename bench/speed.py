@@ -69,7 +69,8 @@ def watching(ranks: int, dtype: str) -> Iterator[Watch]:
         ranks: that a server has, a core each.
         dtype: that models are served in.
     """
-    with probing(experts_of(dtype), kernel_isa(dtype), rank_cores(ranks), EXPERTS) as probe:
+    cores_S = [[core] for core in rank_cores(ranks)]
+    with probing(experts_of(dtype), kernel_isa(dtype), cores_S, EXPERTS) as probe:
         yield Watch(probe)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import typer
 
-from bench import look_ahead, markdown, recorder, recovery, run_files, skewed
+from bench import look_ahead, markdown, recorder, recovery, run_files
 from bench.provenance import ROOT
-from vllm_balance import measured_tables
+from vllm_balance import measured_tables, skew_table
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 
@@ -125,7 +125,7 @@ def measured_table(name: str) -> str:
 
 def _kind(run: str) -> Callable[[list[Measurement]], MeasuredTable]:
     if run.startswith("harmoeny-"):
-        return skewed.table
+        return skew_table.table
     if run in ("slow_rank", "turns-slow", "turns-gem"):
         return measured_tables.slow_table
     return measured_tables.slo_table if run.endswith("-slo") else measured_tables.arms_table

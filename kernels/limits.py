@@ -11,3 +11,22 @@ MAX_PHYSICAL = 1024
 MAX_RANKS = 64
 MAX_PAIRS = 2**20
 """(Token, choice) pairs that METRO maps at once."""
+
+
+def sizes_and_limits(
+    balancer: str, *, num_ranks: int, num_experts: int, num_redundant: int, mapped_pairs: int
+) -> dict[str, tuple[int, int]]:
+    """What the kernels of a balancer are asked to take, and the most that they do, by its name.
+
+    Args:
+        num_redundant: physical experts of a layer beyond the logical ones.
+        mapped_pairs: most (token, choice) pairs that METRO's kernel maps at once.
+    """
+    sizes = {
+        "ranks": (num_ranks, MAX_RANKS),
+        "physical experts": (num_experts + num_redundant, MAX_PHYSICAL),
+    }
+    if balancer == "metro":
+        sizes["experts"] = (num_experts, MAX_EXPERTS)
+        sizes["(token, expert) pairs in a batch"] = (mapped_pairs, MAX_PAIRS)
+    return sizes

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 
+from vllm_balance import endpoint
 from vllm_balance.endpoint import MoEBalancerEndpoint
 
 
@@ -121,3 +122,24 @@ def test_wrong_recording_settings_reach_no_rank(body):
     engine = Engine({"moe_balancer": {"name": "metro"}})
     assert client(engine).post("/moe_balancer/record/start", json=body).status_code == 422
     assert engine.asked == []
+
+
+def test_ranks_that_do_not_answer_are_said_to_be_stalled(monkeypatch):
+    """And their call is not cancelled, which vLLM's client would trip over."""
+    engine, ended = Engine({"moe_balancer": {"name": "metro"}}), []
+    answer = engine.call_utility_all_async
+
+    async def late(*asked):
+        await asyncio.sleep(0.3)
+        ended.append(asked[1])
+        return await answer(*asked)
+
+    monkeypatch.setattr(engine, "call_utility_all_async", late)
+    monkeypatch.setattr(endpoint, "TIMEOUT_S", 0.05)
+    with client(engine) as http:
+        refused = http.get("/moe_balancer/metrics")
+        assert refused.status_code == 503
+        assert "did not answer moe_balancer_status within 0.05 s" in refused.json()["detail"]
+        monkeypatch.setattr(endpoint, "TIMEOUT_S", 30)
+        assert http.get("/moe_balancer").status_code == 200
+    assert ended == ["moe_balancer_status"] * 2

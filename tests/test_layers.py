@@ -53,6 +53,7 @@ ROWS = [
         "documents",
         "measurement",
         "measured_tables",
+        "skew_table",
     ],
     ["kernels"],
     ["types", "errors"],

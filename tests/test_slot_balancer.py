@@ -99,10 +99,10 @@ def test_reasons_for_stepping_aside_are_counted():
     balancer.in_router(hot(3), None)
     worker = WorkerBalancer(balancer="harmoeny", rank=0, layers=[balancer])
     assert worker.status()["stepped_aside"] == {
-        "home ranks even enough": 1,
-        "no move worth a fetch": 0,
-        "memory-bound batch, one replica per expert": 1,
-        "no tokens": 1,
+        "even_enough": 1,
+        "no_move_pays": 0,
+        "memory_bound": 1,
+        "no_tokens": 1,
     }
     assert "recent_experts_us" in worker.status(per_layer=True)["layers"][0]
     worker.reset()

@@ -182,10 +182,10 @@ class LayerBalancer:
         if not self.policy.counts_decide:
             return {}
         if self.tables.num_physical == self.tables.num_logical:
-            return {"every expert has one copy, so there is nothing to choose": summed["decisions"]}
+            return {"one_copy": summed["decisions"]}
         return {
-            "compute-bound batch, routed evenly": summed["compute_bound_batches"],
-            "no tokens": summed["empty_batches"],
+            "compute_bound": summed["compute_bound_batches"],
+            "no_tokens": summed["empty_batches"],
         }
 
     def status(self) -> dict[str, Any]:

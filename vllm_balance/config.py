@@ -107,7 +107,7 @@ class BalancerConfig(BaseModel):
     @classmethod
     def _beside_a_knee(cls, free_tokens: float | None, info: ValidationInfo) -> float | None:
         if free_tokens is not None and info.data.get("knee_tokens") is None:
-            raise ValueError("it needs `knee_tokens` beside it; leave both away for the defaults")
+            raise ValueError("it needs `knee_tokens` beside it; omit both for the defaults")
         return free_tokens
 
     @property
@@ -175,7 +175,7 @@ def read(name: str | None, source: str | None, record: str | None = None) -> dic
         if not isinstance(recording, dict) or recording.setdefault("file", record) != record:
             raise BalancerError(
                 f"--moe-record asks for {record!r} and --moe-balancer-config for {recording!r}. "
-                f"Name one file: leave `file` out of `record`, or leave the flag away."
+                f"Name one file: leave `file` out of `record`, or remove the flag."
             )
         if name is None:
             settings.setdefault("name", "static")
@@ -184,7 +184,7 @@ def read(name: str | None, source: str | None, record: str | None = None) -> dic
             raise BalancerError(
                 f"--moe-balancer asks for {name!r} and --moe-balancer-config for "
                 f"{settings['name']!r}. Name one balancer: leave `name` out of the configuration "
-                f"or leave the flag away."
+                f"or remove the flag."
             )
         settings["name"] = name
     return parse(settings).model_dump(mode="json", exclude_unset=True)

@@ -34,6 +34,9 @@ FORMS = (PLAIN, *GROUPED, *IN_TURN)
 GPU_KNEE_TOKENS = 160.0
 """Knee of a datacentre GPU where nothing was measured: the middle of what TEMPO (arXiv 2608.13057)
 reports for fp8."""
+AMX_KNEE, CPU_KNEE = (43.0, 20.0), (4.0, 2.0)
+"""Knee and free tokens of a core with and without AMX where nothing was measured: fitted to vLLM's
+kernels with Qwen3-30B-A3B experts (docs/log.md)."""
 _SPREAD = 0.05
 """Relative residual from which a point counts as an outlier rather than as noise."""
 

@@ -12,7 +12,7 @@ from vllm_balance.config import (
     BalancerConfig,
 )
 from vllm_balance.errors import BalancerError
-from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
+from vllm_balance.kernels.limits import sizes_and_limits
 
 MAX_REDUNDANT = 1023
 """Redundant experts of a layer that vLLM's EPLB makes maps for (``EplbState.add_model``)."""
@@ -93,7 +93,7 @@ def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
     if deployment.num_experts == 0:
         raise BalancerError(
             f"--moe-balancer {config.name} was asked for, but {deployment.model} is a dense model: "
-            f"it has no experts to balance. Leave the flag away for this model."
+            f"it has no experts to balance. Remove the flag for this model."
         )
     if not deployment.enable_expert_parallel:
         raise BalancerError(
@@ -103,7 +103,7 @@ def check_layout(config: BalancerConfig, deployment: Deployment) -> None:
     if deployment.num_ranks < 2:
         raise BalancerError(
             f"--moe-balancer {config.name} needs at least two expert-parallel ranks, and there is "
-            f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away."
+            f"one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or remove the flag."
         )
 
 
@@ -133,20 +133,20 @@ def check_gpu_limits(
     Raises:
         BalancerError: they do not.
     """
-    sizes = {
-        "ranks": (deployment.num_ranks, MAX_RANKS),
-        "physical experts": (deployment.num_experts + num_redundant, MAX_PHYSICAL),
-    }
-    if config.name == "metro":
-        sizes["experts"] = (deployment.num_experts, MAX_EXPERTS)
-        sizes["(token, expert) pairs in a batch"] = (mapped_pairs, MAX_PAIRS)
+    sizes = sizes_and_limits(
+        config.name,
+        num_ranks=deployment.num_ranks,
+        num_experts=deployment.num_experts,
+        num_redundant=num_redundant,
+        mapped_pairs=mapped_pairs,
+    )
     found = [f"{size:,} {what}" for what, (size, most) in sizes.items() if size > most]
     if found:
         limits = ", ".join(f"{most:,} {what}" for what, (_, most) in sizes.items())
         raise BalancerError(
             f"--moe-balancer {config.name} would route {deployment.model} with "
             f"{' and '.join(found)}, and its GPU kernels take at most {limits}. Use fewer ranks or "
-            f"redundant experts or a lower --max-num-batched-tokens, or leave --moe-balancer away."
+            f"redundant experts or a lower --max-num-batched-tokens, or remove --moe-balancer."
         )
 
 

@@ -11,6 +11,7 @@ a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -22,6 +23,9 @@ from vllm_balance.recording import RecordSettings
 
 ENGINE = "moe_balancer_engine"
 """Attribute of the server's state that holds the engine client."""
+
+TIMEOUT_S = 60.0
+"""After which ranks that do not answer count as stalled."""
 
 router = APIRouter()
 
@@ -85,9 +89,18 @@ async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[An
         )
     # AsyncLLM.collective_rpc asks all engines of a data-parallel deployment, too, but returns the
     # answer of the first only.
-    per_engine = await engine.engine_core.call_utility_all_async(
-        "collective_rpc", method, None, (), kwargs
+    asked = asyncio.ensure_future(
+        engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), kwargs)
     )
+    try:
+        # vLLM's client does not expect that a call is cancelled, so it goes on.
+        per_engine = await asyncio.wait_for(asyncio.shield(asked), TIMEOUT_S)
+    except TimeoutError as error:
+        raise HTTPException(
+            503,
+            f"The ranks did not answer {method} within {TIMEOUT_S:g} s: a step takes longer than "
+            f"that, or the engine is stalled. Look at the server's log.",
+        ) from error
     return [answer for workers in per_engine for answer in workers]
 
 

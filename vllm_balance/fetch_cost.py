@@ -31,7 +31,7 @@ class FetchCost:
     expert_bytes: int
     """Everything that a fetch copies: weights, and scales or zero points with them."""
     copy_bytes_per_s: float
-    """Measured bandwidth from the host store into a slot, while the rank computes."""
+    """Measured bandwidth from the host store into a slot, while the rank computes nothing else."""
     token_us: float
     """Time to compute one (token, choice) pair where the rank is compute-bound."""
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from vllm_balance.documents import Document
 from vllm_balance.errors import BalancerError
 
-_NAMES = {
+NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "top_k": ("num_experts_per_tok", "moe_top_k", "experts_per_token"),
@@ -75,8 +75,8 @@ def from_mapping(config: Mapping[str, Any], *, name: str, where: str) -> ModelSh
     """
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
-    found: dict[str, Any] = {field: _first(text, names) for field, names in _NAMES.items()}
-    missing = [f"{' or '.join(_NAMES[f])}" for f, value in found.items() if value is None]
+    found: dict[str, Any] = {field: _first(text, names) for field, names in NAMES.items()}
+    missing = [f"{' or '.join(NAMES[f])}" for f, value in found.items() if value is None]
     if missing:
         raise BalancerError(
             f"{where} describes no MoE model that can be profiled or placed: it has no "

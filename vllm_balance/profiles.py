@@ -34,6 +34,8 @@ class Point(Document):
     time_us: float = Field(gt=0)
     """Median over the repeats, in the fastest of the rounds."""
     repeats: int = Field(ge=1)
+    rounds_us: list[float] = Field(default=[])
+    """Median over the repeats in every round: what a rank's speed follows from. Empty: of one."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
@@ -107,6 +109,8 @@ class Profile(Document):
     """Processor and kernel, e.g. "Intel Xeon ..., vec"."""
     versions: dict[str, str]
     shape: ModelShape
+    cores_per_rank: int = Field(default=1, ge=1)
+    """Cores that each rank computed with."""
     ranks: list[RankProfile] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -60,6 +60,8 @@ GAUGES = {
 }
 
 
+OF_ALL_RANKS = ("max_activated_sum", "max_tokens_sum", "activated_sum", "pairs")
+"""Counters of whole batches, which a rank that sees only its own tokens does not know."""
 ASIDE = ("stepped_aside", "Batches in which the balancer did not do what its name says, by reason.")
 """The one key with several numbers: its family's name and what it says."""
 
@@ -118,8 +120,10 @@ def _of_rank(rank: dict[str, Any], key: str) -> float | None:
     A rank that sees only its own tokens does not know what came to it from others.
     """
     value = rank.get(key)
+    if (isinstance(value, list) or key in OF_ALL_RANKS) and not rank.get("counts_are_global", True):
+        return None
     if isinstance(value, list):
-        value = value[rank["rank"]] if rank["counts_are_global"] else None
+        value = value[rank["rank"]]
     if value is None:
         return None
     return float(value) / 1e6 if key.endswith("_us") else float(value)

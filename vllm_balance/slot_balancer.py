@@ -102,10 +102,10 @@ class SlotBalancer(LayerBalancer):
 
     def stepped_aside(self, summed: dict[str, Any]) -> dict[str, int]:
         return {
-            "home ranks even enough": summed["balanced_schedules"],
-            "no move worth a fetch": summed["unpaid_schedules"],
-            "memory-bound batch, one replica per expert": summed["memory_bound_schedules"],
-            "no tokens": summed["empty_schedules"],
+            "even_enough": summed["balanced_schedules"],
+            "no_move_pays": summed["unpaid_schedules"],
+            "memory_bound": summed["memory_bound_schedules"],
+            "no_tokens": summed["empty_schedules"],
         }
 
 

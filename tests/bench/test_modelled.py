@@ -87,15 +87,16 @@ def test_a_table_says_which_rows_are_of_older_code(monkeypatch):
 def row(balancer, redundancy, tpot_us, **values):
     """A row of CELL; None: it does not fit."""
     fits = tpot_us is not None
+    rate = 1e8 / tpot_us if fits else None
     return {
         "balancer": balancer, "redundancy": redundancy, "fits": fits, "tpot_us": tpot_us,
-        "tokens_per_s": 1e6 if fits else None, "concurrency": 64, **values,
+        "tokens_per_s": rate, "concurrency": 64, **values,
     }  # fmt: skip
 
 
 def test_the_fine_sweep_needs_a_file_of_its_own(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(modelled, "_run", lambda name, cells, path: asked.append((cells, path)))
+    monkeypatch.setattr(modelled, "_run", lambda _, cells, path, at: asked.append((cells, path)))
     with pytest.raises(typer.BadParameter, match="Name a file for them with --results"):
         modelled.phase(fine=True, results=None, first=3)
     modelled.phase(fine=True, results=tmp_path / "rows.jsonl", first=3)
@@ -109,7 +110,9 @@ def test_the_fine_sweep_needs_a_file_of_its_own(tmp_path, monkeypatch):
 def test_the_best_arm_is_the_best_on_average_over_seeds():
     rows = [row("static", 1.0, us) for us in (100, 100)]
     rows += [row("metro", 1.5, us) for us in (80, 118)] + [row("eplb", 1.5, us) for us in (96, 96)]
-    assert modelled._best(rows) == "eplb 1.5: -4%"
+    assert modelled._best(rows) == "metro 1.5: +5%"
+    alike = [row("gem", 1.0, us) for us in (95, 95)]
+    assert modelled._best([*rows, *alike]) == "gem 1: +5%"
 
 
 def test_arms_that_do_not_fit_are_not_the_best():
@@ -119,14 +122,14 @@ def test_arms_that_do_not_fit_are_not_the_best():
 
 
 def test_the_phase_table_is_of_the_coarse_cells_alone(monkeypatch):
-    cells = list(modelled.phase_cells(False))[:7]
+    cells = list(modelled.phase_cells(False))[:9]
     fine = next(c for c in modelled.phase_cells(True) if c not in set(modelled.phase_cells(False)))
     rows = [{**asdict(c), **row(c.balancer, c.redundancy, 100.0), "key": c.key,
              "concurrency": c.concurrency} for c in (*cells, fine)]  # fmt: skip
     monkeypatch.setattr(modelled, "_newest", lambda name: rows)
     monkeypatch.setattr(modelled, "_with_origin", lambda name, table, rows: f"{len(rows)}: {table}")
-    made = modelled._phase_table()
-    assert made.startswith("7: | ranks | zipf | batch 16 |") and made.count("none") == 1
+    made = modelled._phase_table(modelled.phase_cells(False), "batch")
+    assert made.startswith("9: | ranks | zipf | batch 16 |") and made.count("none") == 1
 
 
 def test_rates_are_of_cells_that_fit():
@@ -155,5 +158,5 @@ def test_a_table_shows_a_dash_for_what_does_not_fit(monkeypatch):
             {**own, **gone, **row("eplb", 1.5, None)}]  # fmt: skip
     monkeypatch.setattr(modelled, "_newest", lambda name: rows)
     lines = modelled._table("qwen").splitlines()
-    assert lines[2] == "| 0.3 | static | 1 | 20.0 | +0.0% | - | 1,000,000 | 9 | 50% | 2.0 |"
+    assert lines[2] == "| 0.3 | static | 1 | 20.0 | +0.0% | - | 5,000 | 9 | 50% | 2.0 |"
     assert lines[3] == "| 0.3 | eplb | 1.5 | - | - | - | - | - | - | 4.0 |"

@@ -40,7 +40,7 @@ def test_both_batches_are_timed_on_every_rank_and_medians_kept(monkeypatch):
         return [Timing(time_us=time_us, repeats=3) for time_us in next(seen)]
 
     @contextmanager
-    def probing(shape, isa, cores, num_local):
+    def probing(shape, isa, cores_S, num_local):
         assert (shape.hidden, shape.inner, shape.dtype, num_local) == (2048, 768, "float32", 16)
         yield SimpleNamespace(measure=measure)
 

@@ -354,18 +354,20 @@ def test_a_profile_is_of_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
     probed = []
 
     @contextmanager
-    def probing(shape, isa, cores, num_local):
-        probed.append(shape.dtype)
+    def probing(shape, isa, cores_S, num_local):
+        probed.append((shape.dtype, len(cores_S[0])))
         yield Instrument(CURVES[:1])
 
     monkeypatch.setattr(sys.modules[sample.__module__], "probing", probing)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "p.json"
-    done = run("profile", tmp_path, "--ranks", 1, "-o", file, "--dtype", "float")
+    done = run("profile", tmp_path, "--ranks", 1, "--cores-per-rank", 2, "-o", file,
+               "--dtype", "float")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert profiles.load(file).shape.dtype == "float32"
+    assert profiles.load(file).cores_per_rank == 2
     assert run("profile", tmp_path, "--check", file).exit_code == 0
-    assert probed == ["float32", "float32"]
+    assert probed == [("float32", 2)] * 2
     refused = run("profile", tmp_path, "--check", file, "--dtype", "bfloat16").exception
     assert isinstance(refused, BalancerError) and "with `--dtype bfloat16`" in str(refused)
 
@@ -446,13 +448,17 @@ def test_a_profile_is_drawn(folder):
 
 
 def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
-    """One rank, experts of toy size, three rounds: a file with positive times that loads again."""
+    """One rank of two cores, toy experts, three rounds: a file with positive times that loads."""
     monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    done = run("profile", tmp_path, "--ranks", 1, "-o", tmp_path / "p.json")
+    asked = ("--ranks", 1, "--cores-per-rank", 2)
+    done = run("profile", tmp_path, *asked, "-o", tmp_path / "p.json")
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")
     assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
+    assert measured.ranks[0].place == "cores 0 to 1" and "Measured in" in done.output
+    for point in measured.ranks[0].points:
+        assert len(point.rounds_us) == 3 and point.time_us == min(point.rounds_us)
     assert measured.versions.keys() == set(profiles.BOUND_VERSIONS)
     with pytest.raises(BalancerError, match="hidden 128 instead of 64"):
         measured.require(shape=SHAPE)
@@ -463,3 +469,15 @@ def test_more_ranks_than_cores_are_refused(tmp_path):
 
     with pytest.raises(BalancerError, match="cores are free"):
         cores_of(10_000)
+
+
+def test_ranks_have_neighbouring_cores(monkeypatch):
+    from vllm_balance.commands.profile import cores_of
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {9, 4, 5, 7, 6, 8})
+    assert cores_of(2) == [[4], [5]]
+    assert cores_of(2, 3) == [[4, 5, 6], [7, 8, 9]]
+    with pytest.raises(
+        BalancerError, match=r"3 ranks .* with 3 of the cores each, and 6 cores are"
+    ):
+        cores_of(3, 3)

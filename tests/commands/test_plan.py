@@ -62,7 +62,8 @@ def test_a_model_without_eplb_gets_a_plain_answer():
     said = plan("--model", "gpt-oss-20b", "--hardware", "h20", "--zipf", "0.3")
     assert "Left out, as a server would refuse it: eplb, first_copy, metro, harmoeny; " in said
     assert "vLLM 0.32 does not support EPLB for GptOssForCausalLM" in said
-    assert "No: only static is left, and gem and exflow" in said
+    assert re.search(r"static *│ *1│.*gem *│ *1│", said, re.DOTALL), said
+    assert "No, leave it off" in said
 
 
 def advice(balancer, redundancy=1.5, gain=0.2):
@@ -86,6 +87,10 @@ def test_an_answer_names_slots_host_memory_and_what_a_gpu_needs_for_them():
     assert "3.2 GB more memory on each rank and 58 GB of host memory" in said
     assert "with --enforce-eager --moe-balancer harmoeny" in said
     assert f"one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}" in said
+    said = answer(asked, advice("gem", 1.0), errors)
+    assert "Yes: gem without redundant experts is predicted" in said
+    assert """with --moe-balancer gem --moe-balancer-config '{"map": "MAP.json"}'""" in said
+    assert "vllm-balance place --policy gem --model MODEL --ranks 8 --trace TRACE" in said
     said = answer(asked, advice("metro"), errors)
     assert "Yes: metro with redundancy 1.5" in said and "host memory" not in said
     assert "with --moe-balancer metro" in said

@@ -10,7 +10,7 @@ from playwright.sync_api import expect, sync_playwright
 from typer.testing import CliRunner
 
 from vllm_balance import commands
-from vllm_balance.commands.report import report
+from vllm_balance.commands.report import _section, report
 from vllm_balance.commands.report_plots import COLOURS, over_time, panels, tokens_per_expert_SE
 from vllm_balance.errors import BalancerError
 from vllm_balance.measurement import Measurement
@@ -219,3 +219,16 @@ def test_without_plotly_the_error_names_the_extra(results, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(BalancerError, match=r"pip install '\.\[report\]'"):
         report([results], tmp_path / "report.html")
+
+
+def test_a_run_of_several_skews_is_compared_with_its_bound():
+    measured = [
+        row(arm, run="skews", load=load, total_tokens_per_s=speed)
+        for load, speeds in (("even", (100.0, 98.0)), ("0.9 onto 10", (50.0, 90.0)))
+        for arm, speed in zip(("static", "harmoeny"), speeds, strict=True)
+    ]
+    bounded, *others = _section(measured)["tables"]
+    at = bounded.headings.index("of the bound")
+    assert [line[at] for line in bounded.body] == ["100.0%", "98.0%", "50.0%", "90.0%"]
+    assert len(others) == 1
+    assert len(_section(rows())["tables"]) == 1

@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
-from vllm_balance.seams import deployment
+from vllm_balance.seams import combinations, deployment
 
 
 def stock_config(model: str, **arguments):
@@ -69,9 +69,9 @@ def test_a_map_needs_all_weights_to_be_read(moe_model):
     config.parallel_config.enable_ep_weight_filter = True
     for name in ("gem", "exflow"):
         with pytest.raises(BalancerError, match="a map and --enable-ep-weight-filter"):
-            deployment._check_combination(BalancerConfig(name=name, map="m"), config)
+            combinations.check_combination(BalancerConfig(name=name, map="m"), config)
     for others in ({"name": "static"}, {"name": "metro", "map": "m"}):
-        deployment._check_combination(BalancerConfig(**others), config)
+        combinations.check_combination(BalancerConfig(**others), config)
 
 
 @pytest.mark.parametrize(
@@ -95,23 +95,23 @@ def test_weights_that_follow_the_linear_placement_are_refused_where_experts_are_
     for settings in every:
         if settings["name"] in names:
             with pytest.raises(BalancerError, match=f"together with {value}"):
-                deployment._check_combination(BalancerConfig(**settings), config)
+                combinations.check_combination(BalancerConfig(**settings), config)
         else:
-            deployment._check_combination(BalancerConfig(**settings), config)
+            combinations.check_combination(BalancerConfig(**settings), config)
 
 
 def test_steps_are_not_tried_again_by_balancers_with_a_memory_of_them(moe_model):
     config = stock_config(moe_model)
     config.parallel_config.enable_fault_tolerance = True
     with pytest.raises(BalancerError, match="--enable-fault-tolerance"):
-        deployment._check_combination(BalancerConfig(name="harmoeny"), config)
-    deployment._check_combination(BalancerConfig(name="metro"), config)
+        combinations.check_combination(BalancerConfig(name="harmoeny"), config)
+    combinations.check_combination(BalancerConfig(name="metro"), config)
 
 
 @pytest.fixture
 def on_gpus(monkeypatch):
     found = facts(on_cpu=False, num_experts=8)
-    monkeypatch.setattr(deployment, "read_deployment", lambda config: found)
+    monkeypatch.setattr(deployment, "read_deployment", lambda config, ranks_hold_memory: found)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import deployments
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
@@ -12,7 +13,7 @@ from vllm_balance import plugin
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay import STRATEGY
-from vllm_balance.seams import deployment
+from vllm_balance.seams import announcements, combinations, deployment, read_deployment
 
 VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 
@@ -73,10 +74,10 @@ def test_a_way_of_exchange_that_the_layout_does_not_have_is_refused(moe_model):
 )
 def test_what_only_cpu_ranks_do_is_refused_on_gpus(settings, reason, monkeypatch):
     config = BalancerConfig.model_validate(settings)
-    deployment._check_device(config)
+    combinations.check_device(config)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
     with pytest.raises(BalancerError, match=reason):
-        deployment._check_device(config)
+        combinations.check_device(config)
 
 
 @pytest.mark.parametrize("name", ["metro", "harmoeny"])
@@ -84,7 +85,7 @@ def test_free_memory_is_asked_for_before_there_are_ranks_and_not_again(
     name, moe_model, monkeypatch
 ):
     """API servers configure themselves again when the ranks have taken what was free."""
-    monkeypatch.setattr(deployment, "_free_host_bytes", lambda config, local_ranks: 10)
+    monkeypatch.setattr(read_deployment, "_free_host_bytes", lambda config, local_ranks: 10)
     with pytest.raises(BalancerError, match="and 10 bytes"):
         configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
@@ -104,9 +105,9 @@ def test_what_a_deployment_starts_knows_that_it_was_set_up(moe_model, monkeypatc
 
 def test_a_cache_on_gpus_takes_nothing_from_the_host(monkeypatch):
     config = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=2**60))
-    assert deployment._free_host_bytes(config, 2) == 0
+    assert read_deployment._free_host_bytes(config, 2) == 0
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    assert deployment._free_host_bytes(config, 2) > 0
+    assert read_deployment._free_host_bytes(config, 2) > 0
 
 
 def compressed(num_bits: int) -> dict:
@@ -147,4 +148,27 @@ def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
         hf_text_config=SimpleNamespace(),
     )
     getattr(model, where).quantization_config = said
-    assert deployment._weight_bytes(model) == weight_bytes
+    assert read_deployment._weight_bytes(model) == weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "redundant", "expert_bytes", "warned"),
+    [
+        ("metro", 0, 1000, "will serve as static does"),
+        ("first_copy", 0, 1000, "Set `redundancy`"),
+        ("metro", 4, 1000, ""),
+        ("eplb", 0, 1000, ""),
+        ("eplb", 4, 0, "memory was not checked"),
+    ],
+)
+def test_what_cannot_help_or_be_checked_is_warned_about(
+    name, redundant, expert_bytes, warned, monkeypatch
+):
+    said: list[str] = []
+    logger = SimpleNamespace(
+        info=lambda *_: None, warning=lambda text, *values: said.append(text % values)
+    )
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
+    facts = deployments.deployment(expert_bytes=expert_bytes)
+    announcements.announce(BalancerConfig(name=name), redundant, facts)
+    assert len(said) == (warned != "") and warned in " ".join(said)

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -11,6 +12,7 @@ from vllm_balance import maps, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import LayerMap
 from vllm_balance.model_shape import from_config
+from vllm_balance.seams import announcements
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.settings_files import initial_placement, moe_layers
 
@@ -144,3 +146,19 @@ def test_which_layers_are_moe():
     assert moe_layers(Text(first_k_dense_replace=1)) == (1, 2, 3, 4, 5)
     assert moe_layers(Text(decoder_sparse_step=2, mlp_only_layers=[3])) == (1, 5)
     assert moe_layers(Text(moe_layers=[1, 3])) == (1, 3)
+
+
+def test_a_map_of_another_model_of_the_same_shape_is_warned_about(moe_model, write, monkeypatch):
+    said: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *values: said.append(text % values))
+    shape = from_config(Path(moe_model))
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
+    vllm_config = SimpleNamespace(model_config=None)
+    monkeypatch.setattr(announcements, "read_shape", lambda model_config: shape)
+    announcements.warn_of_another_name(maps.load(Path(write())), vllm_config)
+    assert said == []
+    other = shape.model_copy(update={"name": "coder"})
+    announcements.warn_of_another_name(maps.load(Path(write(shape=other))), vllm_config)
+    assert len(said) == 1 and f"made for coder, and {shape.name} of the same shape" in said[0]
+    monkeypatch.undo()
+    assert placement_of(configured(moe_model, "gem", map=write(shape=other)))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_balance.seams.deployment import _expert_weights
+from vllm_balance.seams.read_deployment import _expert_weights
 from vllm_balance.seams.settings_files import moe_layers
 
 FAMILIES = {
@@ -33,3 +33,8 @@ def test_weights_of_an_expert():
     assert _expert_weights(SimpleNamespace(hidden_size=64, intermediate_size=128)) == 3 * 64 * 128
     ungated = {"mlp_hidden_act": "relu2", "moe_latent_size": 16}
     assert _expert_weights(SimpleNamespace(**qwen, **ungated)) == 2 * 16 * 32
+
+
+def test_experts_of_unknown_size_have_none():
+    assert _expert_weights(SimpleNamespace(d_model=64, expert_intermediate_size=32)) == 3 * 64 * 32
+    assert _expert_weights(SimpleNamespace(hidden_size=64)) == 0

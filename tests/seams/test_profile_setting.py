@@ -13,7 +13,7 @@ from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams import settings_files
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import device_name
-from vllm_balance.seams.settings_files import measured_costs
+from vllm_balance.seams.settings_files import measured_costs, require_profiled_cores
 from vllm_balance.seams.versions import kernel_versions
 
 BETA_US = 0.5
@@ -119,6 +119,15 @@ def test_foreign_profiles(moe_model, write):
         assert said in text and "run `vllm-balance profile`" in text
         assert ("with `--dtype bfloat16`" in text) == ("dtype" in said)
     assert "cannot be read" in refused(moe_model, profile="lost.json")
+
+
+def test_a_profile_of_ranks_with_other_cores(moe_model, write):
+    """Known in the worker, which binds its threads, and before it loads weights."""
+    named = settings_of(configured(moe_model, profile=write(cores_per_rank=4)))
+    require_profiled_cores(named, 4)
+    with pytest.raises(BalancerError, match=r"4 cores each, and this rank has 2 threads.*-rank 2`"):
+        require_profiled_cores(named, 2)
+    require_profiled_cores(settings_of(configured(moe_model)), 2)
 
 
 def test_a_device_that_cannot_be_profiled(moe_model, write, monkeypatch):

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 from vllm.platforms import current_platform
 
 from vllm_balance import commands
-from vllm_balance.commands.doctor import all_seams
+from vllm_balance.commands.doctor import all_places, all_seams
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams.source import problems, signatures
 
 SEAMS = all_seams(cpu=True)
+PLACES = all_places(cpu=True)
 INSTALLED = Path(vllm.__file__).parents[1]
 RECORDED = Path(__file__).parent / "vllm-0.33.0.json"
 """Made by `vllm-balance doctor --against vllm-0.33.0-*.whl --json`."""
@@ -27,18 +28,19 @@ def doctor(*arguments):
 
 
 def test_the_installed_source_and_the_live_objects_agree():
-    found = signatures(SEAMS, INSTALLED)
-    assert problems(SEAMS, found) == {}
+    found = signatures(PLACES, INSTALLED)
+    assert problems(PLACES, found) == {}
+    assert [place.problem() for place in PLACES] == [None] * len(PLACES)
     assert {seam.target for seam in SEAMS if found[seam.target] is None} == {
         seam.target for seam in SEAMS if seam.only_if_missing
     }
 
 
-def test_every_seam_fits_vllm_0_33():
+def test_every_place_fits_vllm_0_33():
     recorded = json.loads(RECORDED.read_text())
     found = {seam["target"]: seam["parameters"] for seam in recorded["seams"]}
-    assert set(found) == {seam.target for seam in SEAMS}, "record vLLM 0.33 again"
-    assert problems(SEAMS, found) == {}
+    assert set(found) == {place.target for place in PLACES}, "record vLLM 0.33 again"
+    assert problems(PLACES, found) == {}
 
 
 def test_a_changed_signature_and_a_missing_function_are_named():
@@ -86,7 +88,7 @@ def test_doctor_prints_what_a_wheel_lacks_as_rows(tmp_path):
     ended = doctor("--against", wheel(tmp_path / "vllm.whl", "vllm/version.py"), "--json")
     assert ended.exit_code == 1, ended.output
     rows = json.loads(ended.output)["seams"]
-    assert len(rows) == len(SEAMS)
+    assert len(rows) == len(PLACES)
     assert all("this vLLM has no file" in row["state"] for row in rows)
     assert {tuple(row["parameters"] or ()) for row in rows} == {()}
 

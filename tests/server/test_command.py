@@ -28,7 +28,7 @@ COMMANDS = {
         ["bench", "latency", "--model", "MODEL", "-ep", "--moe-balancer", "eplb"],
         2,
         "vllm: error: --moe-balancer eplb needs at least two expert-parallel ranks, and there is "
-        "one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or leave the flag away.",
+        "one. Add --tensor-parallel-size 2 or --data-parallel-size 2, or remove the flag.",
     ),
 }
 

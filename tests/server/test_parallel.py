@@ -132,7 +132,7 @@ def test_the_regimes_of_the_policy(server, layout):
         regimes = (rank["memory_bound_batches"] > 0, rank["compute_bound_batches"] > 0)
         if layout[1] == "metro":
             assert regimes[0], "metro never chose"
-            evenly = rank["stepped_aside"]["compute-bound batch, routed evenly"]
+            evenly = rank["stepped_aside"]["compute_bound"]
             assert evenly == rank["compute_bound_batches"]
         else:
             assert regimes == ((False, True) if layout[1] == "eplb" else (True, False))

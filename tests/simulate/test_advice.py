@@ -13,6 +13,7 @@ from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Layout, hardware, models, skewed
 from vllm_balance.simulate.advice import (
+    MAP,
     Advice,
     Candidate,
     Question,
@@ -71,6 +72,8 @@ def test_candidates_are_what_a_server_accepts():
     """32 experts on 8 ranks: 36, 40 and 48 are 40 and 48; 2 and 8 slots on each of 8 ranks."""
     assert candidates(question()) == (
         ("static", 1.0),
+        ("eplb", 1.0),
+        ("gem", 1.0),
         *((name, ratio) for name in ("eplb", "first_copy", "metro") for ratio in (1.25, 1.5)),
         ("harmoeny", 1.5),
         ("harmoeny", 3.0),
@@ -86,14 +89,15 @@ def test_candidates_are_what_a_server_accepts():
 )
 def test_fetching_needs_a_host_link_and_one_node(changes):
     asked = question(**changes)
-    assert {name for name, _ in candidates(asked)} == {"static", "eplb", "first_copy", "metro"}
+    names = {name for name, _ in candidates(asked)}
+    assert names == {"static", "gem", "eplb", "first_copy", "metro"}
     (names,) = left_out(asked).values()
     assert names == ("harmoeny",)
 
 
-def test_a_model_without_eplb_leaves_static_alone():
+def test_a_model_without_eplb_leaves_static_and_maps_without_copies():
     made = advise(question(model=OSS, concurrency=8), error=0.0)
-    assert [each.balancer for each in made.candidates] == ["static"] and made.best.outcome
+    assert [each.balancer for each in made.candidates] == ["static", "gem"] and made.best.outcome
     ((reason, names),) = made.left_out.items()
     assert "does not support EPLB for GptOssForCausalLM" in reason
     assert names == ("eplb", "first_copy", "metro", "harmoeny")
@@ -128,9 +132,12 @@ def test_nothing_is_advised_that_is_too_large_for_the_gpu_kernels(changes, names
                             for why, which in found.items())  # fmt: skip
 
 
-def test_a_cpu_has_no_such_limits():
+def test_a_cpu_has_the_limit_of_vllms_eplb_alone():
     cpu = question("cpu-avx512", model=many(num_experts=2 * MAX_PHYSICAL), layout=Layout(tensor=2))
-    assert not left_out(cpu)
+    ((reason, names),) = left_out(cpu).items()
+    assert reason == "vLLM's EPLB takes 1,023 redundant experts and here are 1,024"
+    assert names == ("eplb", "first_copy", "metro")
+    assert not left_out(question("cpu-avx512", layout=Layout(tensor=2)))
 
 
 def test_ranks_that_experts_do_not_divide_over_are_refused_with_those_that_do():
@@ -176,6 +183,7 @@ def test_the_settings_of_every_candidate_are_accepted_and_mean_as_many_experts(m
     for name, ratio in candidates(asked):
         settings = settings_of(asked, Candidate(balancer=name, redundancy=ratio, concurrency=0,
                                                 outcome=None))  # fmt: skip
+        assert settings.pop("map", None) == (MAP if name == "gem" else None)
         config = parse({"name": name, **settings})
         extra = 2 * config.dynamic_slots if config.fetches else config.num_redundant_experts or 0
         assert (32 + extra) / 32 == ratio and extra % 2 == 0

@@ -18,7 +18,14 @@ from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import Hot, ReplaySettings, draw
 from vllm_balance.routing import FETCHING, ROUTING
 from vllm_balance.simulate import Arm, Layout, Load, hardware, models, recorded, skewed
-from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
+from vllm_balance.simulate.decisions import (
+    Decider,
+    num_redundant,
+    placement_policy,
+    placements,
+    policy_of,
+)
+from vllm_balance.simulate.expert_times import roofline
 from vllm_balance.simulate.fetches import (
     FetchingDecider,
     fetch_us,
@@ -26,6 +33,7 @@ from vllm_balance.simulate.fetches import (
     with_fetches,
 )
 from vllm_balance.simulate.run import decider_of
+from vllm_balance.simulate.traffic import Traffic
 from vllm_balance.traces import Trace
 from vllm_balance.types import Demand
 
@@ -38,9 +46,16 @@ TRAFFIC = skewed(SKEW, MODEL, 2)
 
 @cache
 def decider(name) -> Decider:
-    redundant = 0 if name == "static" else num_redundant(128, 8, 1.5)
-    layers = placements(TRAFFIC.fresh().history(8, 64), 8, redundant)
-    return Decider.of(policy_of(name, 1e9), layers)
+    redundant = 0 if name in ("static", "gem") else num_redundant(128, 8, 1.5)
+    history_NLE = TRAFFIC.fresh().history(np.full((8, 2), (64, 0)))
+    policy = placement_policy(name, redundant)
+    return Decider.of(policy_of(name, 1e9), placements(policy, history_NLE, ranks(8, redundant)))
+
+
+def ranks(number, redundant=0):
+    """Ranks that are as fast as each other."""
+    cost = CostModel(a_us=0, b_us=1, c_us=0, beta_us=1)
+    return Cluster(costs=(cost,) * number, num_redundant=redundant)
 
 
 def test_traffic_is_what_a_server_replays():
@@ -53,9 +68,19 @@ def test_traffic_is_what_a_server_replays():
 
 
 def test_history_counts_every_pair():
-    history_NLE = TRAFFIC.fresh().history(5, 64)
-    assert history_NLE.shape == (5, 2, 128)
-    assert (history_NLE.sum(2) == 64 * 8).all()
+    history_NLE = TRAFFIC.fresh().history(np.array([(64, 0), (0, 64), (30, 4)]))
+    assert history_NLE.shape == (3, 2, 128)
+    assert history_NLE.sum(2).tolist() == [[512, 512], [512, 512], [272, 272]]
+
+
+def test_experts_are_placed_without_knowing_the_batches():
+    """The same rows, so that vLLM's EPLB places by the same sums, in other batches."""
+    ours, other = TRAFFIC.fresh(), TRAFFIC.reordered(1)
+    batches = np.full((8, 2), (64, 0))
+    assert len(TRAFFIC.decode_LNK[0]) == 8 * 64
+    known, fresh = ours.history(batches), other.history(batches)
+    assert (known.sum(0) == fresh.sum(0)).all() and (known != fresh).any(2).all()
+    assert torch.equal(ours.batch(5, 0), TRAFFIC.fresh().batch(5, 0))
 
 
 def test_a_trace_serves_its_own_tokens():
@@ -117,7 +142,8 @@ def test_counts_serve_tokens_of_distinct_experts_of_one_step():
 
 def test_no_token_of_counts_is_lost():
     trace = counts_of([[range(0, 40)], [range(60, 70)]])
-    history_NLE = recorded(trace, MODEL, 2, seed=0, rows=64).history(5, 100)
+    made = recorded(trace, MODEL, 2, seed=0, rows=64)
+    history_NLE = made.history(np.full((5, 2), (100, 0)))
     assert (history_NLE.sum(2) == 800).all()
     assert not history_NLE[:, :, 40:60].any() and not history_NLE[:, :, 70:].any()
 
@@ -221,7 +247,7 @@ def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, mo
     """Many equal loads, a third of them zero, and loads that are equal once they are split."""
     random = np.random.default_rng(0)
     history_NLE = random.choice([0, 8, 16, 24], (1, 3, 64))
-    expected = [made.physical_to_logical_P.tolist() for made in placements(history_NLE, 8, 32)]
+    expected = eplb_slots(history_NLE)
     argsort = np.argsort
 
     def backwards(values, axis=-1, **asked):
@@ -231,16 +257,71 @@ def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, mo
         return values.shape[axis] - 1 - argsort(np.flip(values, axis), axis, kind=kind)
 
     monkeypatch.setattr(np, "argsort", backwards)
-    again = [made.physical_to_logical_P.tolist() for made in placements(history_NLE, 8, 32)]
-    assert again == expected
+    assert eplb_slots(history_NLE) == expected
+
+
+def eplb_slots(history_NLE):
+    """Experts of the slots of each layer, with 32 redundant ones on 8 ranks."""
+    layers = placements("eplb", history_NLE, ranks(8, 32))
+    return [layer.physical_to_logical_P.tolist() for layer in layers]
 
 
 def test_placements_are_those_of_vllm_where_no_loads_are_equal():
     history_NLE = np.random.default_rng(1).permutation(3 * 64).reshape(1, 3, 64) * 1009 + 10**6
-    cluster = Cluster(costs=(CostModel(a_us=0, b_us=1, c_us=0, beta_us=1),) * 8, num_redundant=32)
-    expected = PLACEMENT["eplb"]().place(history_NLE, cluster)
-    made = placements(history_NLE, 8, 32)
-    assert [each.physical_to_logical_P.tolist() for each in made] == expected.tolist()
+    expected = PLACEMENT["eplb"]().place(history_NLE, ranks(8, 32))
+    assert eplb_slots(history_NLE) == expected.tolist()
+
+
+def arm_of(balancer, redundancy=1.0, **load):
+    asked = {"concurrency": 64, "prompt_tokens": 1, "output_tokens": 64, "token_budget": 8192,
+             "max_steps": 16}  # fmt: skip
+    return Arm(
+        model=MODEL, hardware=hardware.load("h100")[0], layout=Layout(data=8),
+        balancer=balancer, redundancy=redundancy, load=Load(**{**asked, **load}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("balancer", "redundancy"), [("gem", 1.0), ("eplb", 1.0), ("gem", 1.25)])
+def test_placements_alone_relieve_the_worst_rank(balancer, redundancy):
+    """In prefill: without copies by vLLM's and by ours, and with copies by ours."""
+    prompts = {"prompt_tokens": 512, "output_tokens": 1}
+    own = decider_of(arm_of(balancer, redundancy, **prompts), TRAFFIC.reordered(1))
+    linear = decider_of(arm_of("static"), TRAFFIC.reordered(1))
+    assert own.tables_L[0].num_physical == round(128 * redundancy)
+    ours, others = (
+        decides.slots(TRAFFIC.fresh().batch(0, 4096))[0].reshape(2, 8, -1).sum(2).max(1).sum()
+        for decides in (own, linear)
+    )
+    assert ours < 0.8 * others
+
+
+def test_gem_places_by_batches_as_large_as_the_steps_of_the_load():
+    seen = {}
+
+    class Counting(Traffic):
+        def history(self, tokens_N2):
+            seen["tokens"] = tokens_N2
+            return super().history(tokens_N2)
+
+    traffic = Counting(name="t", num_experts=128, decode_LNK=TRAFFIC.decode_LNK,
+                       prefill_LNK=TRAFFIC.prefill_LNK)  # fmt: skip
+    decider_of(arm_of("eplb"), traffic)
+    assert (seen["tokens"] == (256, 0)).all()
+    decider_of(arm_of("gem"), traffic)
+    assert seen["tokens"].sum(1).mean() == pytest.approx(64, rel=0.1)
+    decider_of(arm_of("gem", prompt_tokens=1024, output_tokens=1), traffic)
+    assert not seen["tokens"][:, 0].any() and (seen["tokens"][:, 1] == 8192).all()
+
+
+@pytest.mark.parametrize("machine", ["h100", "cpu-avx512"])
+def test_a_curve_has_the_knee_and_the_times_that_it_is_of(machine):
+    times = roofline(MODEL, hardware.load(machine)[0])
+    (curve, _) = times.curves(2)
+    assert curve.knee_tokens == pytest.approx(times.knee_tokens)
+    for experts, tokens in ((1, 1), (40, 1), (16, 512)):
+        tokens_E = np.full(experts, tokens, np.int32)
+        time_us = times.of(tokens_E[None], 1)[0].item()
+        assert curve.of_experts(tokens_E) == pytest.approx(time_us, rel=0.25)
 
 
 def test_redundancy_is_rounded_up_to_full_ranks():

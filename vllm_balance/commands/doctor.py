@@ -15,24 +15,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_balance.commands import installed
-from vllm_balance.seams import Seam
+from vllm_balance.seams import Place, Seam
 
 
 @dataclass(kw_only=True)
 class SeamFinding:
-    """One seam and whether it would apply."""
+    """One place of vLLM and whether it is as it is relied on."""
 
     target: str
     why: str
     delete_when: str
+    """Empty if it is called and not wrapped."""
     state: str
-    """``applies``, ``not needed`` (this vLLM has it) or the reason why it cannot apply."""
+    """``applies``, ``called``, ``not needed`` (this vLLM has it) or what is wrong."""
     parameters: list[str] | None = None
     """Parameters of the place in the source that was checked; None if it is not defined there."""
 
     @property
     def is_problem(self) -> bool:
-        return self.state not in ("applies", "not needed")
+        return self.state not in ("applies", "called", "not needed")
 
 
 @dataclass(kw_only=True)
@@ -76,31 +77,40 @@ def examine_source(vllm: Path) -> Findings:
     """
     from vllm_balance.seams.source import problems, signatures
 
-    seams = all_seams(cpu=True)
-    found = signatures(seams, vllm)
-    complaints = problems(seams, found)
+    places = all_places(cpu=True)
+    found = signatures(places, vllm)
+    complaints = problems(places, found)
     return Findings(
         vllm=vllm.name,
         platform="source only",
         packages={"vllm-balance": _version("vllm-balance")},
         untested="only its functions' parameters were compared, and no server was run with it",
         seams=[
-            _source_finding(seam, found[seam.target], complaints.get(seam.target)) for seam in seams
+            _source_finding(place, found[place.target], complaints.get(place.target))
+            for place in places
         ],
     )
 
 
 def _source_finding(
-    seam: Seam, parameters: list[str] | str | None, complaint: str | None
+    place: Place, parameters: list[str] | str | None, complaint: str | None
 ) -> SeamFinding:
-    state = "not needed" if seam.only_if_missing and parameters is not None else "applies"
+    fits = "applies" if isinstance(place, Seam) else "called"
+    state = "not needed" if place.only_if_missing and parameters is not None else fits
     return SeamFinding(
-        target=seam.target,
-        why=seam.why,
-        delete_when=seam.delete_when,
+        target=place.target,
+        why=place.why,
+        delete_when=place.delete_when if isinstance(place, Seam) else "",
         state=complaint or state,
         parameters=parameters if isinstance(parameters, list) else None,
     )
+
+
+def all_places(*, cpu: bool) -> tuple[Place, ...]:
+    """Every seam, and what is called without being wrapped."""
+    from vllm_balance.seams.used import USED
+
+    return (*all_seams(cpu=cpu), *USED)
 
 
 def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
@@ -145,15 +155,19 @@ def examine() -> Findings:
             f"servers were run on x86 CPUs with vLLM {TESTED} only, and this is vLLM "
             f"{findings.vllm} on {other or findings.platform}"
         )
-    seams = all_seams(cpu=current_platform.is_cpu())
-    findings.seams = [_examine_seam(seam) for seam in seams]
+    places = all_places(cpu=current_platform.is_cpu())
+    findings.seams = [_examined(place) for place in places]
     return findings
 
 
-def _examine_seam(seam: Seam) -> SeamFinding:
-    problem = seam.problem()
-    state = problem or ("applies" if seam.applies() else "not needed")
-    return SeamFinding(target=seam.target, why=seam.why, delete_when=seam.delete_when, state=state)
+def _examined(place: Place) -> SeamFinding:
+    problem = place.problem()
+    if not isinstance(place, Seam):
+        state, delete_when = problem or "called", ""
+    else:
+        state = problem or ("applies" if place.applies() else "not needed")
+        delete_when = place.delete_when
+    return SeamFinding(target=place.target, why=place.why, delete_when=delete_when, state=state)
 
 
 def _plugin_problems() -> list[str]:
@@ -193,7 +207,7 @@ def _print(findings: Findings) -> None:
     console = Console()
     versions = ", ".join(f"{name} {found}" for name, found in findings.packages.items())
     console.print(f"vLLM {findings.vllm} on {findings.platform}; {versions}")
-    table = Table(title="Places of vLLM that --moe-balancer wraps")
+    table = Table(title="Places of vLLM that --moe-balancer wraps or calls")
     table.add_column("place", overflow="fold")
     table.add_column("why", overflow="fold")
     table.add_column("state", overflow="fold")

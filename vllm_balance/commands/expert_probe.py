@@ -1,4 +1,4 @@
-"""Times vLLM's own CPU expert kernel on several ranks at once, each pinned to one core."""
+"""Times vLLM's own CPU expert kernel on several ranks at once, each pinned to its cores."""
 
 from __future__ import annotations
 
@@ -68,8 +68,13 @@ class Probe:
 
 
 @contextmanager
-def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -> Iterator[Probe]:
-    """Starts one process per core, each with `num_local` experts of random weights, and ends them.
+def probing(
+    shape: ModelShape, isa: str, cores_S: Sequence[Sequence[int]], num_local: int
+) -> Iterator[Probe]:
+    """Starts a process per rank, each with `num_local` experts of random weights, and ends them.
+
+    Args:
+        cores_S: the cores of each rank, which all compute.
 
     Raises:
         BalancerError: a rank died, e.g. for want of memory.
@@ -77,10 +82,10 @@ def probing(shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
     try:
-        for core in cores:
+        for cores in cores_S:
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, shape, isa, core, num_local), daemon=True
+                target=_serve, args=(theirs, shape, isa, cores, num_local), daemon=True
             )
             process.start()
             theirs.close()
@@ -115,16 +120,18 @@ def _receive(rank: int, connection: Connection) -> Timing:
     return answer
 
 
-def _serve(connection: Connection, shape: ModelShape, isa: str, core: int, num_local: int) -> None:
+def _serve(
+    connection: Connection, shape: ModelShape, isa: str, cores: Sequence[int], num_local: int
+) -> None:
     """Body of a rank process: answers every list of tokens with a Timing, until hung up."""
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(len(cores))
     if isa == "amx":
         torch.cpu._init_amx()
     weights = _weights(shape, isa, num_local)
-    generator = torch.Generator().manual_seed(core)
+    generator = torch.Generator().manual_seed(cores[0])
     _time(weights, [1], isa, generator, None)
     connection.send(Timing(time_us=0.0, repeats=0))
     while True:

@@ -173,7 +173,8 @@ def traffic_of(
 
     layers = min(MAX_LAYERS, shape.num_moe_layers)
     if trace is None:
-        served = placed_by = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
+        served = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
+        placed_by = served.reordered(seed)
     else:
         first, second = trace.split(seed)
         served = recorded(second, shape, layers, seed)
@@ -232,13 +233,8 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
     from vllm_balance.simulate.advice import host_bytes, settings_of
 
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
-    if len(found.candidates) == 1:
-        return (
-            "No: only static is left, and gem and exflow without redundant experts, which are not "
-            "simulated; `vllm-balance place` scores their placements."
-        )
     if found.best.balancer == "static":
-        return f"No, leave it off: nothing beats serving without redundant experts {at}."
+        return f"No, leave it off: nothing beats serving without a balancer {at}."
     band = f"{found.gain - found.error:+.1%} to {found.gain + found.error:+.1%}"
     name = _name(question, found.best)
     if not found.worth_it:
@@ -254,6 +250,17 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
         f"checked; one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. Measure "
         f"before you believe it, with {eager}--moe-balancer {found.best.balancer} "
         f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
+        f"{_how_to_place(question) if found.best.balancer == 'gem' else ''}"
+    )
+
+
+def _how_to_place(question: Question) -> str:
+    """How the map that the settings name is made."""
+    from vllm_balance.simulate.advice import MAP
+
+    return (
+        f" Make {MAP} with `vllm-balance place --policy gem --model MODEL --ranks "
+        f"{question.layout.num_ranks} --trace TRACE -o {MAP}`, from a trace of your traffic."
     )
 
 
@@ -264,6 +271,8 @@ def _name(question: Question, found: Candidate) -> str:
     slots = settings_of(question, found).get("dynamic_slots")
     if slots is not None:
         return f"{found.balancer} with {slots:g} dynamic slots per rank"
+    if found.redundancy == 1:
+        return f"{found.balancer} without redundant experts"
     return f"{found.balancer} with redundancy {found.redundancy:.4g}"
 
 

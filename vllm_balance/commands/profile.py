@@ -47,7 +47,10 @@ TOLERANCE = 0.10
 
 def profile(
     model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks measured at once, a core each.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks measured at once.")] = 2,
+    cores_per_rank: Annotated[
+        int, typer.Option(min=1, help="Cores that each rank computes with, as it will serve.")
+    ] = 1,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("profile.json"),
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. profile.png.")] = None,
     check: Annotated[
@@ -75,7 +78,7 @@ def profile(
     documents.require_writable(output)
     if plot is not None:
         pictures.require_drawable(plot)
-    cores, isa = cores_of(ranks), kernel_isa(shape.dtype)
+    cores_S, isa = cores_of(ranks, cores_per_rank), kernel_isa(shape.dtype)
     if experts is not None and experts * COARSE[1] > MAX_TOKENS:
         raise BalancerError(
             f"--experts asks for {experts} experts on each rank, and samples have at most "
@@ -83,7 +86,8 @@ def profile(
             f"{MAX_TOKENS // COARSE[1]}."
         )
     local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
-    with probing(shape, isa, cores, local) as probe:
+    begun = time.monotonic()
+    with probing(shape, isa, cores_S, local) as probe:
         points_RSN = sample(probe, local)
     measured = Profile(
         units=Units(),
@@ -91,25 +95,35 @@ def profile(
         device=device_name(shape.dtype),
         versions=kernel_versions(),
         shape=shape,
-        ranks=ranks_of(points_RSN, [f"core {core}" for core in cores]),
+        cores_per_rank=cores_per_rank,
+        ranks=ranks_of(points_RSN, [_place(cores) for cores in cores_S]),
     )
     documents.write(output, measured)
     _print(measured)
-    Console().print(f"Wrote {output}.")
+    Console().print(f"Measured in {time.monotonic() - begun:.0f} s. Wrote {output}.")
     if plot is not None:
         pictures.draw_profile(measured, plot)
         Console().print(f"Wrote {plot}.")
 
 
-def cores_of(ranks: int) -> list[int]:
-    """The first cores that this process may use. Raises BalancerError if there are too few."""
+def cores_of(ranks: int, each: int = 1) -> list[list[int]]:
+    """So many neighbouring cores for each rank, from the first that this process may use on.
+
+    Raises BalancerError if there are too few.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    if ranks > len(cores):
+    if ranks * each > len(cores):
         raise BalancerError(
-            f"{ranks} ranks were asked for, a core each, and {len(cores)} cores are free to use. "
-            f"Profile fewer ranks; one rank's profile can stand for all if they are alike."
+            f"{ranks} ranks were asked for, with {each} of the cores each, and {len(cores)} cores "
+            f"are free to use. Profile fewer ranks; one rank's profile can stand for all if they "
+            f"are alike."
         )
-    return cores[:ranks]
+    return [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
+
+
+def _place(cores: Sequence[int]) -> str:
+    """Where a rank ran, in words for the file."""
+    return f"core {cores[0]}" if len(cores) == 1 else f"cores {cores[0]} to {cores[-1]}"
 
 
 def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
@@ -219,7 +233,7 @@ def _check(stored: Profile, shape: ModelShape) -> None:
     chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[
         :: max(1, len(points) // 6)
     ]
-    with probing(shape, isa, cores_of(ranks), local) as probe:
+    with probing(shape, isa, cores_of(ranks, stored.cores_per_rank), local) as probe:
         time_us_NS = measure_again(probe, [points[i].tokens_E for i in chosen])
     ratio_S = deviations(stored, chosen, time_us_NS)
     for rank, ratio in enumerate(ratio_S):

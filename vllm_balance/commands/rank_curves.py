@@ -28,9 +28,15 @@ common one does: another kind of device."""
 def fastest(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> list[list[Point]]:
     """The fastest round of each rank and batch: what else runs on a machine only ever adds time."""
     return [
-        [min(rounds, key=lambda point: point.time_us) for rounds in zip(*points_RN, strict=True)]
+        [_fastest(rounds) for rounds in zip(*points_RN, strict=True)]
         for points_RN in zip(*points_RSN, strict=True)
     ]
+
+
+def _fastest(rounds: Sequence[Point]) -> Point:
+    """The fastest round of one batch; keeps the times of all."""
+    best = min(rounds, key=lambda point: point.time_us)
+    return best.model_copy(update={"rounds_us": [point.time_us for point in rounds]})
 
 
 def slowness(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> Array:

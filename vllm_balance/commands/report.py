@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_balance import documents
+from vllm_balance import documents, skew_table
 from vllm_balance.commands.report_plots import panels
 from vllm_balance.errors import BalancerError
 from vllm_balance.measured_tables import tables
@@ -59,7 +59,10 @@ def _section(rows: list[Measurement]) -> dict[str, Any]:
     return {
         "run": last.run,
         "title": last.title,
-        "tables": tables(rows),
+        "tables": [
+            *([skew_table.table(rows)] if skew_table.has_bound(rows) else []),
+            *tables(rows),
+        ],
         "panels": panels(rows),
         "facts": {
             "versions": ", ".join(f"{name} {found}" for name, found in last.versions.items()),

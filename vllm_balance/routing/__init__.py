@@ -33,4 +33,12 @@ FETCHING: dict[str, type[FetchingPolicy]] = {
 }
 """Every balancer that needs dynamic slots and fetches experts into them, likewise."""
 
-__all__ = ["FETCHING", "ROUTING", "FetchingPolicy", "LayerTables", "RoutingPolicy"]
+
+def make_policy(name: str, knee_tokens: float, free_tokens: float | None) -> RoutingPolicy:
+    """The policy of a balancer in `ROUTING`; knee and free tokens are of :class:`MetroRouting`."""
+    if name == MetroRouting.name:
+        return MetroRouting(knee_tokens, free_tokens)
+    return ROUTING[name]()
+
+
+__all__ = ["FETCHING", "ROUTING", "FetchingPolicy", "LayerTables", "RoutingPolicy", "make_policy"]

@@ -20,21 +20,18 @@ _MARK = "__vllm_balance_seam__"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seam:
-    """One wrapped function of vLLM."""
+class Place:
+    """One function of vLLM that is relied on."""
 
     target: str
     """``module:Class.function`` or ``module:function``."""
     parameters: tuple[str, ...]
-    """Parameters of the original that the wrapper relies on."""
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """Original function -> its replacement."""
+    """Parameters of the original that are relied on, by name or, in this order, by position."""
     why: str
-    delete_when: str
     only_if_missing: bool = False
-    """Apply only if the class does not define the function itself: a fix upstream will make."""
+    """Wrapped only if the class does not define the function itself: a fix upstream will make."""
     may_be_wrapped: bool = False
-    """Other plugins may have wrapped the target too: the wrapper only adds to what it calls."""
+    """Other plugins may have wrapped the target too: what is wrapped only adds to it."""
 
     def owner(self) -> tuple[Any, str]:
         """The class or module that holds the target, and the attribute's name.
@@ -53,7 +50,7 @@ class Seam:
         return owner, name
 
     def problem(self) -> str | None:
-        """Why the seam cannot be applied, or None."""
+        """Why this vLLM is not what is relied on, or None."""
         try:
             owner, name = self.owner()
         except BalancerError as error:
@@ -77,6 +74,15 @@ class Seam:
                 f"{self.target} has no parameter {', '.join(missing)}; it has {', '.join(present)}"
             )
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seam(Place):
+    """One wrapped function of vLLM."""
+
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    """Original function -> its replacement."""
+    delete_when: str
 
     def applies(self) -> bool:
         """False for a fix that this vLLM already contains."""

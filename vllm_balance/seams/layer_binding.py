@@ -53,7 +53,7 @@ def bind_layer(
             f"{runner.layer_name} has no modular kernel, so that vLLM gathers the tokens of all "
             f"data-parallel ranks in front of the router, where --moe-balancer {config.name} takes "
             f"them for this rank's own. Use tensor parallelism, or another checkpoint or "
-            f"--moe-backend, or leave --moe-balancer away."
+            f"--moe-backend, or remove --moe-balancer."
         )
     balancer = make(
         layer_name=runner.layer_name,
@@ -91,8 +91,8 @@ def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> Layer
         if state.logical_to_physical_map is None:
             raise BalancerError(
                 f"{runner.layer_name} was built for vLLM's EPLB, whose maps do not cover it: vLLM "
-                f"does not support EPLB for this model. {WITHOUT_EPLB}, or leave --moe-balancer "
-                f"away."
+                f"does not support EPLB for this model. {WITHOUT_EPLB}, or remove "
+                f"--moe-balancer."
             )
         device = state.logical_to_physical_map.device
         return LayerTables(

@@ -123,7 +123,7 @@ def require_balanceable(runner: Any) -> None:
         raise BalancerError(
             f"{runner.layer_name} runs on monolithic experts ({type(method).__name__}), which "
             f"choose experts inside their kernel, so --moe-balancer would do nothing. Choose a "
-            f"modular backend with --moe-backend (e.g. triton), or leave --moe-balancer away."
+            f"modular backend with --moe-backend (e.g. triton), or remove --moe-balancer."
         )
     _require_no_shared_scales(runner)
     experts = getattr(method, "experts_cls", None)
@@ -133,7 +133,7 @@ def require_balanceable(runner: Any) -> None:
         raise BalancerError(
             f"{runner.layer_name} runs on {type(method).__name__}; on CPU --moe-balancer supports "
             f"unquantised experts (bfloat16, float16, float32). Serve an unquantised checkpoint, "
-            f"or leave --moe-balancer and --enable-expert-parallel away."
+            f"or remove --moe-balancer and --enable-expert-parallel."
         )
 
 
@@ -204,7 +204,7 @@ def require_known_slots(runner: Any, enable_eplb: bool) -> None:
         raise BalancerError(
             f"{runner.layer_name} was built without vLLM's EPLB, which this --moe-balancer needs "
             f"for redundant or moving experts: vLLM does not support EPLB for this model. "
-            f"{WITHOUT_EPLB}, or leave --moe-balancer away."
+            f"{WITHOUT_EPLB}, or remove --moe-balancer."
         )
     fused = runner.routed_experts.expert_map_manager.num_fused_shared_experts
     if fused:
@@ -212,7 +212,7 @@ def require_known_slots(runner: Any, enable_eplb: bool) -> None:
             f"{runner.layer_name} computes {fused} shared experts as slots behind those of the "
             f"routed experts (ROCm AITER), which --moe-balancer does not know. Leave "
             f"VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS and "
-            f"VLLM_ROCM_AITER_MEGA_MOE_FUSE_SHARED_EXPERTS unset, or leave --moe-balancer away."
+            f"VLLM_ROCM_AITER_MEGA_MOE_FUSE_SHARED_EXPERTS unset, or remove --moe-balancer."
         )
 
 

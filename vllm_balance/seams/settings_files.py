@@ -114,6 +114,24 @@ def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel,
     return found.costs_of(num_ranks(vllm_config))
 
 
+def require_profiled_cores(config: BalancerConfig, num_threads: int) -> None:
+    """Returns if this rank computes with as many cores as those of the profile in the settings.
+
+    Raises:
+        BalancerError: it does not.
+    """
+    if config.profile is None:
+        return
+    profiled = profiles.load(Path(config.profile).expanduser()).cores_per_rank
+    if profiled != num_threads:
+        raise BalancerError(
+            f"`profile` names {config.profile}, whose ranks computed with {profiled} cores each, "
+            f"and this rank has {num_threads} threads. Times do not carry over; run "
+            f"`vllm-balance profile --cores-per-rank {num_threads}`, or bind each rank to "
+            f"{profiled} cores with VLLM_CPU_OMP_THREADS_BIND."
+        )
+
+
 def num_ranks(vllm_config: Any) -> int:
     """Expert-parallel ranks."""
     parallel = vllm_config.parallel_config

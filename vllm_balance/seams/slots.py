@@ -97,7 +97,9 @@ class ModelSlots:
         of_ranks = from_all_ranks(self._group, own)
         speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
         cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
-        init_logger(f"vllm.{__name__}").info("MoE balancer %s: %s.", self._config.name, cost)
+        init_logger(f"vllm.{__name__}").info(
+            "MoE balancer %s: %s (means over the ranks).", self._config.name, cost
+        )
         return cost.threshold_tokens
 
     def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:

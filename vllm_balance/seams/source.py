@@ -1,4 +1,4 @@
-"""Seams checked against the source of a vLLM that is not installed: a wheel or an unpacked tree."""
+"""What is relied on, checked against the source of a vLLM that is not installed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.seams import Seam
+from vllm_balance.seams import Place
 
 Signatures = dict[str, list[str] | str | None]
 """Target -> names of its parameters; None if its class does not define it; in words, what of the
 places around it is missing."""
 
 
-def signatures(seams: Iterable[Seam], vllm: Path) -> Signatures:
-    """What the source of a vLLM says of every seam's target.
+def signatures(places: Iterable[Place], vllm: Path) -> Signatures:
+    """What the source of a vLLM says of every place.
 
     Args:
         vllm: a wheel, or the folder that holds the package ``vllm``.
@@ -25,21 +25,21 @@ def signatures(seams: Iterable[Seam], vllm: Path) -> Signatures:
         BalancerError: no vLLM is found there.
     """
     read = _reader(vllm)
-    return {seam.target: _parameters(seam.target, read) for seam in seams}
+    return {place.target: _parameters(place.target, read) for place in places}
 
 
-def problems(seams: Iterable[Seam], found: Signatures) -> dict[str, str]:
-    """Target -> why its seam would not apply to a vLLM with these signatures."""
+def problems(places: Iterable[Place], found: Signatures) -> dict[str, str]:
+    """Target -> why a vLLM with these signatures is not what is relied on."""
     complaints = {}
-    for seam in seams:
-        parameters = found.get(seam.target)
+    for place in places:
+        parameters = found.get(place.target)
         if isinstance(parameters, str):
-            complaints[seam.target] = f"{seam.target}: {parameters}"
+            complaints[place.target] = f"{place.target}: {parameters}"
         elif parameters is None:
-            if not seam.only_if_missing:
-                complaints[seam.target] = f"{seam.target} does not exist"
-        elif missing := [name for name in seam.parameters if name not in parameters]:
-            complaints[seam.target] = f"{seam.target} has no parameter {', '.join(missing)}"
+            if not place.only_if_missing:
+                complaints[place.target] = f"{place.target} does not exist"
+        elif missing := [name for name in place.parameters if name not in parameters]:
+            complaints[place.target] = f"{place.target} has no parameter {', '.join(missing)}"
     return complaints
 
 
@@ -77,9 +77,20 @@ def _parameters(target: str, read: Callable[[str], str]) -> list[str] | str | No
         if not found:
             return f"this vLLM has no class {class_name} in {file}"
         body = found[-1].body
-    for node in reversed(body):  # behind its overloads
+    for node in reversed(_unconditional(body)):  # behind its overloads
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             arguments = node.args
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             return [argument.arg for argument in every]
     return None
+
+
+def _unconditional(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements in order, those under an `if` of any outcome among them."""
+    found: list[ast.stmt] = []
+    for node in body:
+        if isinstance(node, ast.If):
+            found += _unconditional(node.body) + _unconditional(node.orelse)
+        else:
+            found.append(node)
+    return found

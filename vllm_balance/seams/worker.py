@@ -11,13 +11,13 @@ import torch
 
 from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
 from vllm_balance.config import WITHOUT_EPLB, BalancerConfig
-from vllm_balance.cost import GPU_KNEE_TOKENS
+from vllm_balance.cost import AMX_KNEE, CPU_KNEE, GPU_KNEE_TOKENS
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import PairBuffers
 from vllm_balance.experts.prefetch import Prefetch
 from vllm_balance.initial_placement import VLLMS_OWN
 from vllm_balance.replay_rows import ReplaySettings
-from vllm_balance.routing import FETCHING, ROUTING, RoutingPolicy
+from vllm_balance.routing import FETCHING, make_policy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import has_amx_kernel, processor
@@ -95,7 +95,7 @@ class BalancedWorker(RecordingWorker):
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} found no MoE layer in "
                 f"{type(model).__name__} that vLLM's MoERunner executes. This model cannot be "
-                f"balanced; leave the flag away."
+                f"balanced; remove the flag."
             )
         if self.balancer_config.replay is not None:
             self._replay_as = partial(_register_replay, vllm_config, runners)
@@ -109,7 +109,7 @@ class BalancedWorker(RecordingWorker):
         if self.balancer_config.fetches:
             self._bind_slots(vllm_config, runners, knee)
         else:
-            make = partial(LayerBalancer, policy=make_policy(self.balancer_config, knee))
+            make = partial(LayerBalancer, policy=make_policy(self.balancer_config.name, *knee))
             buffers = PairBuffers()
             for runner in runners:
                 layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
@@ -208,9 +208,7 @@ class BalancedWorker(RecordingWorker):
         if len({checksum for checksum, _ in found}) > 1:
             problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
         if problems:
-            remedy = (
-                "Use --moe-balancer static" if placement.origin == VLLMS_OWN else "Leave `map` away"
-            )
+            remedy = "Use --moe-balancer static" if placement.origin == VLLMS_OWN else "Omit `map`"
             raise BalancerError(
                 f"The initial placement ({placement.origin}) did not arrive: "
                 f"{'; '.join(problems)}. {remedy} for this model or load format."
@@ -306,23 +304,12 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
     )
 
 
-def make_policy(config: BalancerConfig, knee: KneeAndFree) -> RoutingPolicy:
-    """The routing policy that the settings name."""
-    policy = ROUTING[config.name]
-    if policy is MetroRouting:
-        return MetroRouting(*knee)
-    return policy()
-
-
 def knee_and_free(config: BalancerConfig, dtype: torch.dtype) -> KneeAndFree:
-    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device.
-
-    CPU: fitted to vLLM's kernels with Qwen3-30B-A3B experts, on AMX and without (docs/log.md).
-    """
+    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device."""
     from vllm.platforms import current_platform
 
     if config.knee_tokens is not None:
         return config.knee_tokens, config.free_tokens
     if not current_platform.is_cpu():
         return GPU_KNEE_TOKENS, None
-    return (43.0, 20.0) if has_amx_kernel(str(dtype).removeprefix("torch.")) else (4.0, 2.0)
+    return AMX_KNEE if has_amx_kernel(str(dtype).removeprefix("torch.")) else CPU_KNEE

@@ -16,6 +16,7 @@ from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
+from vllm_balance.seams.settings_files import require_profiled_cores
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
 
 logger = init_logger(f"vllm.{__name__}")
@@ -34,6 +35,7 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
         super().init_device()
+        require_profiled_cores(self.balancer_config, torch.get_num_threads())
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with explaining_eplb(self.balancer_config):
@@ -59,8 +61,8 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} needs vLLM's EPLB for redundant or "
                 f"moving experts, and vLLM does not support EPLB for "
-                f"{type(runner.get_model()).__name__}. {WITHOUT_EPLB}, or leave --moe-balancer "
-                f"away."
+                f"{type(runner.get_model()).__name__}. {WITHOUT_EPLB}, or remove "
+                f"--moe-balancer."
             )
         runner.eplb_state = EplbState(self.parallel_config, self.device)
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vllm_balance.deployment import MAX_REDUNDANT
 from vllm_balance.errors import BalancerError
-from vllm_balance.kernels.limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
+from vllm_balance.kernels.limits import sizes_and_limits
 from vllm_balance.routing import FETCHING
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
@@ -44,13 +45,18 @@ def refusal(
     """
     if balancer == "static":
         return None
-    if model.support == "no eplb":
+    needs_eplb = balancer != "gem" or num_redundant > 0
+    if needs_eplb and model.support == "no eplb":
         return (
             f"{VLLM} does not support EPLB for {model.architecture}, which redundant and moving "
             f"experts need"
         )
     if balancer in FETCHING and (reason := _no_fetching(hardware, layout)):
         return reason
+    if num_redundant > MAX_REDUNDANT:
+        return (
+            f"vLLM's EPLB takes {MAX_REDUNDANT:,} redundant experts and here are {num_redundant:,}"
+        )
     if hardware.experts == "together":
         return _beyond_kernels(model, hardware, layout, balancer, num_redundant)
     return None
@@ -68,20 +74,17 @@ def _beyond_kernels(
     model: Model, hardware: Hardware, layout: Layout, balancer: str, num_redundant: int
 ) -> str | None:
     """What is more than the GPU kernels take; they map pairs unless counts are exchanged."""
-    experts = model.num_experts.value
-    sizes = {
-        "ranks": (layout.num_ranks, MAX_RANKS),
-        "physical experts": (experts + num_redundant, MAX_PHYSICAL),
-    }
-    if balancer == "metro":
-        sizes["experts"] = (experts, MAX_EXPERTS)
-        if layout.data == 1 or layout.dispatch == "all_gather":
-            tokens = layout.data * hardware.engine.batched_tokens.value
-            what = "(token, expert) pairs in a batch (lower --max-num-batched-tokens)"
-            sizes[what] = (tokens * model.top_k.value, MAX_PAIRS)
-    found = [
-        f"its GPU kernels take {most:,} {what} and here are {size:,}"
-        for what, (size, most) in sizes.items()
-        if size > most
-    ]
-    return found[0] if found else None
+    maps_pairs = layout.data == 1 or layout.dispatch == "all_gather"
+    tokens = layout.data * hardware.engine.batched_tokens.value if maps_pairs else 0
+    sizes = sizes_and_limits(
+        balancer,
+        num_ranks=layout.num_ranks,
+        num_experts=model.num_experts.value,
+        num_redundant=num_redundant,
+        mapped_pairs=tokens * model.top_k.value,
+    )
+    for what, (size, most) in sizes.items():
+        if size > most:
+            remedy = " (lower --max-num-batched-tokens)" if "batch" in what else ""
+            return f"its GPU kernels take {most:,} {what}{remedy} and here are {size:,}"
+    return None

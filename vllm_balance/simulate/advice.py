@@ -22,9 +22,13 @@ from vllm_balance.simulate.steps import Load
 from vllm_balance.simulate.traffic import Traffic
 
 REDUNDANCIES = (1.125, 1.25, 1.5)
+PLACING = ("eplb", "gem")
+"""Balancers that gain without redundant experts, by where experts are."""
 REPLICATING = ("eplb", "first_copy", "metro")
 DYNAMIC_SLOTS = (2, DEFAULT_DYNAMIC_SLOTS)
 """Of `harmoeny`, per rank: the fewest that a server accepts, and its default."""
+MAP = "MAP.json"
+"""What `vllm-balance place` writes for `gem`."""
 STEPS = 16
 """Simulated steps per candidate and concurrency, each the mean of many of a cycle."""
 CLOSE = 100
@@ -146,6 +150,7 @@ def _considered(question: Question) -> tuple[tuple[str, float], ...]:
     slots = [n for n in DYNAMIC_SLOTS if n <= experts - experts // ranks]
     return (
         ("static", 1.0),
+        *((name, 1.0) for name in PLACING),
         *((name, ratio) for name in REPLICATING for ratio in ratios),
         *(("harmoeny", 1 + n * ranks / experts) for n in slots),
     )
@@ -157,13 +162,15 @@ def _refusal(question: Question, balancer: str, redundancy: float) -> str | None
     return refusal(model, question.hardware, layout, balancer, redundant)
 
 
-def settings_of(question: Question, candidate: Candidate) -> dict[str, float]:
+def settings_of(question: Question, candidate: Candidate) -> dict[str, float | str]:
     """What a server is told to be this candidate: keys of --moe-balancer-config."""
     if candidate.balancer == "static":
         return {}
+    if candidate.balancer == "gem":
+        return {"map": MAP}
     arm = _arm(question, candidate.balancer, candidate.redundancy, 1)
     if candidate.balancer in FETCHING:
-        settings: dict[str, float] = {
+        settings: dict[str, float | str] = {
             "dynamic_slots": arm.num_redundant // question.layout.num_ranks
         }
     else:

@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.record import counters_size
 from vllm_balance.placement import PLACEMENT, Cluster
-from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy
-from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy, make_policy
 from vllm_balance.types import Placement
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_SAME = CostModel(a_us=0, b_us=1, c_us=0, beta_us=1)
-"""vLLM's placements do not look at speeds, only at the number of ranks."""
+_PLACED_BY = {"static": "linear", "gem": "gem"}
+"""Placement policy of a balancer without redundant experts; the others have vLLM's EPLB."""
 
 
 def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = None) -> RoutingPolicy:
@@ -32,9 +30,7 @@ def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = Non
     """
     if balancer not in ROUTING:
         raise BalancerError(f"There is no balancer {balancer!r}; there are {', '.join(ROUTING)}.")
-    if balancer == "metro":
-        return MetroRouting(knee_tokens=knee_tokens, free_tokens=free_tokens)
-    return ROUTING[balancer]()
+    return make_policy(balancer, knee_tokens, free_tokens)
 
 
 def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
@@ -46,14 +42,24 @@ def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
     return asked + -(num_experts + asked) % num_ranks
 
 
-def placements(history_NLE: Array, num_ranks: int, redundant: int) -> list[Placement]:
-    """Where each layer's experts live: vLLM's EPLB, or its linear layout without replicas."""
-    cluster = Cluster(costs=(_SAME,) * num_ranks, num_redundant=redundant)
-    linear = PLACEMENT["linear"]()
-    slots_LP = _eplb(history_NLE, cluster) if redundant else linear.place(history_NLE, cluster)
+def placement_policy(balancer: str, redundant: int) -> str:
+    """Name in `PLACEMENT` of where a balancer's experts live."""
+    if balancer == "gem" and redundant:
+        return "gem_r"
+    return _PLACED_BY.get(balancer, "eplb")
+
+
+def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placement]:
+    """Where each layer's experts live, by a policy of `PLACEMENT`."""
+    if policy == "eplb":
+        slots_LP = _eplb(history_NLE, cluster)
+    else:
+        slots_LP = PLACEMENT[policy]().place(history_NLE, cluster)
     return [
         Placement.from_physical_to_logical(
-            torch.from_numpy(slots_P), num_logical=history_NLE.shape[2], num_ranks=num_ranks
+            torch.from_numpy(slots_P),
+            num_logical=history_NLE.shape[2],
+            num_ranks=cluster.num_ranks,
         )
         for slots_P in slots_LP
     ]

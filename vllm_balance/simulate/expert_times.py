@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_balance.cost import CostModel
 from vllm_balance.profiles import Profile, RankProfile
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.models import Model
@@ -60,6 +61,12 @@ class ExpertTimes:
             compute_SN=self.compute_SN / speed,
         )
 
+    def curves(self, num_ranks: int) -> tuple[CostModel, ...]:
+        """The two-piece curve of each rank, by which placements weigh experts and tokens."""
+        rows = zip(self.fixed_S2, self.stream_SN, self.compute_SN, strict=True)
+        kinds = [_curve(*row) for row in rows]
+        return tuple(kinds[rank % len(kinds)] for rank in range(num_ranks))
+
     @property
     def knee_tokens(self) -> float:
         """Tokens per active expert from which a rank computes: what a profile tells production.
@@ -67,9 +74,7 @@ class ExpertTimes:
         Time of an expert with one token, over the time of a further token in a large batch.
         """
         table_N = self.compute_SN[0] if self.compute_SN.any() else self.stream_SN[0]
-        few, many = KNOTS[-2], KNOTS[-1]
-        token_us = (table_N[many] - table_N[few]) / (many - few)
-        return float(self.stream_SN[0, 1] / token_us)
+        return float(self.stream_SN[0, 1] / _token_us(table_N))
 
     @property
     def free_tokens(self) -> float:
@@ -77,11 +82,39 @@ class ExpertTimes:
 
         From the line that its time follows for many tokens, by relative least squares.
         """
-        first_us, many_K = self.stream_SN[0, 1], np.array([k for k in KNOTS if k >= _MANY])
-        time_K = self.stream_SN[0, many_K]
-        design = np.stack([np.ones(len(many_K)), many_K], axis=1) / time_K[:, None]
-        (start_us, token_us), *_ = np.linalg.lstsq(design, np.ones(len(many_K)), rcond=None)
-        return float(max(0.0, (first_us - start_us) / token_us))
+        return _free_tokens(self.stream_SN[0])
+
+
+def _token_us(table_N: Array) -> float:
+    """Time of one more token in a large batch."""
+    few, many = KNOTS[-2], KNOTS[-1]
+    return float((table_N[many] - table_N[few]) / (many - few))
+
+
+def _free_tokens(table_N: Array) -> float:
+    """See `ExpertTimes.free_tokens`."""
+    many_K = np.array([k for k in KNOTS if k >= _MANY])
+    time_K = table_N[many_K]
+    design = np.stack([np.ones(len(many_K)), many_K], axis=1) / time_K[:, None]
+    (start_us, token_us), *_ = np.linalg.lstsq(design, np.ones(len(many_K)), rcond=None)
+    return float(max(0.0, (table_N[1] - start_us) / token_us))
+
+
+def _curve(fixed_2: Array, stream_N: Array, compute_N: Array) -> CostModel:
+    """Experts in one kernel: the larger of two pieces, tiles left out; else one after the other."""
+    a_us, c_us = fixed_2.tolist()
+    b_us = float(stream_N[1])
+    if compute_N.any():
+        return CostModel(a_us=a_us, b_us=b_us, c_us=c_us, beta_us=_token_us(compute_N))
+    return CostModel(
+        a_us=a_us,
+        b_us=b_us,
+        c_us=0.0,
+        beta_us=0.0,
+        tile_us=_token_us(stream_N),
+        tile_tokens=1,
+        free_tokens=max(1, round(_free_tokens(stream_N))),
+    )
 
 
 def roofline(model: Model, hardware: Hardware) -> ExpertTimes:

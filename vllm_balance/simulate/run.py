@@ -7,9 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from vllm_balance.placement import Cluster
 from vllm_balance.profiles import Profile
 from vllm_balance.routing import FETCHING
-from vllm_balance.simulate.decisions import Decider, num_redundant, placements, policy_of
+from vllm_balance.simulate.decisions import (
+    Decider,
+    num_redundant,
+    placement_policy,
+    placements,
+    policy_of,
+)
 from vllm_balance.simulate.dense_times import ACTIVATION_BYTES, DenseTimes
 from vllm_balance.simulate.expert_times import ExpertTimes, measured, roofline
 from vllm_balance.simulate.fetches import (
@@ -29,7 +36,9 @@ from vllm_balance.simulate.traffic import Traffic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
-"""Decode batches that redundant experts are placed by, and their size."""
+"""Batches that experts are placed by; their size where it does not matter."""
+MOST_HISTORY_TOKENS = 8192
+"""Of a batch as large as a step of the load."""
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
 
@@ -120,9 +129,27 @@ def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
         return FetchingDecider.of(
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
-    history_NLE = placed_by.history(HISTORY_STEPS, HISTORY_TOKENS)
+    placement = placement_policy(arm.balancer, slots)
+    history_NLE = placed_by.history(_history_tokens(arm))
+    cluster = Cluster(costs=times.curves(ranks), num_redundant=slots)
     policy = policy_of(arm.balancer, knee, free)
-    return Decider.of(policy, placements(history_NLE, ranks, slots))
+    return Decider.of(policy, placements(placement, history_NLE, cluster))
+
+
+def _history_tokens(arm: Arm) -> Array:
+    """Decoding and prompt tokens of each batch that experts are placed by, [N, 2].
+
+    vLLM's EPLB adds batches up, so that their size does not matter. GEM weighs one against the
+    other, and is given batches as large as the steps of the load.
+    """
+    if arm.balancer != "gem":
+        return np.full((HISTORY_STEPS, 2), (HISTORY_TOKENS, 0))
+    steps = schedule(arm.load, seed=arm.seed)
+    share = steps.times_N / steps.times_N.sum()
+    drawn_N = np.random.default_rng(arm.seed).choice(len(share), HISTORY_STEPS, p=share)
+    tokens_N2 = steps.whole_N2[drawn_N]
+    most = np.maximum(tokens_N2.sum(1, keepdims=True) / MOST_HISTORY_TOKENS, 1)
+    return (tokens_N2 / most).astype(np.int64)
 
 
 def expert_times(arm: Arm) -> ExpertTimes:

@@ -59,7 +59,8 @@ def compute(cell: Cell) -> Row:
     """
     arm = _arm(cell)
     fits = cell.concurrency <= room(cell)
-    made = simulate(arm, _traffic(cell), _traffic(cell)) if fits else None
+    traffic = _rows(cell.model, cell.zipf, cell.layers, cell.seed)
+    made = simulate(arm, traffic.fresh(), traffic.reordered(cell.seed)) if fits else None
     return {
         "key": cell.key,
         **asdict(cell),
@@ -97,10 +98,6 @@ def _arm(cell: Cell) -> Arm:
             max_steps=cell.steps,
         ),
     )
-
-
-def _traffic(cell: Cell) -> Traffic:
-    return _rows(cell.model, cell.zipf, cell.layers, cell.seed).fresh()
 
 
 @cache

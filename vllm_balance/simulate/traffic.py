@@ -42,6 +42,12 @@ class Traffic:
         """The same traffic from its beginning; the rows are shared."""
         return replace(self, _position=[0, 0])
 
+    def reordered(self, seed: int) -> Traffic:
+        """The same rows in another order: to place experts by without knowing the batches."""
+        order_N = np.random.default_rng(seed).permutation(self.decode_LNK.shape[1])
+        rows_LNK = self.decode_LNK[:, order_N]
+        return replace(self, decode_LNK=rows_LNK, prefill_LNK=rows_LNK, _position=[0, 0])
+
     def batch(self, num_decode: int, num_prefill: int) -> torch.Tensor:
         """The next tokens' experts in all layers, int32 [L, tokens, K], decoding ones first."""
         parts = []
@@ -53,13 +59,16 @@ class Traffic:
             self._position[which] = (start + count) % length
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
-    def history(self, num_steps: int, batch: int) -> Array:
-        """Counts of the next decode batches, to place experts by: int32 [steps, L, E]."""
+    def history(self, tokens_N2: Array) -> Array:
+        """Counts of the next batches, to place experts by: int32 [N, L, E].
+
+        tokens_N2: decoding tokens and prompt tokens of each batch.
+        """
         size = self.num_layers * self.num_experts
         base_L11 = np.arange(self.num_layers)[:, None, None] * self.num_experts
-        counts_NLE = np.empty((num_steps, self.num_layers, self.num_experts), np.int32)
-        for step in range(num_steps):
-            cells = (self.batch(batch, 0).numpy() + base_L11).ravel()
+        counts_NLE = np.empty((len(tokens_N2), self.num_layers, self.num_experts), np.int32)
+        for step, (decode, prefill) in enumerate(tokens_N2.tolist()):
+            cells = (self.batch(decode, prefill).numpy() + base_L11).ravel()
             counts_NLE[step] = np.bincount(cells, minlength=size).reshape(counts_NLE.shape[1:])
         return counts_NLE
 

@@ -25,6 +25,11 @@ HEADINGS = (
 )
 
 
+def has_bound(rows: list[Measurement]) -> bool:
+    """Whether a run has several skews and the load that bounds them."""
+    return bool(_of(rows, *BOUND)) and len({row.load for row in rows}) > 1
+
+
 def table(rows: list[Measurement]) -> MeasuredTable:
     """One line per load and arm, medians; "-" where what to compare with is not measured yet."""
     bound = _of(rows, *BOUND)

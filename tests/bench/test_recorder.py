@@ -1,0 +1,20 @@
+"""What a recording costs is told from the bursts without one around it."""
+
+import pytest
+
+from bench import recorder
+
+ORDER = ("off", "counts", "ids", "ids", "counts", "off")
+
+
+def test_a_drift_of_the_machine_is_no_cost():
+    """TPOT rises by 1 ms with every burst, and counts take 5 % more."""
+    rows = [
+        {"position": at, "arm": arm, "tpot_ms": (100 + at) * (1.05 if arm == "counts" else 1)}
+        for at, arm in enumerate(ORDER * 2)
+    ]
+    found = recorder.against_off(rows)
+    for row in rows[1:-1]:
+        expected = 1.05 if row["arm"] == "counts" else 1.0
+        assert found[row["position"]] == pytest.approx(expected, abs=1e-9)
+    assert recorder._spread([0.99, 1.0, 1.01, 1.02]) == ("+0.50%", "-0.8% to +1.8%")

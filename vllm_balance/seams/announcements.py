@@ -1,0 +1,75 @@
+"""What a server says of its balancer once, before it starts its workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_balance.config import BalancerConfig
+from vllm_balance.deployment import Deployment
+from vllm_balance.maps import PlacementMap
+from vllm_balance.seams.settings_files import read_shape
+
+CHOOSING = ("metro", "first_copy")
+"""Balancers whose only means are copies of experts."""
+
+
+def warn_of_another_name(found: PlacementMap, vllm_config: Any) -> None:
+    """Models of one shape use their experts differently; a name may be that of a folder only."""
+    from vllm.logger import init_logger
+
+    served = read_shape(vllm_config.model_config).name
+    if found.shape.name != served:
+        init_logger(f"vllm.{__name__}").warning(
+            "The placement map was made for %s, and %s of the same shape is served. Another "
+            "model uses its experts differently: make a map from a trace of this one.",
+            found.shape.name,
+            served,
+        )
+
+
+def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
+    from vllm.logger import init_logger
+
+    if deployment.expert_bytes == 0:
+        init_logger(f"vllm.{__name__}").warning(
+            "The configuration of %s does not say how large an expert is, so that memory was not "
+            "checked for the balancer's.",
+            deployment.model,
+        )
+    if config.name in CHOOSING and not redundant:
+        init_logger(f"vllm.{__name__}").warning(
+            "MoE balancer %s chooses among the copies of an expert, and there is one of each, so "
+            "it will serve as static does. Set `redundancy` or `num_redundant_experts`.",
+            config.name,
+        )
+    if config.fetches:
+        _announce_slots(config, redundant // deployment.num_ranks, deployment)
+        return
+    extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
+    init_logger(f"vllm.{__name__}").info(
+        "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
+        "take %.2f GiB in all, %.2f GiB per rank.",
+        config.name,
+        deployment.num_experts,
+        redundant,
+        deployment.num_ranks,
+        extra / 2**30,
+        extra / deployment.num_ranks / 2**30,
+    )
+
+
+def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) -> None:
+    from vllm.logger import init_logger
+
+    per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
+    init_logger(f"vllm.{__name__}").info(
+        "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
+        "per rank); the host store of all experts takes %.2f GiB, %.2f GiB are free.",
+        config.name,
+        deployment.num_experts,
+        deployment.num_ranks,
+        slots,
+        per_rank / 2**30,
+        deployment.store_bytes / 2**30,
+        deployment.free_host_bytes / 2**30,
+    )

@@ -1,0 +1,116 @@
+"""What a balancer is refused together with, by a finished ``VllmConfig``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_balance.config import LOADED_BY_MAP, BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.exchange import Way, way_of_exchange
+from vllm_balance.online import require_whole_batch
+from vllm_balance.replay_rows import draw
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_balance.seams.worker_cpu.BalancedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_balance.seams.worker_gpu.BalancedGPUWorker",
+}
+"""vLLM's worker class -> ours, a subclass of it."""
+
+
+def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in WORKERS:
+        raise BalancerError(
+            f"--moe-balancer {config.name} replaces vLLM's worker class, and --worker-cls asks for "
+            f"{parallel.worker_cls}. Supported are {', '.join(WORKERS)}; remove --worker-cls."
+        )
+    refused = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        "dual-batch overlap (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "tensor parallelism inside data parallelism": parallel.tensor_parallel_size > 1
+        and parallel.data_parallel_size > 1,
+        "round-robin expert placement": parallel.expert_placement_strategy != "linear",
+        # vLLM's own check has run by now, with EPLB off.
+        "--all2all-backend moonep, whose weights EPLB does not know": config.uses_eplb
+        and parallel.all2all_backend == "moonep",
+        # vLLM's filter reads the experts of the linear placement only, where EPLB is off.
+        "a map and --enable-ep-weight-filter": parallel.enable_ep_weight_filter
+        and config.map is not None
+        and not config.uses_eplb,
+    }
+    # The host store is filled once, and moved experts are not where new weights would be written.
+    if config.fetches or config.moves:
+        refused["weight transfer"] = vllm_config.weight_transfer_config is not None
+    # vLLM gives adapters to experts by the linear placement.
+    if config.fetches or config.uses_eplb or config.map is not None:
+        refused["LoRA"] = vllm_config.lora_config is not None
+    if config.fetches:
+        refused["sleep mode"] = vllm_config.model_config.enable_sleep_mode
+    # A step that is tried again would be counted, fetched for or recorded twice on some ranks.
+    if config.fetches or config.online is not None or config.record is not None:
+        refused["--enable-fault-tolerance"] = getattr(parallel, "enable_fault_tolerance", False)
+    found = [name for name, present in refused.items() if present]
+    if found:
+        raise BalancerError(
+            f"--moe-balancer {config.name} is not supported together with {', '.join(found)}. "
+            f"Supported: tensor or data parallelism with --enable-expert-parallel. Turn off what "
+            f"is named here, or remove --moe-balancer."
+        )
+    way = way_of(config, parallel)
+    if config.online is not None:
+        require_whole_batch(way)
+    stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
+    if parallel.enable_eplb and stays:
+        raise BalancerError(
+            f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
+            f"--enable-eplb asks to move them. Use --moe-balancer eplb, or remove --enable-eplb."
+        )
+
+
+def way_of(config: BalancerConfig, parallel: Any) -> Way:
+    """How ranks of this layout learn the global counts; raises as ``way_of_exchange`` does."""
+    return way_of_exchange(
+        data_parallel_size=parallel.data_parallel_size,
+        gathers_tokens=parallel.all2all_backend == "allgather_reducescatter",
+        asked_for=config.exchange,
+    )
+
+
+def mapped_pairs(vllm_config: Any, way: Way) -> int:
+    """Most (token, choice) pairs of a batch that a rank maps without counts of other ranks."""
+    if way == "all_reduce":
+        return 0
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    ranks = vllm_config.parallel_config.data_parallel_size
+    return int(ranks * tokens * vllm_config.model_config.get_num_experts_per_tok())
+
+
+def check_device(config: BalancerConfig) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    if config.free_tokens is not None:
+        raise BalancerError(
+            f"`free_tokens` is {config.free_tokens:g}: it describes ranks that compute their "
+            f"experts in turn, as CPU cores do, and a GPU's experts overlap. Leave it out."
+        )
+    if config.online is not None:
+        raise BalancerError(
+            "`online` measures the ranks by the time in their experts, which is done on CPU only "
+            "so far. Leave `online` out and load a map; make it anew when traffic has changed."
+        )
+
+
+def check_replay(config: BalancerConfig, model_config: Any) -> None:
+    """Draws one layer, so that a skew or trace that does not fit the model is refused here."""
+    assert config.replay is not None
+    experts, top_k = model_config.get_num_experts(), model_config.get_num_experts_per_tok()
+    try:
+        for phase in config.replay.phases:
+            draw(phase, num_layers=1, num_experts=experts, top_k=top_k, rank=0)
+    except ValueError as error:
+        raise BalancerError(f"`replay` cannot drive {model_config.model}: {error}.") from error

@@ -1,0 +1,81 @@
+"""What is called of vLLM and not wrapped, where vLLM promises nothing: checked like the seams, so
+that an upgrade which changes it is noticed before a server starts."""
+
+from __future__ import annotations
+
+from vllm_balance.seams import Place
+
+_EPLB = "vllm.distributed.eplb"
+_MOE = "vllm.model_executor.layers.fused_moe"
+
+USED = (
+    Place(
+        target=f"{_EPLB}.eplb_state:EplbState.__init__",
+        parameters=("parallel_config", "device"),
+        why="EPLB on CPU",
+    ),
+    Place(
+        target=f"{_EPLB}.eplb_state:EplbState.add_model",
+        parameters=("model", "model_config"),
+        why="EPLB on CPU",
+    ),
+    Place(
+        target="vllm.model_executor.models.interfaces:get_mixture_of_experts_model",
+        parameters=("model",),
+        why="EPLB on CPU",
+    ),
+    Place(
+        target=f"{_EPLB}.policy.default:DefaultEplbPolicy.rebalance_experts",
+        parameters=("weight", "num_replicas", "num_groups", "num_nodes", "num_ranks"),
+        why="vLLM's placement, in `place` and `plan`",
+    ),
+    Place(
+        target=f"{_EPLB}.rebalance_execute:rearrange_expert_weights_inplace",
+        parameters=(
+            "old_global_expert_indices",
+            "new_global_expert_indices",
+            "expert_weights",
+            "expert_buffer",
+            "ep_group",
+            "communicator",
+        ),
+        why="gem moves experts while serving",
+    ),
+    Place(
+        target=f"{_MOE}.router.base_router:eplb_map_to_physical_and_record",
+        parameters=(
+            "topk_ids",
+            "expert_load_view",
+            "logical_to_physical_map",
+            "logical_replica_count",
+            "record_enabled",
+            "num_unpadded_tokens",
+        ),
+        why="vLLM's even choice of replicas",
+    ),
+    Place(
+        target=f"{_MOE}.routed_experts:RoutedExperts._map_global_expert_id_to_local_expert_id",
+        parameters=("expert_id",),
+        why="which slots a rank loads",
+    ),
+    Place(
+        target="vllm.model_executor.models.utils:extract_layer_index",
+        parameters=("layer_name",),
+        why="a layer's row of a map",
+    ),
+    Place(
+        target=f"{_MOE}.router.routing_simulator_router:RoutingSimulator.register_strategy",
+        parameters=("name", "strategy"),
+        why="replayed routing",
+    ),
+    Place(
+        target="vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
+        parameters=("method",),
+        why="GET /moe_balancer",
+    ),
+    Place(
+        target="vllm.v1.engine.core:EngineCore.collective_rpc",
+        parameters=("method", "timeout", "args", "kwargs"),
+        why="GET /moe_balancer",
+    ),
+)
