@@ -114,12 +114,25 @@ def test_any_bytes_are_refused(tmp_path_factory, content):
         profiles.load(file)
 
 
+LATER = ("cores_per_rank", "rounds_us")
+"""Not in older files, where they mean one core and one round."""
 REQUIRED = [
     path
     for path in keys(json.loads(TEXT))
-    if path[-1] not in ("kind", "format") and path[:-1] not in (("versions",), ("units",))
+    if path[-1] not in ("kind", "format", *LATER) and path[:-1] not in (("versions",), ("units",))
 ]
 """`versions` holds any names; the others have values of their own."""
+
+
+def test_an_older_file_is_of_one_core_and_one_round(tmp_path):
+    value, file = json.loads(TEXT), tmp_path / "p.json"
+    del value["cores_per_rank"]
+    for rank in value["ranks"]:
+        for point in rank["points"]:
+            del point["rounds_us"]
+    file.write_text(json.dumps(value))
+    found = profiles.load(file)
+    assert found == profile() and found.cores_per_rank == 1
 
 
 @pytest.mark.parametrize("path", REQUIRED)

@@ -3,8 +3,9 @@
 import pytest
 from measured import latency, row
 
-from bench import skewed, waiting
+from bench import waiting
 from bench.starts import arm_of, plan
+from vllm_balance import skew_table
 
 
 def rank(times_LB, fetch_us=0.0, **counted) -> dict:
@@ -61,7 +62,7 @@ def test_every_arm_is_compared_with_static_and_the_bound():
     rows = [cell("even", "static", 100), cell("hot", "static", 50)]
     fetching = FETCHED | {"fetches": 6, "early_fetches": 2}
     rows += [cell("hot", "harmoeny", speed, fetching=fetching) for speed in (80, 90, 97)]
-    body = skewed.table(rows).body
+    body = skew_table.table(rows).body
     assert [line[:5] for line in body] == [
         ["even", "static", "100", "100.0%", "+0.0%"],
         ["hot", "static", "50", "50.0%", "+0.0%"],
@@ -72,10 +73,10 @@ def test_every_arm_is_compared_with_static_and_the_bound():
 
 def test_an_interrupted_run_has_no_bound_and_no_base():
     rows = [row("harmoeny", load="hot", total_tokens_per_s=80.0)]
-    (line,) = skewed.table(rows).body
+    (line,) = skew_table.table(rows).body
     assert line[:5] == ["hot", "harmoeny", "80", "-", "-"] and line[6] == "-"
     rows.append(row("static", load="hot", total_tokens_per_s=50.0))
-    lines = skewed.table(rows).body
+    lines = skew_table.table(rows).body
     assert [line[3:5] for line in lines] == [["-", "+60.0%"], ["-", "+0.0%"]]
 
 
