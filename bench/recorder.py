@@ -39,7 +39,9 @@ def recorder() -> None:
     load, order = settings["load"], settings["recordings"]["order"]
     prompts = prompts_of(load, settings["seed"])
     rows: list[dict[str, Any]] = []
-    start = Start(position=0, arm="static", case="", settings=settings, factors=(1.0,), loads={})
+    start = Start(
+        position=0, group=0, arm="static", case="", settings=settings, factors=(1.0,), loads={}
+    )
     with Server(arm_of(start), model) as server, tempfile.TemporaryDirectory() as to:
         for _ in range(2):
             client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
