@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bench import client, markdown, real_size_model, run_files
 from bench.provenance import ROOT, config_hash, provenance
-from bench.server import Server
+from bench.server import Arm, Server
 from bench.starts import Start, arm_of
 from vllm_balance import traces
 
@@ -39,10 +39,7 @@ def recorder() -> None:
     load, order = settings["load"], settings["recordings"]["order"]
     prompts = prompts_of(load, settings["seed"])
     rows: list[dict[str, Any]] = []
-    start = Start(
-        position=0, group=0, arm="static", case="", settings=settings, factors=(1.0,), loads={}
-    )
-    with Server(arm_of(start), model) as server, tempfile.TemporaryDirectory() as to:
+    with Server(static_arm(settings), model) as server, tempfile.TemporaryDirectory() as to:
         for _ in range(2):
             client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
         for position, what in enumerate(order * settings["recordings"]["rounds"]):
@@ -57,6 +54,14 @@ def recorder() -> None:
     for row in rows:
         _append(origin | row | provenance())
     console.print(table(rows))
+
+
+def static_arm(settings: dict[str, Any]) -> Arm:
+    """The one server of the run file."""
+    start = Start(
+        position=0, group=0, arm="static", case="", settings=settings, factors=(1.0,), loads={}
+    )
+    return arm_of(start)
 
 
 def prompts_of(load: dict[str, Any], seed: int) -> list[str]:

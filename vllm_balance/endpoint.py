@@ -63,11 +63,11 @@ async def start_recording(request: Request, settings: RecordSettings) -> dict[st
     """The state of every recording rank; 409 if one of them refuses: then no rank starts one."""
     run = uuid.uuid4().hex
     asked = {"settings": settings.model_dump(mode="json") | {"run": run}, "asked_by": run}
-    ranks = await _ask(request, "moe_record_start", asked)
+    ranks = await _ask(request, "moe_record_start", asked, patient=True)
     refusals = [rank["error"] for rank in ranks if rank and "error" in rank]
     if refusals:
         if len(refusals) < sum(rank is not None for rank in ranks):
-            await _ask(request, "moe_record_cancel", {"asked_by": asked["asked_by"]})
+            await _ask(request, "moe_record_cancel", {"asked_by": asked["asked_by"]}, patient=True)
         raise HTTPException(409, refusals[0])
     return {"ranks": [rank for rank in ranks if rank]}
 
@@ -75,11 +75,15 @@ async def start_recording(request: Request, settings: RecordSettings) -> dict[st
 @router.post("/moe_balancer/record/stop")
 async def stop_recording(request: Request) -> dict[str, Any]:
     """The state of every recording rank, with its file closed."""
-    ranks = await _ask(request, "moe_record_stop", {})
+    ranks = await _ask(request, "moe_record_stop", {}, patient=True)
     return {"ranks": [rank for rank in ranks if rank]}
 
 
-async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[Any]:
+async def _ask(
+    request: Request, method: str, kwargs: dict[str, Any], *, patient: bool = False
+) -> list[Any]:
+    """The answer of every rank; 503 after TIMEOUT_S, unless patient: what was asked for is done all
+    the same, and whoever starts a recording must learn of it."""
     engine = getattr(request.app.state, ENGINE, None)
     if engine is None:
         raise HTTPException(
@@ -94,7 +98,8 @@ async def _ask(request: Request, method: str, kwargs: dict[str, Any]) -> list[An
     )
     try:
         # vLLM's client does not expect that a call is cancelled, so it goes on.
-        per_engine = await asyncio.wait_for(asyncio.shield(asked), TIMEOUT_S)
+        timeout_s = None if patient else TIMEOUT_S
+        per_engine = await asyncio.wait_for(asyncio.shield(asked), timeout_s)
     except TimeoutError as error:
         raise HTTPException(
             503,

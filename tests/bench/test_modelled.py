@@ -132,6 +132,26 @@ def test_the_phase_table_is_of_the_coarse_cells_alone(monkeypatch):
     assert made.startswith("9: | ranks | zipf | batch 16 |") and made.count("none") == 1
 
 
+def test_harmoeny_is_in_the_cells_of_prompts_alone_and_within_a_node(monkeypatch):
+    cells = list(modelled.prefill_cells())
+    fetching = [cell for cell in cells if cell.balancer == "harmoeny"]
+    assert {cell.data for cell in fetching} == {4, 8} and {cell.data for cell in cells} == {
+        4,
+        8,
+        16,
+    }
+    slots = {round((cell.redundancy - 1) * 128 / cell.data) for cell in fetching}
+    assert slots == set(modelled.DYNAMIC_SLOTS)
+    rows = [{**asdict(c), **row(c.balancer, c.redundancy, 100.0), "key": c.key, "tpot_us": None,
+             "tokens_per_s": 2.0 if c.balancer == "gem" else 1.0,
+             "concurrency": c.concurrency} for c in cells if c.data == 8]  # fmt: skip
+    monkeypatch.setattr(modelled, "_newest", lambda name: rows)
+    monkeypatch.setattr(modelled, "_with_origin", lambda name, table, rows: table)
+    made = modelled._table("phase-prefill")
+    assert made.startswith("| ranks | zipf | prompts 1 | prompts 4 |")
+    assert made.count("gem 1: +100%") == 16
+
+
 def test_rates_are_of_cells_that_fit():
     """Between two, beyond the most that fit, and where the least is too slow."""
     points = ((10e3, 64, 100.0), (20e3, 128, 300.0), (30e3, 200, 400.0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import recorder
+from bench import recorder, run_files
 
 ORDER = ("off", "counts", "ids", "ids", "counts", "off")
 
@@ -18,3 +18,8 @@ def test_a_drift_of_the_machine_is_no_cost():
         expected = 1.05 if row["arm"] == "counts" else 1.0
         assert found[row["position"]] == pytest.approx(expected, abs=1e-9)
     assert recorder._spread([0.99, 1.0, 1.01, 1.02]) == ("+0.50%", "-0.8% to +1.8%")
+
+
+def test_the_server_is_that_of_the_run_file():
+    arm = recorder.static_arm(run_files.read(recorder.RUN))
+    assert arm.name == "static" and arm.num_ranks == 2

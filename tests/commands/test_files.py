@@ -20,6 +20,7 @@ from vllm_balance.commands.profile import (
     deviations,
     grid,
     measure_again,
+    own_cores,
     ranks_of,
     sample,
 )
@@ -456,7 +457,8 @@ def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")
     assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
-    assert measured.ranks[0].place == "cores 0 to 1" and "Measured in" in done.output
+    first, second = own_cores()[:2]
+    assert measured.ranks[0].place == f"cores {first}, {second}" and "Measured in" in done.output
     for point in measured.ranks[0].points:
         assert len(point.rounds_us) == 3 and point.time_us == min(point.rounds_us)
     assert measured.versions.keys() == set(profiles.BOUND_VERSIONS)
@@ -471,10 +473,30 @@ def test_more_ranks_than_cores_are_refused(tmp_path):
         cores_of(10_000)
 
 
+def test_hardware_threads_of_one_core_count_once(monkeypatch, tmp_path):
+    """Threads 0 and 4 share a core, as do 1 and 5; of 6 nothing is known."""
+    siblings = {0: "0,4", 4: "0,4", 1: "1,5", 5: "1,5"}
+    profile_module = sys.modules[sample.__module__]
+
+    class Files:
+        def __init__(self, path):
+            self.text = siblings.get(int(path.split("/cpu")[-1].split("/")[0]))
+
+        def exists(self):
+            return self.text is not None
+
+        def read_text(self):
+            return self.text
+
+    monkeypatch.setattr(profile_module, "Path", Files)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5, 4, 1, 0, 6})
+    assert own_cores() == [0, 1, 6]
+
+
 def test_ranks_have_neighbouring_cores(monkeypatch):
     from vllm_balance.commands.profile import cores_of
 
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {9, 4, 5, 7, 6, 8})
+    monkeypatch.setattr(sys.modules[sample.__module__], "own_cores", lambda: [4, 5, 6, 7, 8, 9])
     assert cores_of(2) == [[4], [5]]
     assert cores_of(2, 3) == [[4, 5, 6], [7, 8, 9]]
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,7 +91,11 @@ def test_an_answer_names_slots_host_memory_and_what_a_gpu_needs_for_them():
     said = answer(asked, advice("gem", 1.0), errors)
     assert "Yes: gem without redundant experts is predicted" in said
     assert """with --moe-balancer gem --moe-balancer-config '{"map": "MAP.json"}'""" in said
-    assert "vllm-balance place --policy gem --model MODEL --ranks 8 --trace TRACE" in said
+    made = "vllm-balance place --policy gem --model MODEL --ranks 8 --trace TRACE"
+    assert f"{made} --batch 9 --prefill-batch 576 -o MAP.json" in said
+    prefill = replace(asked, output_tokens=1, hardware=hardware.load("cpu-amx")[0])
+    said = answer(prefill, advice("gem", 1.0), errors)
+    assert "--profile PROFILE --ranks 8 --trace TRACE --prefill --batch 576 -o" in said
     said = answer(asked, advice("metro"), errors)
     assert "Yes: metro with redundancy 1.5" in said and "host memory" not in said
     assert "with --moe-balancer metro" in said

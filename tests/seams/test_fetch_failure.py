@@ -83,23 +83,22 @@ def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     assert isinstance(shared.prefetch, EndingPrefetch) == ends
 
 
-def _terminated(own: bool) -> None:
-    if own:
-        own_signals()
+def _terminated(executor: str) -> None:
+    own_signals(executor)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     os.kill(os.getpid(), signal.SIGTERM)
     signal.pause()
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_what_terminates_a_forked_worker_does_not_reach_the_server(own):
-    """The event loop of the process that forks is woken unless the worker has its own signals."""
+@pytest.mark.parametrize(("executor", "own"), [("mp", True), ("uni", False)])
+def test_what_terminates_a_forked_worker_does_not_reach_the_server(executor, own):
+    """The event loop of the process that forks is woken where a worker is not on its own."""
     loop, wakes = socket.socketpair()
     loop.settimeout(1)
     wakes.setblocking(False)
     before = signal.set_wakeup_fd(wakes.fileno())
     try:
-        worker = multiprocessing.get_context("fork").Process(target=_terminated, args=(own,))
+        worker = multiprocessing.get_context("fork").Process(target=_terminated, args=(executor,))
         worker.start()
         worker.join(timeout=60)
     finally:
@@ -117,7 +116,7 @@ def test_a_process_that_was_not_forked_keeps_its_event_loop():
     wakes.setblocking(False)
     before = signal.set_wakeup_fd(wakes.fileno())
     try:
-        own_signals()
+        own_signals("mp")
         assert signal.set_wakeup_fd(before) == wakes.fileno()
     finally:
         signal.set_wakeup_fd(before)

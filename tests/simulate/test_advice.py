@@ -183,8 +183,8 @@ def test_the_settings_of_every_candidate_are_accepted_and_mean_as_many_experts(m
     for name, ratio in candidates(asked):
         settings = settings_of(asked, Candidate(balancer=name, redundancy=ratio, concurrency=0,
                                                 outcome=None))  # fmt: skip
-        assert settings.pop("map", None) == (MAP if name == "gem" else None)
         config = parse({"name": name, **settings})
+        assert config.map == (MAP if name == "gem" else None)
         extra = 2 * config.dynamic_slots if config.fetches else config.num_redundant_experts or 0
         assert (32 + extra) / 32 == ratio and extra % 2 == 0
         assert (config.knee_tokens is not None) == (name in ("metro", "harmoeny"))

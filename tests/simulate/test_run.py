@@ -221,7 +221,8 @@ def run_as(decides, arm):
     with pytest.MonkeyPatch.context() as patch:
         own = decider_of
         patch.setattr(
-            "vllm_balance.simulate.run.decider_of", lambda _, placed_by: own(decides, placed_by)
+            "vllm_balance.simulate.run.decider_of",
+            lambda _, placed_by, steps: own(decides, placed_by),
         )
         return run(arm)
 

@@ -56,9 +56,9 @@ def doctor(
         typer.Option(help="Check the source of another vLLM instead: a wheel or a folder."),
     ] = None,
 ) -> None:
-    """Print what was found, which places of vLLM would be wrapped, and what stands in the way.
+    """Print what was found, which places of vLLM are wrapped or called, and what stands in the way.
 
-    Exit status 1 if --moe-balancer would be refused.
+    Exit status 1 if one of them is not as it is relied on, or --moe-balancer would be refused.
     """
     findings = examine() if against is None else examine_source(against)
     if as_json:

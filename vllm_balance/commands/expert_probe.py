@@ -125,6 +125,9 @@ def _serve(
 ) -> None:
     """Body of a rank process: answers every list of tokens with a Timing, until hung up."""
     os.sched_setaffinity(0, cores)
+    # Read by OpenMP when torch is imported: a thread stays on its core, as in vLLM's workers.
+    os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
+    os.environ["OMP_PROC_BIND"] = "true"
     import torch
 
     torch.set_num_threads(len(cores))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -93,16 +94,10 @@ def place(
     )
     if policy in TRACED:
         traced = TRACED[policy](time_limit_s=time_limit)
-        placement_LP = with_progress(
-            policy,
-            recorded.num_layers,
-            lambda progress: traced.place_trace(halves[0], cluster, progress),
-        )
+        run = partial(traced.place_trace, halves[0], cluster)
     else:
-        chosen = policy_of(policy, seed=seed, split=split)
-        placement_LP = with_progress(
-            policy, recorded.num_layers, lambda progress: chosen.place(fit, cluster, progress)
-        )
+        run = partial(policy_of(policy, seed=seed, split=split).place, fit, cluster)
+    placement_LP = with_progress(policy, recorded.num_layers, run)
     placement_map = maps.PlacementMap(
         created=datetime.now(UTC),
         policy=policy,
@@ -125,14 +120,19 @@ def place(
     placements[policy] = placement_LP
     unit = "us" if profile is not None else "times of a token"
     report(recorded.layer_index_L, held_out, placements, cluster, split, unit)
-    consistent_LE, temporal_LE = kinds(fit)
+    _report_kinds(fit)
+    Console().print(
+        f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers."
+    )
+
+
+def _report_kinds(history_NLE: np.ndarray) -> None:
+    """Prints how many experts are consistent and temporal."""
+    consistent_LE, temporal_LE = kinds(history_NLE)
     Console().print(
         f"Experts per layer in the batches placed by: {consistent_LE.sum(1).mean():.1f} consistent "
         f"(active in {CONSISTENT:.0%} of them or more), {temporal_LE.sum(1).mean():.1f} temporal "
         f"(seldom active, heavy then)."
-    )
-    Console().print(
-        f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers."
     )
 
 

@@ -173,8 +173,8 @@ def traffic_of(
 
     layers = min(MAX_LAYERS, shape.num_moe_layers)
     if trace is None:
-        served = skewed(ReplaySettings(zipf=zipf, seed=seed), shape, layers)
-        placed_by = served.reordered(seed)
+        settings = ReplaySettings(zipf=zipf, seed=seed)
+        served, placed_by = (skewed(settings, shape, layers, rank) for rank in (0, 1))
     else:
         first, second = trace.split(seed)
         served = recorded(second, shape, layers, seed)
@@ -233,6 +233,8 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
     from vllm_balance.simulate.advice import host_bytes, settings_of
 
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
+    if len(found.candidates) == 1:
+        return "No: a server would refuse every balancer here but static, and exflow with a map."
     if found.best.balancer == "static":
         return f"No, leave it off: nothing beats serving without a balancer {at}."
     band = f"{found.gain - found.error:+.1%} to {found.gain + found.error:+.1%}"
@@ -250,17 +252,25 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
         f"checked; one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. Measure "
         f"before you believe it, with {eager}--moe-balancer {found.best.balancer} "
         f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
-        f"{_how_to_place(question) if found.best.balancer == 'gem' else ''}"
+        f"{_how_to_place(question, found.best) if found.best.balancer == 'gem' else ''}"
     )
 
 
-def _how_to_place(question: Question) -> str:
-    """How the map that the settings name is made."""
+def _how_to_place(question: Question, found: Candidate) -> str:
+    """How the map that the settings name is made: by batches as large as those of the load."""
     from vllm_balance.simulate.advice import MAP
 
+    ranks, decode = question.layout.num_ranks, found.concurrency
+    budget = question.hardware.engine.batched_tokens.value * question.layout.data
+    prompts = min(question.prompt_tokens * found.concurrency, budget)
+    if question.output_tokens == 1:
+        batches = f"--prefill --batch {prompts}"
+    else:
+        batches = f"--batch {decode} --prefill-batch {prompts}"
+    by = "--profile PROFILE" if question.hardware.experts == "in_turn" else "--model MODEL"
     return (
-        f" Make {MAP} with `vllm-balance place --policy gem --model MODEL --ranks "
-        f"{question.layout.num_ranks} --trace TRACE -o {MAP}`, from a trace of your traffic."
+        f" Make {MAP} with `vllm-balance place --policy gem {by} --ranks {ranks} --trace TRACE "
+        f"{batches} -o {MAP}`, from a trace of your traffic."
     )
 
 

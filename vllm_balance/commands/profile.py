@@ -107,11 +107,11 @@ def profile(
 
 
 def cores_of(ranks: int, each: int = 1) -> list[list[int]]:
-    """So many neighbouring cores for each rank, from the first that this process may use on.
+    """So many neighbouring cores for each rank, one hardware thread of each, as vLLM binds them.
 
     Raises BalancerError if there are too few.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = own_cores()
     if ranks * each > len(cores):
         raise BalancerError(
             f"{ranks} ranks were asked for, with {each} of the cores each, and {len(cores)} cores "
@@ -121,9 +121,19 @@ def cores_of(ranks: int, each: int = 1) -> list[list[int]]:
     return [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
 
 
+def own_cores() -> list[int]:
+    """The cores that this process may use: of hardware threads that share one, the first."""
+    first: dict[str, int] = {}
+    for thread in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{thread}/topology/thread_siblings_list")
+        core = siblings.read_text() if siblings.exists() else str(thread)
+        first.setdefault(core, thread)
+    return list(first.values())
+
+
 def _place(cores: Sequence[int]) -> str:
     """Where a rank ran, in words for the file."""
-    return f"core {cores[0]}" if len(cores) == 1 else f"cores {cores[0]} to {cores[-1]}"
+    return f"core{'s' if len(cores) > 1 else ''} {', '.join(map(str, cores))}"
 
 
 def sample(probe: Probe, local: int) -> list[list[list[Point]]]:

@@ -24,5 +24,11 @@ class EplbPlacement:
         check_history(history_NLE)
         num_physical = cluster.num_physical(history_NLE.shape[2])
         load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
-        map_LP = DefaultEplbPolicy.rebalance_experts(load_LE, num_physical, 1, 1, cluster.num_ranks)
+        map_LP = DefaultEplbPolicy.rebalance_experts(
+            weight=load_LE,
+            num_replicas=num_physical,
+            num_groups=1,
+            num_nodes=1,
+            num_ranks=cluster.num_ranks,
+        )
         return np.asarray(map_LP.numpy()).astype(np.int32)

@@ -26,7 +26,7 @@ class Place:
     target: str
     """``module:Class.function`` or ``module:function``."""
     parameters: tuple[str, ...]
-    """Parameters of the original that are relied on, by name or, in this order, by position."""
+    """Parameters of the original that are relied on."""
     why: str
     only_if_missing: bool = False
     """Wrapped only if the class does not define the function itself: a fix upstream will make."""

@@ -20,20 +20,25 @@ def warn_of_another_name(found: PlacementMap, vllm_config: Any) -> None:
     served = read_shape(vllm_config.model_config).name
     if found.shape.name != served:
         init_logger(f"vllm.{__name__}").warning(
-            "The placement map was made for %s, and %s of the same shape is served. Another "
-            "model uses its experts differently: make a map from a trace of this one.",
+            "The placement map was made for %s, and %s of the same shape is served. If that is "
+            "another model, it uses its experts differently: make a map from a trace of it.",
             found.shape.name,
             served,
         )
 
 
 def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
+    """Logs what the balancer's experts take, and warns of what it cannot do or could not check.
+
+    Args:
+        redundant: slots of a layer beyond the logical experts, over all ranks.
+    """
     from vllm.logger import init_logger
 
-    if deployment.expert_bytes == 0:
+    if deployment.expert_bytes == 0 and redundant:
         init_logger(f"vllm.{__name__}").warning(
-            "The configuration of %s does not say how large an expert is, so that memory was not "
-            "checked for the balancer's.",
+            "The configuration of %s does not say how large an expert is, so it was not checked "
+            "whether the balancer's experts fit in memory.",
             deployment.model,
         )
     if config.name in CHOOSING and not redundant:

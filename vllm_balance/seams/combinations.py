@@ -18,6 +18,11 @@ WORKERS = {
 
 
 def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
+    """Returns if the balancer works with what else vLLM was asked for.
+
+    Raises:
+        BalancerError: it does not; names all that stands in the way.
+    """
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise BalancerError(
@@ -89,6 +94,7 @@ def mapped_pairs(vllm_config: Any, way: Way) -> int:
 
 
 def check_device(config: BalancerConfig) -> None:
+    """Returns if the settings are for this kind of device. Raises BalancerError if not."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():

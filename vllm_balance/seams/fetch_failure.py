@@ -53,14 +53,18 @@ class EndingPrefetch:
         self._prefetch.close()
 
 
-def own_signals() -> None:
-    """From now on a signal to this process is none to the process that it was forked from.
+def own_signals(executor: Any) -> None:
+    """From now on a signal to this worker is none to the process that it was forked from.
 
     A fork inherits the file descriptor that wakes the event loop of vLLM's API server. A worker
     that is gone has vLLM terminate its peers, which the server would then take for its own end: it
     would stop without telling the requests that run, and wait for their clients to give up.
+
+    Args:
+        executor: vLLM's ``distributed_executor_backend``; some keep a worker in their own process.
     """
-    if isinstance(current_process(), ForkProcess) and current_thread() is main_thread():
+    is_forked = executor in WATCHED and isinstance(current_process(), ForkProcess)
+    if is_forked and current_thread() is main_thread():
         signal.set_wakeup_fd(-1)
 
 

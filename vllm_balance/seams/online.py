@@ -60,12 +60,12 @@ class WorkerRanks:
         if not rows:
             return
         rearrange_expert_weights_inplace(
-            state.physical_to_logical_map[rows],
-            torch.from_numpy(placement_LP[rows].astype(np.int64)),
-            [state.model.expert_weights[row] for row in rows],
-            state.expert_buffer,
-            self._group.device_group,
-            state.communicator,
+            old_global_expert_indices=state.physical_to_logical_map[rows],
+            new_global_expert_indices=torch.from_numpy(placement_LP[rows].astype(np.int64)),
+            expert_weights=[state.model.expert_weights[row] for row in rows],
+            expert_buffer=state.expert_buffer,
+            ep_group=self._group.device_group,
+            communicator=state.communicator,
         )
         for row in rows:
             write_maps(state, row, placement_LP[row], state.model.num_logical_experts)

@@ -77,20 +77,22 @@ def _parameters(target: str, read: Callable[[str], str]) -> list[str] | str | No
         if not found:
             return f"this vLLM has no class {class_name} in {file}"
         body = found[-1].body
-    for node in reversed(_unconditional(body)):  # behind its overloads
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-            arguments = node.args
-            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-            return [argument.arg for argument in every]
-    return None
+    found = _defined(body, name)
+    if not found:
+        return None
+    return [parameter for parameter in found[-1] if all(parameter in other for other in found)]
 
 
-def _unconditional(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Statements in order, those under an `if` of any outcome among them."""
-    found: list[ast.stmt] = []
+def _defined(body: list[ast.stmt], name: str) -> list[list[str]]:
+    """Parameters of a function, of each of the definitions of which an `if` chooses one; of those
+    one behind the other, which are overloads, only the last counts."""
+    found: list[list[str]] = []
     for node in body:
         if isinstance(node, ast.If):
-            found += _unconditional(node.body) + _unconditional(node.orelse)
-        else:
-            found.append(node)
+            chosen = _defined(node.body, name) + _defined(node.orelse, name)
+            found = chosen or found
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            arguments = node.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            found = [[argument.arg for argument in every]]
     return found

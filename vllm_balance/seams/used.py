@@ -1,5 +1,5 @@
-"""What is called of vLLM and not wrapped, where vLLM promises nothing: checked like the seams, so
-that an upgrade which changes it is noticed before a server starts."""
+"""What is called of vLLM and not wrapped, where vLLM promises nothing. `vllm-balance doctor` checks
+it as it checks the seams, so that an upgrade which changes it can be noticed beforehand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ USED = (
         why="EPLB on CPU",
     ),
     Place(
-        target=f"{_EPLB}.eplb_state:EplbState.add_model",
-        parameters=("model", "model_config"),
-        why="EPLB on CPU",
-    ),
-    Place(
         target="vllm.model_executor.models.interfaces:get_mixture_of_experts_model",
         parameters=("model",),
         why="EPLB on CPU",
@@ -28,6 +23,11 @@ USED = (
         target=f"{_EPLB}.policy.default:DefaultEplbPolicy.rebalance_experts",
         parameters=("weight", "num_replicas", "num_groups", "num_nodes", "num_ranks"),
         why="vLLM's placement, in `place` and `plan`",
+    ),
+    Place(
+        target=f"{_EPLB}.policy.default:DefaultEplbPolicy.balanced_packing",
+        parameters=("weight", "num_packs"),
+        why="vLLM's placement with equal loads in a fixed order, in `plan`",
     ),
     Place(
         target=f"{_EPLB}.rebalance_execute:rearrange_expert_weights_inplace",
@@ -67,6 +67,21 @@ USED = (
         target=f"{_MOE}.router.routing_simulator_router:RoutingSimulator.register_strategy",
         parameters=("name", "strategy"),
         why="replayed routing",
+    ),
+    Place(
+        target="vllm._custom_ops:cpu_fused_moe",
+        parameters=("input", "w13", "w2", "topk_weights", "topk_ids", "act", "isa"),
+        why="profiles of CPUs",
+    ),
+    Place(
+        target="vllm._custom_ops:cpu_prepack_moe_weight",
+        parameters=("weight", "isa"),
+        why="profiles of CPUs",
+    ),
+    Place(
+        target="vllm.forward_context:get_forward_context",
+        parameters=(),
+        why="padding of a batch, the layer of a replay",
     ),
     Place(
         target="vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",

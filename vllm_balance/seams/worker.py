@@ -21,7 +21,7 @@ from vllm_balance.routing import FETCHING, make_policy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import has_amx_kernel, processor
-from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor, own_signals
+from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor
 from vllm_balance.seams.layer_binding import bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
@@ -74,7 +74,6 @@ class BalancedWorker(RecordingWorker):
                 f"{type(self).__name__} was asked for without settings of a MoE balancer. "
                 f"Use --moe-balancer NAME instead of --worker-cls."
             )
-        own_signals()
         self.balancer_config = config
         placement = initial_placement(config, vllm_config)
         self.loading = None if placement is None else PlacedLoading(placement)

@@ -14,6 +14,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
+from vllm_balance.seams.fetch_failure import own_signals
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.settings_files import require_profiled_cores
@@ -27,6 +28,7 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.read_settings(vllm_config)
+        own_signals(vllm_config.parallel_config.distributed_executor_backend)
         install((*ROUTER_SEAMS, *LOADING_SEAMS, *CPU_SEAMS))
         super().__init__(vllm_config, *args, **kwargs)
 

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_balance.seams import install
+from vllm_balance.seams.fetch_failure import own_signals
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
@@ -17,6 +18,7 @@ class BalancedGPUWorker(BalancedWorker, Worker):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.read_settings(vllm_config)
+        own_signals(vllm_config.parallel_config.distributed_executor_backend)
         install((*ROUTER_SEAMS, *LOADING_SEAMS))
         super().__init__(vllm_config, *args, **kwargs)
 

@@ -15,8 +15,10 @@ from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy, make_polic
 from vllm_balance.types import Placement
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_PLACED_BY = {"static": "linear", "gem": "gem"}
-"""Placement policy of a balancer without redundant experts; the others have vLLM's EPLB."""
+_PLACED_BY = {"static": "linear", "gem": "gem"} | dict.fromkeys(
+    ("eplb", "first_copy", "metro"), "eplb"
+)
+"""Placement policy of each simulated balancer without dynamic slots; gem's without copies."""
 
 
 def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = None) -> RoutingPolicy:
@@ -43,10 +45,19 @@ def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
 
 
 def placement_policy(balancer: str, redundant: int) -> str:
-    """Name in `PLACEMENT` of where a balancer's experts live."""
+    """Name in `PLACEMENT` of where a balancer's experts live.
+
+    Raises:
+        BalancerError: it is placed by more than counts.
+    """
     if balancer == "gem" and redundant:
         return "gem_r"
-    return _PLACED_BY.get(balancer, "eplb")
+    if balancer not in _PLACED_BY:
+        raise BalancerError(
+            f"{balancer} is not simulated; those with a placement from counts are "
+            f"{', '.join(_PLACED_BY)}."
+        )
+    return _PLACED_BY[balancer]
 
 
 def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placement]:
@@ -82,7 +93,13 @@ def _eplb(history_NLE: Array, cluster: Cluster) -> Array:
 
     num_physical = cluster.num_physical(history_NLE.shape[2])
     load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
-    map_LP = Stable.rebalance_experts(load_LE, num_physical, 1, 1, cluster.num_ranks)
+    map_LP = Stable.rebalance_experts(
+        weight=load_LE,
+        num_replicas=num_physical,
+        num_groups=1,
+        num_nodes=1,
+        num_ranks=cluster.num_ranks,
+    )
     return np.asarray(map_LP.numpy()).astype(np.int32)
 
 

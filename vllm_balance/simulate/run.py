@@ -31,14 +31,14 @@ from vllm_balance.simulate.links import Network
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.serving import schedule
-from vllm_balance.simulate.steps import Load
+from vllm_balance.simulate.steps import Load, Steps
 from vllm_balance.simulate.traffic import Traffic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
 """Batches that experts are placed by; their size where it does not matter."""
-MOST_HISTORY_TOKENS = 8192
-"""Of a batch as large as a step of the load."""
+MOST_HISTORY_TOKENS = 4096
+"""Of a batch as large as a step of the load: half the rows of a drawn skew."""
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
 
@@ -90,7 +90,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     whole_N2 = steps.whole_N2
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
-    decider = decider_of(arm, placed_by)
+    decider = decider_of(arm, placed_by, steps)
     if isinstance(decider, FetchingDecider):
         largest = int(steps.tokens_N.argmax())
         for _ in range(max(arm.warm_batches, int(arm.load.steady))):
@@ -115,8 +115,14 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     )
 
 
-def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
-    """The balancer of an arm, on placements for the load of `placed_by`."""
+def decider_of(
+    arm: Arm, placed_by: Traffic, steps: Steps | None = None
+) -> Decider | FetchingDecider:
+    """The balancer of an arm, on placements for the load of `placed_by`.
+
+    Args:
+        steps: of the arm's load, if they are known already.
+    """
     ranks, slots = arm.layout.num_ranks, arm.num_redundant
     times = expert_times(arm)
     knee = times.knee_tokens
@@ -130,21 +136,24 @@ def decider_of(arm: Arm, placed_by: Traffic) -> Decider | FetchingDecider:
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
     placement = placement_policy(arm.balancer, slots)
-    history_NLE = placed_by.history(_history_tokens(arm))
+    history_NLE = placed_by.history(_history_tokens(arm, steps))
     cluster = Cluster(costs=times.curves(ranks), num_redundant=slots)
     policy = policy_of(arm.balancer, knee, free)
     return Decider.of(policy, placements(placement, history_NLE, cluster))
 
 
-def _history_tokens(arm: Arm) -> Array:
+def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
     """Decoding and prompt tokens of each batch that experts are placed by, [N, 2].
 
-    vLLM's EPLB adds batches up, so that their size does not matter. GEM weighs one against the
-    other, and is given batches as large as the steps of the load.
+    In the load's proportion. vLLM's EPLB adds batches up, so that their size does not matter. GEM
+    weighs one against the other, and is given batches as large as the steps of the load.
     """
+    load = arm.load
     if arm.balancer != "gem":
-        return np.full((HISTORY_STEPS, 2), (HISTORY_TOKENS, 0))
-    steps = schedule(arm.load, seed=arm.seed)
+        computed = load.prompt_tokens + load.output_tokens - 1
+        prompts = round(HISTORY_TOKENS * load.prompt_tokens / computed)
+        return np.full((HISTORY_STEPS, 2), (HISTORY_TOKENS - prompts, prompts))
+    steps = steps or schedule(load, seed=arm.seed)
     share = steps.times_N / steps.times_N.sum()
     drawn_N = np.random.default_rng(arm.seed).choice(len(share), HISTORY_STEPS, p=share)
     tokens_N2 = steps.whole_N2[drawn_N]

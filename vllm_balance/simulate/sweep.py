@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -53,19 +54,20 @@ class Cell:
 
 
 def compute(cell: Cell) -> Row:
-    """The row of a cell: its values, `fits` and what was simulated, which is None if it does not.
+    """The row of a cell: its values, `fits` and what was simulated, which is None if it does not;
+    answers of one token have no TPOT.
 
     Raises BalancerError as `simulate`.
     """
     arm = _arm(cell)
     fits = cell.concurrency <= room(cell)
-    traffic = _rows(cell.model, cell.zipf, cell.layers, cell.seed)
-    made = simulate(arm, traffic.fresh(), traffic.reordered(cell.seed)) if fits else None
+    served, placed_by = (_rows(cell.model, cell.zipf, cell.layers, cell.seed, n) for n in (0, 1))
+    made = simulate(arm, served.fresh(), placed_by.fresh()) if fits else None
     return {
         "key": cell.key,
         **asdict(cell),
         "fits": fits,
-        "tpot_us": made and made.tpot_us,
+        "tpot_us": None if made is None or math.isnan(made.tpot_us) else made.tpot_us,
         "tokens_per_s": made and made.tokens_per_s,
         "activated_worst_rank": made and made.mean(made.activated_N),
         "tokens_worst_rank": made and made.mean(made.pairs_N),
@@ -101,8 +103,8 @@ def _arm(cell: Cell) -> Arm:
 
 
 @cache
-def _rows(model: str, zipf: float, layers: int, seed: int) -> Traffic:
-    return skewed(ReplaySettings(zipf=zipf, seed=seed), models.load(model), layers)
+def _rows(model: str, zipf: float, layers: int, seed: int, rank: int) -> Traffic:
+    return skewed(ReplaySettings(zipf=zipf, seed=seed), models.load(model), layers, rank)
 
 
 def missing(

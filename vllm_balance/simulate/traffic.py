@@ -42,12 +42,6 @@ class Traffic:
         """The same traffic from its beginning; the rows are shared."""
         return replace(self, _position=[0, 0])
 
-    def reordered(self, seed: int) -> Traffic:
-        """The same rows in another order: to place experts by without knowing the batches."""
-        order_N = np.random.default_rng(seed).permutation(self.decode_LNK.shape[1])
-        rows_LNK = self.decode_LNK[:, order_N]
-        return replace(self, decode_LNK=rows_LNK, prefill_LNK=rows_LNK, _position=[0, 0])
-
     def batch(self, num_decode: int, num_prefill: int) -> torch.Tensor:
         """The next tokens' experts in all layers, int32 [L, tokens, K], decoding ones first."""
         parts = []
@@ -73,8 +67,11 @@ class Traffic:
         return counts_NLE
 
 
-def skewed(settings: ReplaySettings, model: Model, num_layers: int) -> Traffic:
+def skewed(settings: ReplaySettings, model: Model, num_layers: int, rank: int = 0) -> Traffic:
     """What `replay` makes a server serve: the same rows, in the same order.
+
+    Another rank draws other tokens from the same distributions: to place experts by, without
+    knowing the tokens that are served.
 
     Raises ValueError if the skew does not fit the model.
     """
@@ -83,6 +80,7 @@ def skewed(settings: ReplaySettings, model: Model, num_layers: int) -> Traffic:
         num_layers=num_layers,
         num_experts=model.num_experts.value,
         top_k=model.top_k.value,
+        rank=rank,
     )
     rows_LNK = np.stack([replay.rows(layer, settings.rows).numpy() for layer in range(num_layers)])
     kind = "zipf" if settings.zipf is not None else "hot"
