@@ -50,7 +50,7 @@ OTHERS = skewed(SKEW, MODEL, 2, rank=1)
 def decider(name) -> Decider:
     redundant = 0 if name in ("static", "gem") else num_redundant(128, 8, 1.5)
     history_NLE = TRAFFIC.fresh().history(np.full((8, 2), (64, 0)))
-    policy = placement_policy(name, redundant)
+    policy = "eplb" if name == "exflow" else placement_policy(name, redundant)
     return Decider.of(policy_of(name, 1e9), placements(policy, history_NLE, ranks(8, redundant)))
 
 
