@@ -246,7 +246,7 @@ def _slo_table() -> str:
     rows = [row for row in _newest("slo") if row["key"] in wanted]
     head = ["model", "balancer", "redundancy", *(f"{slo} ms" for slo in SLOS_MS)]
     groups: dict[tuple[str, str, float], list[Row]] = {}
-    rows.sort(key=lambda row: (row["model"], ORDER.index(row["balancer"])))
+    rows.sort(key=lambda row: (row["model"], ORDER.index(row["balancer"]), row["redundancy"]))
     for row in rows:
         groups.setdefault((row["model"], row["balancer"], row["redundancy"]), []).append(row)
     body = [
