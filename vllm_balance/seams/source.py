@@ -77,10 +77,10 @@ def _parameters(target: str, read: Callable[[str], str]) -> list[str] | str | No
         if not found:
             return f"this vLLM has no class {class_name} in {file}"
         body = found[-1].body
-    found = _defined(body, name)
-    if not found:
+    defined = _defined(body, name)
+    if not defined:
         return None
-    return [parameter for parameter in found[-1] if all(parameter in other for other in found)]
+    return [parameter for parameter in defined[-1] if all(parameter in each for each in defined)]
 
 
 def _defined(body: list[ast.stmt], name: str) -> list[list[str]]:
