@@ -158,7 +158,7 @@ def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
         ("first_copy", 0, 1000, "Set `redundancy`"),
         ("metro", 4, 1000, ""),
         ("eplb", 0, 1000, ""),
-        ("eplb", 4, 0, "memory was not checked"),
+        ("eplb", 4, 0, "was not checked whether"),
     ],
 )
 def test_what_cannot_help_or_be_checked_is_warned_about(
