@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import markdown
 from bench.provenance import ROOT, code, commit, digest_of, versions
 from vllm_balance.measured_tables import rate_at
+from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
 from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
 
 RESULTS = ROOT / "bench" / "results"
@@ -42,11 +43,6 @@ ALIKE = 0.005
 """Relative throughput up to which copies decide."""
 MAX_CONCURRENCY = 4096
 """Requests in flight up to which a throughput is looked for."""
-PLACING = ("eplb", "gem")
-"""Without redundant experts."""
-BALANCERS = ("eplb", "first_copy", "metro")
-DYNAMIC_SLOTS = (2, 8)
-"""Of harmoeny, per rank."""
 ORDER = ("static", "eplb", "gem", "first_copy", "metro", "harmoeny")
 CODE = ("vllm_balance/simulate", "vllm_balance/routing", "vllm_balance/placement", "kernels")
 CODE += tuple(f"vllm_balance/{name}.py" for name in ("cost", "fetch_cost", "profiles", "types"))
@@ -62,7 +58,7 @@ def arms(cell: Cell, redundancies: tuple[float, ...] = REDUNDANCIES) -> Iterator
     """A cell without redundancy, and under every balancer and redundancy."""
     for balancer in ("static", *PLACING):
         yield replace(cell, balancer=balancer, redundancy=1.0)
-    for balancer, redundancy in product(BALANCERS, redundancies):
+    for balancer, redundancy in product(REPLICATING, redundancies):
         yield replace(cell, balancer=balancer, redundancy=redundancy)
 
 
@@ -138,7 +134,7 @@ def phase(
 @app.command()
 def speed() -> None:
     """Seconds of one core to simulate 1,000 steps of 61 layers on 8 ranks."""
-    for name in ("static", *BALANCERS):
+    for name in ("static", *REPLICATING):
         cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.25)
         compute(replace(cell, steps=1))
         start = time.process_time()

@@ -95,14 +95,19 @@ def examine_source(vllm: Path) -> Findings:
 def _source_finding(
     place: Place, parameters: list[str] | str | None, complaint: str | None
 ) -> SeamFinding:
-    fits = "applies" if isinstance(place, Seam) else "called"
-    state = "not needed" if place.only_if_missing and parameters is not None else fits
+    needed = not place.only_if_missing or parameters is None
+    found = _finding(place, complaint, needed=needed)
+    found.parameters = parameters if isinstance(parameters, list) else None
+    return found
+
+
+def _finding(place: Place, problem: str | None, *, needed: bool) -> SeamFinding:
+    """`needed`: this vLLM does not have it already."""
+    fits, delete_when = "called", ""
+    if isinstance(place, Seam):
+        fits, delete_when = "applies" if needed else "not needed", place.delete_when
     return SeamFinding(
-        target=place.target,
-        why=place.why,
-        delete_when=place.delete_when if isinstance(place, Seam) else "",
-        state=complaint or state,
-        parameters=parameters if isinstance(parameters, list) else None,
+        target=place.target, why=place.why, delete_when=delete_when, state=problem or fits
     )
 
 
@@ -162,12 +167,8 @@ def examine() -> Findings:
 
 def _examined(place: Place) -> SeamFinding:
     problem = place.problem()
-    if not isinstance(place, Seam):
-        state, delete_when = problem or "called", ""
-    else:
-        state = problem or ("applies" if place.applies() else "not needed")
-        delete_when = place.delete_when
-    return SeamFinding(target=place.target, why=place.why, delete_when=delete_when, state=state)
+    needed = problem is not None or not isinstance(place, Seam) or place.applies()
+    return _finding(place, problem, needed=needed)
 
 
 def _plugin_problems() -> list[str]:

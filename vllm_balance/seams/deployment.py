@@ -66,23 +66,24 @@ def configure(vllm_config: Any) -> None:
         return
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
+    is_first = _is_first_process()
     found = read_map(config)
     eplb = vllm_config.parallel_config.eplb_config
     config = _with_redundancy(config, eplb.num_redundant_experts, found)
     config = _with_intervals(config, eplb)
     check_combination(config, vllm_config)
     check_device(config)
-    deployment = read_deployment(vllm_config, ranks_hold_memory=not _is_first_process())
+    deployment = read_deployment(vllm_config, ranks_hold_memory=not is_first)
     redundant = _redundant_experts(config, deployment, vllm_config)
     if found is not None:
         placement_of(found, vllm_config, redundant)
-        if _is_first_process():
+        if is_first:
             warn_of_another_name(found, vllm_config)
     if config.replay is not None:
         check_replay(config, vllm_config.model_config)
     settled = _settled(config, vllm_config, redundant)
     _set_up(vllm_config, config, settled)
-    if _is_first_process():
+    if is_first:
         announce(config, redundant, deployment)
     os.environ[_SET_UP] = "1"
 
