@@ -134,7 +134,7 @@ def phase(
 @app.command()
 def speed() -> None:
     """Seconds of one core to simulate 1,000 steps of 61 layers on 8 ranks."""
-    for name in ("static", *REPLICATING):
+    for name in ORDER:
         cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.25)
         compute(replace(cell, steps=1))
         start = time.process_time()

@@ -28,6 +28,7 @@ from vllm_balance.commands.profile import cores_of, profile
 from vllm_balance.model_shape import from_config
 from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
+from vllm_balance.simulate.traffic import spread_layers
 from vllm_balance.traces import Trace
 
 SLOW_RANK = 1
@@ -158,8 +159,7 @@ def halves(trace: Path, model: Path, seed: int) -> tuple[Trace, Trace]:
     if whole.topk_ids_TLK is None:
         raise ValueError(f"{trace} holds counts; servers replay token ids only")
     layers = from_config(model).num_layers
-    taken_L = np.linspace(0, whole.num_layers, layers, endpoint=False, dtype=int)
-    taken_L += whole.num_layers // (2 * layers)
+    taken_L = spread_layers(whole.num_layers, layers)
     cut = replace(
         whole, topk_ids_TLK=whole.topk_ids_TLK[:, taken_L], layer_index_L=np.arange(layers)
     )

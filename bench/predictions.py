@@ -33,13 +33,14 @@ def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16") -> Mo
     return base.model_copy(update={"expert_number": number, "dense_number": number, **stored})
 
 
-def burst(load: Asked) -> Load:
+def burst(load: Asked, engines: int = 1) -> Load:
     """What the first requests of a benchmark's load ask for: they arrive at once."""
     return Load(
         concurrency=load.at_once,
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.max_tokens,
         token_budget=TOKEN_BUDGET,
+        engines=engines,
         max_steps=1000,
         steady=False,
     )
@@ -68,7 +69,7 @@ def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
         layout=layout,
         balancer=own.get("balancer", name),
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
-        load=burst(load),
+        load=burst(load, layout.data),
         warm_batches=_warm_batches(settings, load),
     )
     layers = model.num_moe_layers

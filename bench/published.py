@@ -22,7 +22,7 @@ from vllm_balance.simulate import (
     simulate,
     skewed,
 )
-from vllm_balance.simulate.advice import MOST, most_within
+from vllm_balance.simulate.advice import most_within
 from vllm_balance.simulate.decisions import Decider
 from vllm_balance.simulate.run import decider_of
 
@@ -38,6 +38,8 @@ REDUNDANCY = 1.5
 """Where a source does not say its own: that of METRO's headline."""
 BATCH = 65536
 """Prompt tokens of HarMoEny's batches, which it does not say either."""
+MOST = 4096
+"""Requests in flight up to which a throughput is looked for."""
 STRICTEST = 64
 """Requests in flight up to which METRO says that links decide and balancing does not matter."""
 
@@ -55,6 +57,8 @@ class Setup:
     skew: ReplaySettings
     token_budget: int | None = None
     """None: vLLM's default, of each engine."""
+    engines: int | None = None
+    """None: one for each data-parallel rank."""
     hidden_fetches: bool = False
     steady: bool = True
     """False: only its first batch, which finds the dynamic slots empty."""
@@ -90,7 +94,7 @@ def run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
 @cache
 def _run(setup: Setup, balancer: str, redundancy: float, seed: int) -> Outcome:
     arm = _arm(setup, balancer, redundancy, seed)
-    return simulate(arm, _traffic(setup).fresh(), _traffic(setup).fresh())
+    return simulate(arm, _traffic(setup).fresh(), _placed_by(setup).fresh())
 
 
 def _arm(setup: Setup, balancer: str, redundancy: float, seed: int) -> Arm:
@@ -109,6 +113,7 @@ def _arm(setup: Setup, balancer: str, redundancy: float, seed: int) -> Arm:
             prompt_tokens=setup.prompt_tokens,
             output_tokens=setup.output_tokens,
             token_budget=setup.token_budget or budget,
+            engines=setup.engines or setup.layout.data,
             max_steps=STEPS,
             steady=setup.steady,
         ),
@@ -116,12 +121,18 @@ def _arm(setup: Setup, balancer: str, redundancy: float, seed: int) -> Arm:
 
 
 def _traffic(setup: Setup) -> Traffic:
-    return _rows(setup.skew, setup.model)
+    """What is served."""
+    return _rows(setup.skew, setup.model, 0)
+
+
+def _placed_by(setup: Setup) -> Traffic:
+    """Other tokens of the same skew, to place experts by."""
+    return _rows(setup.skew, setup.model, 1)
 
 
 @cache
-def _rows(skew: ReplaySettings, model: str) -> Traffic:
-    return skewed(skew, models.load(model), LAYERS)
+def _rows(skew: ReplaySettings, model: str, rank: int) -> Traffic:
+    return skewed(skew, models.load(model), LAYERS, rank)
 
 
 @cache
@@ -170,24 +181,23 @@ def metro(seed: int) -> Iterator[Row]:
     few = [run(METRO_SMALL, *arm, seed) for arm in (("static", 1.0), ("eplb", 1.5))]
     experts = _decoding_experts(few[1]) / _decoding_experts(few[0]) - 1
     yield _row("metro", "A100, batch 32, EPLB 1.5 x against none: activated experts", "+30 %",
-               0.30, experts)  # fmt: skip
+               0.30, experts, ratio=False)  # fmt: skip
     even_lambda, greedy_lambda = above_optimum(METRO_SMALL, REDUNDANCY, seed)
     yield _row("metro", "A100, batch 32, EPLB 1.5 x against the optimum: activated experts",
-               "up to +42.3 %", 0.423, even_lambda)  # fmt: skip
+               "up to +42.3 %", 0.423, even_lambda, ratio=False)  # fmt: skip
     yield _row("metro", "A100, batch 32, the paper's greedy 1.5 x against the optimum: the same",
                "up to +10.9 %", 0.109, greedy_lambda, "experts in id order; ours is the optimum",
                ratio=False)  # fmt: skip
     yield _row("metro", "A100, EPLB 1.5 x against none: TPOT", "+14 %", 0.14, _slower(even, none))
-    yield _row(
-        "metro", "A100, EPLB 1.5 x against none: throughput", "-10 %", -0.10, _faster(even, none)
-    )
+    yield _row("metro", "A100, EPLB 1.5 x against none: throughput", "-10 %", -0.10,
+               _faster(even, none), ratio=False)  # fmt: skip
     yield _row(
         "metro", "A100, METRO against EPLB, 1.5 x: TPOT", "up to -12.9 %", -0.129,
         _slower(one, even),
     )  # fmt: skip
     yield _row(
         "metro", "A100, METRO against EPLB, 1.5 x: throughput", "up to +15.9 %", 0.159,
-        _faster(one, even),
+        _faster(one, even), ratio=False,
     )  # fmt: skip
     saved = even.mean(even.stage_us["experts"] - one.stage_us["experts"]) / 48
     yield _row("metro", "A100, experts' time saved in a layer", "81 us", 81.0, saved,
@@ -205,7 +215,8 @@ def _metro_b200(seed: int) -> Iterator[Row]:
             yield _row("metro", f"{name}, METRO against EPLB, {ratio} x: TPOT",
                        f"{best}{tpot:+.1%}", tpot, _slower(one, even), remark)  # fmt: skip
             yield _row("metro", f"{name}, METRO against EPLB, {ratio} x: throughput",
-                       f"{best}{rate:+.1%}", rate, _faster(one, even), remark)  # fmt: skip
+                       f"{best}{rate:+.1%}", rate, _faster(one, even), remark,
+                       ratio=False)  # fmt: skip
         yield from _metro_at_a_tpot(name, setup, seed)
 
 
@@ -258,7 +269,7 @@ def harmoeny(seed: int) -> Iterator[Row]:
         yield _row("harmoeny", f"{name}, HarMoEny against round robin: layer latency", "-48.3 %",
                    layer, _layer(ours) / _layer(base) - 1, "published without its alpha; 0.9 here",
                    ratio=False)  # fmt: skip
-        cold = replace(setup, concurrency=1, prompt_tokens=BATCH, steady=False)
+        cold = replace(setup, concurrency=1, prompt_tokens=BATCH, engines=1, steady=False)
         beside, before = (
             _layer(run(replace(cold, hidden_fetches=hidden), "harmoeny_paper", 1.25, seed))
             for hidden in (True, False)
@@ -286,7 +297,7 @@ def tempo(seed: int) -> Iterator[Row]:
 def above_optimum(setup: Setup, redundancy: float, seed: int) -> tuple[float, float]:
     """By how much lambda is above the least possible one under vLLM's mapping and under the paper's
     greedy, on EPLB's placement: sums over decode batches and layers."""
-    even = decider_of(_arm(setup, "eplb", redundancy, seed), _traffic(setup).fresh())
+    even = decider_of(_arm(setup, "eplb", redundancy, seed), _placed_by(setup).fresh())
     assert isinstance(even, Decider)
     traffic = _traffic(setup).fresh()
     sums = np.zeros(3)

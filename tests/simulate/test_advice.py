@@ -64,8 +64,20 @@ def test_memory_decides_between_equals():
 @pytest.mark.parametrize(("gain", "error", "worth"), [(0.05, 0.04, True), (0.05, 0.06, False)])
 def test_a_gain_within_the_error_is_none(gain, error, worth):
     best = candidate("metro", 1, 1)
-    made = Advice(candidates=(), left_out={}, best=best, gain=gain, error=error)
+    band = (gain - error, gain + error)
+    made = Advice(candidates=(), left_out={}, best=best, gain=gain, band=band)
     assert made.worth_it is worth
+
+
+def test_a_little_of_tpot_is_much_throughput_where_an_slo_decides_the_requests():
+    """The band of a gain is of its TPOT: wider than the error where requests hardly slow a step."""
+    asked = question(slo_tpot_us=8e3)
+    made, exact = advise(asked, error=0.05), advise(asked, error=0.0)
+    low, high = made.band
+    assert exact.band == pytest.approx((exact.gain, exact.gain), abs=0.02)
+    assert low < made.gain < high and high - low > 2 * 0.05 * (1 + made.gain)
+    fixed = advise(question(concurrency=64), error=0.05)
+    assert fixed.band == pytest.approx(((1 + fixed.gain) / 1.05 - 1, (1 + fixed.gain) / 0.95 - 1))
 
 
 def test_candidates_are_what_a_server_accepts():

@@ -33,7 +33,7 @@ from vllm_balance.simulate.fetches import (
     with_fetches,
 )
 from vllm_balance.simulate.run import decider_of
-from vllm_balance.simulate.traffic import Traffic
+from vllm_balance.simulate.traffic import Traffic, spread_layers
 from vllm_balance.traces import Trace
 from vllm_balance.types import Demand
 
@@ -94,6 +94,20 @@ def test_a_trace_serves_its_own_tokens():
     assert {ids.tobytes() for ids in made.decode_LNK[4]} <= decoding
     prompt = made.prefill_LNK[0, :5]
     assert any((ids_TLK[start : start + 10 : 2, 0] == prompt).all() for start in range(0, 90, 10))
+
+
+def test_a_few_layers_are_from_all_over_a_trace():
+    """One whose early layers ask for the first experts and whose late ones for the last."""
+    ids_TLK = np.where(np.arange(40)[:, None] < 20, np.arange(8), 120 + np.arange(8))
+    trace = Trace(
+        name="t", num_experts=128, top_k=8, layer_index_L=np.arange(40),
+        topk_ids_TLK=np.repeat(ids_TLK[None], 16, axis=0).astype(np.uint8),
+    )  # fmt: skip
+    made = recorded(trace, MODEL, 4, seed=0, rows=8)
+    assert made.decode_LNK[:, 0, 0].tolist() == [0, 0, 120, 120]
+    assert spread_layers(40, 4).tolist() == [5, 15, 25, 35]
+    assert spread_layers(3, 5).tolist() == [0, 1, 2, 0, 1]
+    assert spread_layers(4, 4).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [lambda n: n, lambda n: n * 2**58 - 2**60])

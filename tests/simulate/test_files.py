@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.simulate import catalogue, hardware, models, validity
+from vllm_balance.simulate import catalogue, hardware, memory, models, validity
 from vllm_balance.simulate.sweep import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,10 @@ def test_hardware_files_are_usable(name):
 def test_weights_add_up_to_the_published_size(name, billions, active_layers):
     model = models.load(name)
     experts = model.num_moe_layers * model.num_experts.value * model.expert_weights
-    total = experts + model.dense_bytes / model.dense_weight.value
+    wide = model.num_moe_layers * model.num_experts.value + 2 * model.vocabulary.value
+    wide *= model.hidden.value
+    narrow = model.dense_bytes - wide * model.head_weight.value
+    total = experts + wide + narrow / model.dense_weight.value
     assert total / 1e9 == pytest.approx(billions, rel=0.01)
     assert model.num_moe_layers == active_layers
 
@@ -98,6 +101,20 @@ def test_engines_have_the_defaults_of_vllm(name, monkeypatch):
     tokens, sequences = arg_utils.EngineArgs.get_batch_defaults(ranks)
     assert machine.engine.batched_tokens.value == tokens[UsageContext.OPENAI_API_SERVER]
     assert machine.engine.sequences.value == sequences[UsageContext.OPENAI_API_SERVER]
+
+
+def test_as_much_memory_is_used_as_vllm_takes_by_default():
+    from vllm.config import CacheConfig
+
+    assert CacheConfig().gpu_memory_utilization == memory.USABLE
+
+
+@pytest.mark.parametrize("name", catalogue.names("model"))
+def test_embedding_head_and_router_are_not_quantised(name):
+    """vLLM's Fp8Config leaves them to the number format of the checkpoint."""
+    model = models.load(name)
+    assert model.head_weight.value == max(round(model.dense_weight.value), 2)
+    assert model.wide_number == ("float32" if model.head_weight.value == 4 else "float16")
 
 
 @pytest.mark.parametrize("name", ["a100-40", "a100-80", "b200", "h100", "h20", "h200", "v100-dgx1"])
@@ -198,8 +215,10 @@ def test_the_published_errors_are_those_of_the_committed_rows():
 
 
 def test_a_machine_has_the_error_of_its_kind():
+    """Of measured times where a profile is of the model's experts, else of data sheets."""
     found = validity.load()
-    for name in catalogue.names("hardware"):
-        machine, profile = hardware.load(name)
-        is_cpu = machine.experts == "in_turn"
-        assert found.of(profile) == (found.profiled if is_cpu else found.roofline)
+    _, profile = hardware.load("cpu-amx")
+    known, other = models.load("qwen3-30b-a3b"), models.load("mixtral-8x7b")
+    assert found.of(profile, known) == found.profiled
+    assert found.of(profile, other) == found.roofline
+    assert found.of(None, known) == found.roofline

@@ -19,6 +19,7 @@ from vllm_balance.simulate.memory import most_requests, weight_bytes
 from vllm_balance.simulate.outcome import STAGES
 from vllm_balance.simulate.run import decider_of, expert_times
 from vllm_balance.simulate.serving import schedule
+from vllm_balance.simulate.steps import COLUMNS, Steps
 from vllm_balance.simulate.sweep import Cell, compute
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,12 +168,78 @@ def test_redundant_memory():
 
 
 def test_attention_of_one_token_streams_its_weights():
-    steps = schedule(Load(concurrency=1, prompt_tokens=1, output_tokens=2, token_budget=9,
-                          max_steps=2, steady=False))  # fmt: skip
-    dense = DenseTimes(model=MODEL, hardware=H100, layout=Layout(data=8), network=Network.of(H100))
+    """On the engine that has it, however many there are."""
+    steps = schedule(Load(concurrency=1, prompt_tokens=1, output_tokens=2, token_budget=16,
+                          max_steps=2, steady=False, engines=8))  # fmt: skip
     per_us = 3.35e6 * 0.8
-    moved = MODEL.attention_weights * 2 + np.array([1, 2]) / 8 * MODEL.cache_width * 2
-    assert dense.attention_us(steps) == pytest.approx(48 * moved / per_us)
+    moved = MODEL.attention_weights * 2 + np.array([1, 2]) * MODEL.cache_width * 2
+    assert dense(MODEL, data=8).attention_us(steps) == pytest.approx(48 * moved / per_us)
+
+
+def dense(model, machine=H100, **layout):
+    return DenseTimes(model=model, hardware=machine, layout=Layout(**layout),
+                      network=Network.of(machine))  # fmt: skip
+
+
+def one_step(**tokens):
+    """A step of so many tokens of each kind; 0 of the others."""
+    return Steps(**{name: np.array([tokens.get(name, 0.0)]) for name in COLUMNS},
+                 like_M=np.zeros(1, int), arrived_R=np.zeros(0), first_R=np.zeros(0))  # fmt: skip
+
+
+def test_every_engine_answers_its_own_tokens():
+    """1,024 tokens that come out of 8 engines take the time of 128, not of all one by one."""
+
+    def rest(tokens):
+        return dense(MODEL, data=8).rest_us(one_step(decode_N=1024.0, sampled_N=tokens))[0]
+
+    fixed = H100.fixed.token.value
+    assert rest(1024.0) - rest(8.0) == pytest.approx(127 * fixed, abs=30)
+    assert rest(1024.0) == rest(1017.0)
+
+
+def test_prompts_of_latent_attention_are_unpacked_and_decoding_is_not():
+    """DeepSeek: 128 + 64 + 128 multiplications for a prompt's pair, 512 + 64 + 512 to decode."""
+    model = models.load("deepseek-v3")
+    decoding = dict(decode_N=1.0, attended_N=1e9)
+    prompt = dict(prefill_N=1.0, engine_prefill_N=1.0, attended_N=1e9, prompt_attended_N=1e9)
+    bare = dense(model, data=8).attention_us(one_step(decode_N=1.0))
+    times = [dense(model, data=8).attention_us(one_step(**each)) - bare
+             for each in (decoding, prompt)]  # fmt: skip
+    assert times[1] / times[0] == pytest.approx(320 / 1088, rel=1e-6)
+
+
+def test_tensor_ranks_inside_data_parallelism_share_one_engine():
+    """TP2 x DP4: half of the heads and weights, whole what latent attention shrinks tokens with,
+    and an all-reduce behind attention and dense layers."""
+    model, tokens = models.load("deepseek-v3"), 8.0
+    step = one_step(decode_N=4 * tokens, sampled_N=4 * tokens)
+    whole, split = dense(model, data=4), dense(model, tensor=2, data=4)
+    per_us = H100.memory_bandwidth.per_us * H100.efficiency.dense_streaming.value
+    shrink = 7168 * (1536 + 512 + 64)
+    assert model.replicated_weights == shrink
+    saved = (model.attention_weights - shrink) / 2 * model.dense_weight.value / per_us
+    reduced = split.network.all_reduce_us(tokens * 7168 * 2, 2)
+    expected = whole.attention_us(step) + 61 * (reduced - saved)
+    assert split.attention_us(step) == pytest.approx(expected)
+    rest = [part.rest_us(step)[0] for part in (whole, split)]
+    halves = (58 * model.shared_width + 3 * model.dense_width) * model.dense_weight.value
+    halves += model.vocabulary.value * model.head_weight.value
+    expected = rest[0] - 7168 * halves / 2 / per_us + 3 * reduced
+    assert rest[1] == pytest.approx(expected)
+
+
+def test_values_that_travel_have_the_format_of_the_model():
+    widths = {name: models.load(name).activation_bytes for name in ("switch-128", "deepseek-v3")}
+    assert widths == {"switch-128": 4, "deepseek-v3": 2}
+    v100 = hardware.load("v100-dgx1")[0]
+    switch = models.load("switch-128")
+    asked = one_step(prefill_N=1.0, engine_prefill_N=1.0, attended_N=1e9, prompt_attended_N=1e9)
+    flop = 2 * switch.num_heads.value * switch.attention_width * 1e9 * switch.num_layers.value
+    per_us = v100.compute["float32"].per_us * v100.efficiency.attention_compute.value
+    assert dense(switch, v100, data=8).attention_us(asked)[0] == pytest.approx(
+        flop / per_us, rel=1e-3
+    )
 
 
 QUANTITIES = (

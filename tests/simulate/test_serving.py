@@ -40,6 +40,28 @@ def test_one_request():
     assert steps.times_N.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("steady", [False, True])
+def test_an_engine_computes_a_long_prompt_alone_within_its_own_budget(steady):
+    """20 tokens on one of 4 engines with 8 each: three steps, though 32 tokens would fit."""
+    steps = schedule(load(prompt_tokens=20, output_tokens=1, token_budget=32, engines=4,
+                          steady=steady))  # fmt: skip
+    assert sorted(set(steps.prefill_N.tolist())) == [4, 8]
+    assert steps.engine_prefill_N.tolist() == steps.prefill_N.tolist()
+    assert cycle_steps(load(prompt_tokens=20, output_tokens=1, token_budget=32, engines=4)) == 3
+
+
+def test_prompts_are_dealt_to_engines_whole_and_the_fullest_one_counts():
+    """Five prompts on two engines: the first has a step to itself, then two on each."""
+    steps = schedule(load(concurrency=5, output_tokens=2, token_budget=64, engines=2))
+    assert steps.prefill_N.tolist() == [5, 20, 0]
+    assert steps.engine_prefill_N.tolist() == [5, 10, 0]
+    assert steps.decode_N.tolist() == [0, 1, 4]
+    assert steps.prompt_attended_N.tolist() == [15, 30, 0]
+    # The first request decodes beside two prompts on its engine; then each engine has two.
+    assert steps.attended_N.tolist() == [15, 36, 12]
+    assert steps.reads_N.tolist() == [5, 16, 12]
+
+
 def test_a_window_bounds_what_is_looked_at():
     steps = schedule(load(), window=2)
     assert steps.window_attended_N.tolist() == [1 + 2 + 2 + 2 + 2, 2, 2]

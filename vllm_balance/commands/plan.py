@@ -89,7 +89,7 @@ def plan(
         concurrency=concurrency,
         slo_tpot_us=None if slo_tpot is None else microseconds(slo_tpot),
     )
-    errors = validity.load().of(profile)
+    errors = validity.load().of(profile, shape)
     report(question, advice.advise(question, errors.mean.value), errors)
     if recording is not None and recording.topk_ids_TLK is None:
         Console().print(
@@ -206,6 +206,11 @@ def report(question: Question, found: Advice, errors: Errors) -> None:
         table.add_row(each.balancer, f"{each.redundancy:.4g}", *cells, style=style)
     console = Console()
     console.print(table)
+    layers = min(MAX_LAYERS, question.model.num_moe_layers)
+    console.print(
+        f"{layers} layers were simulated and stand for {question.model.num_moe_layers}; of a trace "
+        f"they are from all over it.", soft_wrap=True,
+    )  # fmt: skip
     for reason, names in found.left_out.items():
         console.print(f"Left out, as a server would refuse it: {', '.join(names)}; {reason}.",
                       soft_wrap=True)  # fmt: skip
@@ -237,7 +242,7 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
         return "No: a server would refuse every balancer here but static, and exflow with a map."
     if found.best.balancer == "static":
         return f"No, leave it off: nothing beats serving without a balancer {at}."
-    band = f"{found.gain - found.error:+.1%} to {found.gain + found.error:+.1%}"
+    band = " to ".join(f"{gain:+.1%}" for gain in found.band)
     name = _name(question, found.best)
     if not found.worth_it:
         return (
@@ -248,12 +253,21 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
     eager = "--enforce-eager " if fetches and question.hardware.experts == "together" else ""
     return (
         f"Yes: {name} is predicted to give {found.gain:+.1%} tokens/s {at} ({band}), for "
-        f"{_memory(question, found.best)}. The band is the mean error where the simulator could be "
-        f"checked; one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. Measure "
-        f"before you believe it, with {eager}--moe-balancer {found.best.balancer} "
+        f"{_memory(question, found.best)}. The band is what a TPOT means that is longer or shorter "
+        f"by {errors.mean.value:.1%}, the mean error where the simulator could be checked; one "
+        f"ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. "
+        f"{_uncounted(question, eager)}"
+        f"Measure before you believe it, with {eager}--moe-balancer {found.best.balancer} "
         f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
         f"{_how_to_place(question, found.best) if found.best.balancer == 'gem' else ''}"
     )
+
+
+def _uncounted(question: Question, eager: str) -> str:
+    """What no candidate is charged with: eager decoding, where a balancer needs it."""
+    if not eager or question.output_tokens == 1:
+        return ""
+    return "Decoding without CUDA graphs, which it needs, is slower than modelled here. "
 
 
 def _how_to_place(question: Question, found: Candidate) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_balance.config import DEFAULT_DYNAMIC_SLOTS
 from vllm_balance.errors import BalancerError
@@ -35,8 +35,6 @@ CLOSE = 100
 """The largest concurrency that keeps an SLO is known to one part in so many."""
 ALIKE = 0.01
 """Relative throughput up to which memory decides."""
-MOST = 4096
-"""Requests in flight up to which a throughput is looked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +86,21 @@ class Advice:
     best: Candidate
     gain: float
     """Relative throughput of the best over static; without an SLO, at equal requests in flight."""
-    error: float
-    """Half width of the band around the gain."""
+    band: tuple[float, float]
+    """The gain if its TPOT is longer, or shorter, by the error of predicted ratios. A little of
+    TPOT is many requests where an SLO decides how many there are."""
 
     @property
     def worth_it(self) -> bool:
         """Whether the gain is positive at the lower end of its band."""
-        return self.best.balancer != "static" and self.gain > self.error
+        return self.best.balancer != "static" and self.band[0] > 0
 
 
 def advise(question: Question, error: float) -> Advice:
     """Simulates every candidate; where an SLO is searched, the others from where static met it.
+
+    Args:
+        error: of predicted ratios of TPOT, relative.
 
     Raises:
         BalancerError: neither a concurrency nor an SLO was given, an SLO for answers of one token,
@@ -118,8 +120,28 @@ def advise(question: Question, error: float) -> Advice:
         raise BalancerError(_cannot_serve(question))
     found = (base, *(_candidate(question, *each, near=base.concurrency) for each in others))
     best = _cheapest_of_the_best(found)
-    gain = best.tokens_per_s / base.tokens_per_s - 1
-    return Advice(candidates=found, left_out=left_out(question), best=best, gain=gain, error=error)
+    return Advice(
+        candidates=found,
+        left_out=left_out(question),
+        best=best,
+        gain=best.tokens_per_s / base.tokens_per_s - 1,
+        band=_band(question, best, base, error),
+    )
+
+
+def _band(
+    question: Question, best: Candidate, base: Candidate, error: float
+) -> tuple[float, float]:
+    """Gains of `best` if its TPOT is longer, or shorter, than predicted by a share `error`."""
+    gains = []
+    for factor in (1 + error, 1 - error):
+        rate = best.tokens_per_s / factor
+        if question.slo_tpot_us is not None and question.concurrency is None:
+            kept = replace(question, slo_tpot_us=question.slo_tpot_us / factor)
+            near = best.concurrency
+            rate = _candidate(kept, best.balancer, best.redundancy, near).tokens_per_s / factor
+        gains.append(rate / base.tokens_per_s - 1)
+    return gains[0], gains[1]
 
 
 def _cheapest_of_the_best(found: tuple[Candidate, ...]) -> Candidate:
@@ -252,6 +274,7 @@ def _arm(question: Question, balancer: str, redundancy: float, concurrency: int)
             prompt_tokens=question.prompt_tokens,
             output_tokens=question.output_tokens,
             token_budget=question.hardware.engine.batched_tokens.value * question.layout.data,
+            engines=question.layout.data,
             max_steps=STEPS,
         ),
     )
@@ -266,7 +289,7 @@ def _candidate(question: Question, balancer: str, redundancy: float, near: int =
     room, asked = _fits(question, balancer, redundancy), question.concurrency
     slo_us = math.inf if question.slo_tpot_us is None else question.slo_tpot_us
     if asked is None:
-        concurrency, made = most_within(slo_us, min(room, MOST), at, near)
+        concurrency, made = most_within(slo_us, room, at, near)
     else:
         made = at(asked) if asked <= room else None
         if made is not None and question.slo_tpot_us is not None and _misses(made, slo_us):

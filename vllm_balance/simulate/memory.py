@@ -6,7 +6,7 @@ from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.models import Model
 
-USABLE = 0.9
+USABLE = 0.92
 """vLLM's default --gpu-memory-utilization."""
 
 
@@ -14,13 +14,17 @@ def weight_bytes(model: Model, layout: Layout, num_redundant: int) -> float:
     """Weights on one rank: its experts, and its part of everything else."""
     experts = (model.num_experts.value + num_redundant) / layout.num_ranks
     own = experts * model.num_moe_layers * model.expert_bytes
-    return own + model.dense_bytes / layout.tensor
+    whole = model.num_layers.value * model.replicated_weights * model.dense_weight.value
+    return own + whole + (model.dense_bytes - whole) / layout.tensor
 
 
 def most_requests(
     model: Model, hardware: Hardware, layout: Layout, num_redundant: int, tokens: int
 ) -> int:
-    """Requests of `tokens` tokens whose cache fits, over all ranks; 0 if weights do not fit."""
+    """Requests of `tokens` tokens whose cache fits, over all ranks; 0 if weights do not fit.
+
+    What activations, CUDA graphs and communication buffers take is not known here.
+    """
     free = USABLE * hardware.memory.value - weight_bytes(model, layout, num_redundant)
     split = 1 if model.latent else min(layout.tensor, max(model.num_kv_heads.value, 1))
     each = model.cache_bytes(tokens) / split

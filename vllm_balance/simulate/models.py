@@ -64,6 +64,8 @@ class Model(Sourced):
     window: Window | None = None
     expert_weight: BytesPerWeight
     dense_weight: BytesPerWeight
+    head_weight: BytesPerWeight
+    """Of embedding, head and router, which vLLM leaves in 16 bits where the others have 8."""
     cache_element: BytesPerWeight
     expert_number: Number
     dense_number: Number
@@ -116,6 +118,16 @@ class Model(Sourced):
         return query + cache + unpacked + heads * part.value_dim.value * hidden
 
     @property
+    def replicated_weights(self) -> int:
+        """Those of them that every tensor-parallel rank has whole: down to the ranks of queries and
+        of the cache."""
+        if self.latent is None:
+            return 0
+        part = self.latent
+        ranks = part.query_rank.value + part.cache_rank.value + part.rotary_dim.value
+        return self.hidden.value * ranks
+
+    @property
     def cache_width(self) -> int:
         """Cached elements of one token in one layer."""
         if self.latent is None:
@@ -124,10 +136,29 @@ class Model(Sourced):
 
     @property
     def attention_width(self) -> int:
-        """Multiplications of one head and one pair of tokens: query by key, weight by value."""
+        """Multiplications of one head for one pair of a decoding token and a cached one: query by
+        key, weight by value. Latent attention decodes in the cache's rank."""
         if self.latent is None:
             return 2 * self.head_dim.value
         return 2 * self.latent.cache_rank.value + self.latent.rotary_dim.value
+
+    @property
+    def prompt_attention_width(self) -> int:
+        """The same for a prompt's token, for which vLLM unpacks latent keys and values."""
+        if self.latent is None:
+            return self.attention_width
+        part = self.latent
+        return part.content_dim.value + part.rotary_dim.value + part.value_dim.value
+
+    @property
+    def wide_number(self) -> Number:
+        """Format of what is not quantised: attention, router and head."""
+        return "float16" if self.dense_number == "float8" else self.dense_number
+
+    @property
+    def activation_bytes(self) -> int:
+        """Per value of a hidden state, which is not quantised between layers."""
+        return 4 if self.wide_number == "float32" else 2
 
     def cache_bytes(self, tokens: int) -> float:
         """Of a request in all layers; those with a window keep no more of it."""
@@ -147,9 +178,10 @@ class Model(Sourced):
         """Of everything but the routed experts."""
         hidden = self.hidden.value
         weights = self.num_layers.value * self.attention_weights
-        weights += self.num_moe_layers * hidden * (self.num_experts.value + self.shared_width)
+        weights += self.num_moe_layers * hidden * self.shared_width
         weights += self.num_dense_layers.value * hidden * self.dense_width
-        return (weights + 2 * self.vocabulary.value * hidden) * self.dense_weight.value
+        wide = self.num_moe_layers * self.num_experts.value + 2 * self.vocabulary.value
+        return weights * self.dense_weight.value + wide * hidden * self.head_weight.value
 
     @property
     def shared_width(self) -> int:

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
+from vllm_balance.kernels.numba_cache import kept
+
 Array = np.ndarray[Any, np.dtype[Any]]
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+compiled = partial(kept, folder=Path(__file__).parent, nogil=True, error_model="numpy")
 
 
 @compiled

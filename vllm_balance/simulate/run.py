@@ -17,7 +17,7 @@ from vllm_balance.simulate.decisions import (
     placements,
     policy_of,
 )
-from vllm_balance.simulate.dense_times import ACTIVATION_BYTES, DenseTimes
+from vllm_balance.simulate.dense_times import DenseTimes
 from vllm_balance.simulate.expert_times import ExpertTimes, measured, roofline
 from vllm_balance.simulate.fetches import (
     FetchingDecider,
@@ -163,13 +163,14 @@ def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
 
 def expert_times(arm: Arm) -> ExpertTimes:
     """Measured times where the profile is of these experts, else the roofline."""
-    if arm.profile is not None and _is_of(arm.profile, arm.model):
+    if arm.profile is not None and is_of(arm.profile, arm.model):
         served = arm.hardware.efficiency.served_experts
         return measured(arm.profile).at(served.value if served else 1.0)
     return roofline(arm.model, arm.hardware)
 
 
-def _is_of(profile: Profile, model: Model) -> bool:
+def is_of(profile: Profile, model: Model) -> bool:
+    """Whether a profile is of experts of the model's size and format."""
     shape = profile.shape
     same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
     return same_size and NUMBER_OF.get(shape.dtype) == model.expert_number
@@ -209,20 +210,21 @@ class _MoeStage:
         """Exchange of one layer; dispatch and combine of all."""
         layout, network, layers = self.arm.layout, self.network, len(pairs_LS)
         ranks = layout.num_ranks
-        state = self.arm.model.hidden.value * ACTIVATION_BYTES
+        model = self.arm.model
+        state = model.hidden.value * model.activation_bytes
         if layout.data == 1:
             return 0.0, 0.0, layers * network.all_reduce_us(num_tokens * state, ranks)
         if layout.dispatch == "all_gather":
-            sent = num_tokens * (state + self.arm.model.top_k.value * _IDS_BYTES)
+            sent = num_tokens * (state + model.top_k.value * _IDS_BYTES)
             gather = network.all_gather_us(sent, ranks)
             scatter = network.reduce_scatter_us(num_tokens * state, ranks)
             return 0.0, layers * gather, layers * scatter
-        counts = 4 * ranks * self.arm.model.num_experts.value
+        counts = 4 * ranks * model.num_experts.value
         asks = self.decider.policy.counts_decide
         exchange = network.all_reduce_us(counts, ranks) if asks else 0.0
         busiest_L = pairs_LS.max(1)
-        narrow = self.arm.model.expert_weight.value if self._is_narrow else ACTIVATION_BYTES
-        sent_L = busiest_L * self.arm.model.hidden.value * narrow
+        narrow = model.expert_weight.value if self._is_narrow else model.activation_bytes
+        sent_L = busiest_L * model.hidden.value * narrow
         dispatch = sum(network.all_to_all_us(float(sent), ranks) for sent in sent_L)
         combine = sum(network.all_to_all_us(float(pairs * state), ranks) for pairs in busiest_L)
         return exchange, dispatch, combine

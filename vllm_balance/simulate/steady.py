@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_balance.simulate.steps import NO_WINDOW, Load, Steps, cache_use
+from vllm_balance.simulate.steps import COLUMNS, NO_WINDOW, Load, Steps, cache_use
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MAX_CYCLE_STEPS = 2**14
@@ -40,7 +40,7 @@ def steady(load: Load, window: int, random: np.random.Generator) -> Steps:
 
 def cycle_steps(load: Load) -> int:
     """Steps in which every request goes around once: its own, or more if all have to wait."""
-    own = load.output_tokens - 1 + math.ceil(load.prompt_tokens / load.token_budget)
+    own = load.output_tokens - 1 + math.ceil(load.prompt_tokens / load.engine_budget)
     tokens = load.concurrency * (load.prompt_tokens + load.output_tokens - 1)
     return max(own, math.ceil(tokens / load.token_budget))
 
@@ -59,13 +59,13 @@ class _Scheduler:
         self.decoding = decoding - self.finished[-1]
         waiting = load.concurrency - decoding
         wait = cycle - output
-        self.queue = deque(-(wait * (waiting - 1 - place)) // waiting for place in range(waiting))
-        """Steps in which the requests came that wait."""
-        self.head = 0
-        """Computed tokens of the first one's prompt."""
+        came = (-(wait * (waiting - 1 - place)) // waiting for place in range(waiting))
+        self.queue = deque([step, 0] for step in came)
+        """Of the requests that wait: the step in which each came, computed tokens of its prompt."""
         self.rows: list[tuple[int, ...]] = []
-        """Decoding requests, prompt tokens and finished prompts of each step, and what prompts
-        attend to and read, without and with the window."""
+        """Decoding requests, prompt tokens and finished prompts of each step; of the engine with
+        most prompt tokens how many, and what they attend to and read, without and with the
+        window."""
         self.answered: list[tuple[int, int]] = []
         """Steps in which each request came and got its first token."""
 
@@ -74,41 +74,53 @@ class _Scheduler:
         now = len(self.rows)
         ended = self.finished[now]
         self.decoding += self.finished[-1] - ended
-        self.queue.extend([now] * ended)
-        prompts, chunks = self._take(now, self.load.token_budget - self.decoding)
+        self.queue.extend([now, 0] for _ in range(ended))
+        chunks, prompts = self._take(now, self.load.token_budget - self.decoding)
         self.finished.append(prompts)
-        far, near = (cache_use(chunks, window) for window in (NO_WINDOW, self.window))
-        added = sum(added for _, added in chunks)
-        self.rows.append((self.decoding, added, prompts, *far, *near))
+        # Engines take whole requests in turn; the first to be dealt one has most.
+        own = chunks[:: self.load.engines]
+        far, near = (cache_use(own, window) for window in (NO_WINDOW, self.window))
+        tokens, most = (sum(added for _, added in each) for each in (chunks, own))
+        self.rows.append((self.decoding, tokens, prompts, most, *far, *near))
 
-    def _take(self, now: int, room: int) -> tuple[int, list[tuple[int, int]]]:
-        """Finished prompts, and (tokens before, tokens) of each chunk that there is room for."""
-        prompt, chunks, prompts = self.load.prompt_tokens, [], 0
-        while room and self.queue:
-            added = min(room, prompt - self.head)
-            chunks.append((self.head, added))
+    def _take(self, now: int, room: int) -> tuple[list[tuple[int, int]], int]:
+        """(tokens before, tokens) of each chunk of a prompt that there is room for, first come
+        first served and none larger than an engine computes at once; finished prompts."""
+        chunks = []
+        for waiting in self.queue:
+            if not room:
+                break
+            added = min(room, self.load.engine_budget, self.load.prompt_tokens - waiting[1])
+            chunks.append((waiting[1], added))
+            waiting[1] += added
             room -= added
-            self.head += added
-            if self.head == prompt:
-                self.answered.append((self.queue.popleft(), now))
-                self.head = 0
-                prompts += 1
-        return prompts, chunks
+        # All prompts are of one length, so that none is finished before those ahead of it.
+        prompts = 0
+        while self.queue and self.queue[0][1] == self.load.prompt_tokens:
+            self.answered.append((self.queue.popleft()[0], now))
+            prompts += 1
+        return chunks, prompts
 
     def columns(self, start: int) -> Array:
-        """Rows of `Steps` from a step on, [M, 7]."""
-        decode_M, prefill_M, prompts_M, *used = np.array(self.rows[start:], np.int64).T
-        own = [self._decoding_reads(start, window) for window in (NO_WINDOW, self.window)]
+        """Columns of `Steps` from a step on, [M, 9], in the order of COLUMNS."""
+        decode_M, prefill_M, prompts_M, most_M, *used = np.array(self.rows[start:], np.int64).T
         attended_M, reads_M, window_attended_M, window_reads_M = used
+        # Decoding requests of all ages are on every engine.
+        share_M = np.ceil(decode_M / self.load.engines) / np.maximum(decode_M, 1)
+        far_M, near_M = (
+            share_M * self._decoding_reads(start, window) for window in (NO_WINDOW, self.window)
+        )
         return np.stack(
             [
                 decode_M,
                 prefill_M,
                 decode_M + prompts_M,
-                attended_M + own[0],
-                reads_M + own[0],
-                window_attended_M + own[1],
-                window_reads_M + own[1],
+                most_M,
+                attended_M + far_M,
+                attended_M,
+                reads_M + far_M,
+                window_attended_M + near_M,
+                window_reads_M + near_M,
             ],
             axis=1,
         )
@@ -137,36 +149,30 @@ class _Scheduler:
         return arrived_R, first_R
 
 
-def _typical(load: Load, rows_M7: Array, arrived_R: Array, first_R: Array) -> Steps:
+def _typical(load: Load, rows_M9: Array, arrived_R: Array, first_R: Array) -> Steps:
     """Groups of alike steps, each simulated as its mean, in the order in which they first come."""
-    like_M = _groups(rows_M7, load.max_steps)
+    like_M = _groups(rows_M9, load.max_steps)
     times_N = np.bincount(like_M)
-    mean_7N = np.stack([np.bincount(like_M, column_M) / times_N for column_M in rows_M7.T])
+    means = (np.bincount(like_M, column_M) / times_N for column_M in rows_M9.T)
     return Steps(
-        decode_N=mean_7N[0],
-        prefill_N=mean_7N[1],
-        sampled_N=mean_7N[2],
-        attended_N=mean_7N[3],
-        reads_N=mean_7N[4],
-        window_attended_N=mean_7N[5],
-        window_reads_N=mean_7N[6],
+        **dict(zip(COLUMNS, means, strict=True)),
         like_M=like_M,
         arrived_R=arrived_R,
         first_R=first_R,
     )
 
 
-def _groups(rows_M7: Array, most: int) -> Array:
+def _groups(rows_M9: Array, most: int) -> Array:
     """A number below `most` for each step: steps with prompts and steps without apart, and of each
     kind those with similar numbers of tokens together.
 
     A kind, and a group of it, is as large as its part of the steps and of the tokens, halved.
     """
     if most == 1:
-        return np.zeros(len(rows_M7), np.int64)
-    tokens_M = rows_M7[:, 0] + rows_M7[:, 1]
+        return np.zeros(len(rows_M9), np.int64)
+    tokens_M = rows_M9[:, 0] + rows_M9[:, 1]
     part_M = (1 / len(tokens_M) + tokens_M / tokens_M.sum()) / 2
-    prompts_M = rows_M7[:, 1] > 0
+    prompts_M = rows_M9[:, 1] > 0
     first = round(most * part_M[prompts_M].sum())
     if prompts_M.any() and not prompts_M.all():
         first = min(max(first, 1), most - 1)

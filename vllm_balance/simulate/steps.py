@@ -11,6 +11,9 @@ import numpy as np
 from vllm_balance.errors import BalancerError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+COLUMNS: tuple[str, ...] = ("decode_N", "prefill_N", "sampled_N", "engine_prefill_N", "attended_N")
+COLUMNS += ("prompt_attended_N", "reads_N", "window_attended_N", "window_reads_N")
+"""Fields of `Steps` that have a value for each simulated step."""
 NO_WINDOW = 2**40
 """Tokens that layers without a window look back: more than any request has."""
 
@@ -24,20 +27,21 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     token_budget: int
-    """Most tokens in a step (vLLM's max_num_batched_tokens, times data-parallel ranks)."""
+    """Most tokens in a step, over all engines (vLLM's max_num_batched_tokens, times engines)."""
     max_steps: int
     """Simulated steps: of a steady load those that stand for a cycle, of a burst its first."""
     steady: bool = True
     """Closed loop in its steady state: when a request ends, the next one starts. False: one burst;
     the engine starts its first step with one request and takes the others in the second."""
+    engines: int = 1
+    """Data-parallel engines: each computes whole requests within an equal part of the budget."""
 
     def __post_init__(self) -> None:
-        least = min(self.concurrency, self.prompt_tokens, self.output_tokens, self.max_steps)
-        if least < 1:
+        sizes = (self.concurrency, self.prompt_tokens, self.output_tokens, self.max_steps)
+        if min(*sizes, self.engines) < 1:
             raise BalancerError(
-                f"A load needs at least one request, prompt token, output token and step; got "
-                f"{self.concurrency}, {self.prompt_tokens}, {self.output_tokens} and "
-                f"{self.max_steps}."
+                f"A load needs at least one request, prompt token, output token, step and engine; "
+                f"got {', '.join(map(str, (*sizes, self.engines)))}."
             )
         if self.token_budget < self.concurrency + self.steady:
             raise BalancerError(
@@ -45,11 +49,20 @@ class Load:
                 f"with room for prompts. Lower the concurrency or raise the token budget."
             )
 
+    @property
+    def engine_budget(self) -> int:
+        """Most tokens of one engine in a step."""
+        return max(self.token_budget // self.engines, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
     """Simulated steps, [N], which may be means of several, the steps of the load that they stand
-    for, [M], and requests, [R], in the order of their first tokens, whose steps are the load's."""
+    for, [M], and requests, [R], in the order of their first tokens, whose steps are the load's.
+
+    Experts see the tokens of all engines. All wait for the engine with most prompt tokens, and what
+    is attended to and read is its own.
+    """
 
     decode_N: Array
     """Tokens of requests that decode."""
@@ -57,8 +70,12 @@ class Steps:
     """Tokens of prompts."""
     sampled_N: Array
     """Tokens that come out: one per decoding request and per finished prompt."""
+    engine_prefill_N: Array
+    """Tokens of prompts on the engine that has most."""
     attended_N: Array
-    """Pairs of a query token and a cached one."""
+    """Pairs of a query token and a cached one, there."""
+    prompt_attended_N: Array
+    """Those of them whose query token is a prompt's."""
     reads_N: Array
     """Cached tokens read: once per request in the step."""
     window_attended_N: Array

@@ -97,6 +97,7 @@ def _arm(cell: Cell) -> Arm:
             prompt_tokens=cell.prompt_tokens,
             output_tokens=cell.output_tokens,
             token_budget=machine.engine.batched_tokens.value * cell.data,
+            engines=cell.data,
             max_steps=cell.steps,
         ),
     )

@@ -97,7 +97,7 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
 
     Of a trace of counts each token draws its experts from a random step, as `replay` does: decoding
     ones from steps of decode, those of prompts from steps of prefill, if there are any.
-    Layer l uses layer l of the trace, modulo the layers that it has.
+    The layers are from all over the trace, or its own over and over if it has fewer.
 
     Raises BalancerError if the trace is of a model of another shape.
     """
@@ -108,7 +108,7 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
             f"{model.name} has {shape[0]} and top-{shape[1]}. Both must be of one model."
         )
     random = np.random.default_rng(seed)
-    layers_L = np.arange(num_layers) % trace.num_layers
+    layers_L = spread_layers(trace.num_layers, num_layers)
     if trace.topk_ids_TLK is None:
         decode_LNK, prefill_LNK = (
             draw_from_counts(_counts_of(trace, phase), layers_L, rows, trace.top_k, random)
@@ -124,6 +124,13 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
         decode_LNK=decode_LNK,
         prefill_LNK=prefill_LNK,
     )
+
+
+def spread_layers(there: int, taken: int) -> Array:
+    """So many of the layers that are there, from all over them, or all over and over, [taken]."""
+    if taken > there:
+        return np.arange(taken) % there
+    return np.linspace(0, there, taken, endpoint=False, dtype=int) + there // (2 * taken)
 
 
 def _counts_of(trace: Trace, phase: Phase) -> Array:

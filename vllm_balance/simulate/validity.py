@@ -8,7 +8,9 @@ from typing import Literal
 from vllm_balance import documents
 from vllm_balance.documents import Document
 from vllm_balance.profiles import Profile
+from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.quantities import Count, Share, Sourced
+from vllm_balance.simulate.run import is_of
 
 FILE = Path(__file__).parent / "validity.toml"
 
@@ -33,9 +35,9 @@ class Validity(Sourced):
     roofline: Errors
     """Published ratios on GPUs, which data sheets describe."""
 
-    def of(self, profile: Profile | None) -> Errors:
-        """Those that count for a machine."""
-        return self.roofline if profile is None else self.profiled
+    def of(self, profile: Profile | None, model: Model) -> Errors:
+        """Those that count for a model on a machine: its experts' times may be a profile's."""
+        return self.profiled if profile and is_of(profile, model) else self.roofline
 
 
 def load() -> Validity:
