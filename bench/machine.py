@@ -30,12 +30,15 @@ RESULTS = ROOT / "bench" / "results" / "machine.jsonl"
 LOADS = (
     Load(requests=1, prompt_tokens=8, max_tokens=40),
     Load(requests=4, prompt_tokens=8, max_tokens=40),
+    Load(requests=16, prompt_tokens=8, max_tokens=40),
     Load(requests=32, prompt_tokens=8, max_tokens=40),
+    Load(requests=64, prompt_tokens=8, max_tokens=40),
     Load(requests=1, prompt_tokens=500, max_tokens=2),
     Load(requests=1, prompt_tokens=1000, max_tokens=2),
 )
-"""Three to decode and two to prefill."""
-REPEATS = 5
+"""Five to decode and two to prefill."""
+REPEATS = 9
+"""When the requests of a burst come differs from one to the next."""
 COUNTED = ("steps", "activated_worst_rank", "tokens_worst_rank", "experts_us_per_layer")
 COUNTED += ("decide_us_per_layer",)
 SEED = 7
@@ -79,7 +82,7 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
     model = real_size_model.ensure(num_layers=num_layers, dtype=dtype)
     flags = ["--enforce-eager", "--load-format", "dummy", "--max-model-len", "4096"]
     flags += ["--dtype", dtype]
-    flags += ["--max-num-seqs", "32", "--no-enable-prefix-caching"]
+    flags += ["--max-num-seqs", "64", "--no-enable-prefix-caching"]
     arm = Arm(
         name="static",
         balancer="static",

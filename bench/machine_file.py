@@ -146,7 +146,7 @@ def _without_fixed(
             "step": zero,
             "token": zero,
             "request": {**zero, "source": "bursts"},
-            "request_ahead": {**zero, "source": "bursts"},
+            "request_beside": {**zero, "source": "bursts"},
         },
         "decide": {"eplb": zero, "metro": zero},
         "engine": {
@@ -180,7 +180,7 @@ def _without_fixed(
 
 def _with_fixed(tables: Tables, found: machine_numbers.Values) -> Tables:
     full = deepcopy(tables)
-    for key in ("layer", "step", "token", "request", "request_ahead"):
+    for key in ("layer", "step", "token", "request", "request_beside"):
         full["fixed"][key] = _number(found[key], "us", full["fixed"][key]["source"])
     for balancer in full["decide"]:
         full["decide"][balancer] = _number(found["decide"], "us", "servers")

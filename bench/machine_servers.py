@@ -5,13 +5,12 @@ simulator's, without fixed times. How much of the profile's speed experts reach 
 median over loads of predicted over measured time. With that, by non-negative least squares::
 
     TPOT - experts measured - rest predicted = step + L * layer + n * token
-    TTFT - first steps predicted             = request + (n - 1) / 2 * request_ahead
+    TTFT - first steps predicted             = request + (n - 1) * request_beside
 
 The first is of relative errors, and a median over repeats in which all requests decode together;
 rows have the experts' time on one rank, and by how much the slowest of each layer is behind is the
 simulator's. The second is their median too, or the fastest of repeats that do not say how fast the
-machine was; the median request of a burst has (n - 1) / 2 ahead of it. Attention is from how much
-longer a longer prompt takes.
+machine was. Attention is from how much longer a longer prompt takes.
 
 All of it is of a machine that is as fast as when the profile was measured: times of rows that say
 how much slower the kernel was just then (bench/speed.py) are divided by it.
@@ -103,20 +102,20 @@ def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
         np.array([each.tpot_us for each in decoding]),
         np.array([each.left_us for each in decoding]),
     )
-    request, ahead = of_requests(decoding, step, layer, token)
+    request, beside = of_requests(decoding, step, layer, token)
     return {
         "step": step,
         "layer": layer,
         "token": token,
         "request": request,
-        "request_ahead": ahead,
+        "request_beside": beside,
         "decide": statistics.median(row["decide_us_per_layer"] for row in own),
         "attention_compute": _attention([each for each in loads if not each.decodes]),
     }
 
 
 def of_requests(decoding: list[Served], step: float, layer: float, token: float) -> list[float]:
-    """[time of a request alone, time for each ahead of it], us, with these fixed times."""
+    """[time of a request alone, time for each beside it], us, with these fixed times."""
     left_us = [
         each.ttft_us
         - each.made.ttft_us_at(0.5)
@@ -125,7 +124,7 @@ def of_requests(decoding: list[Served], step: float, layer: float, token: float)
     ]
     # Delays are of no share of a time: errors in us.
     return relative_nnls(
-        np.array([[1, (each.load.requests - 1) / 2] for each in decoding]),
+        np.array([[1, each.load.requests - 1] for each in decoding]),
         np.ones(len(decoding)),
         np.array(left_us),
     )

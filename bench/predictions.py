@@ -29,7 +29,8 @@ def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16") -> Mo
     base = models.load(BASE).with_counts(num_layers=num_layers, num_dense_layers=0, **counts)
     number, width = NUMBERS[dtype]
     size = base.dense_weight.model_copy(update={"value": width})
-    stored = dict.fromkeys(("expert_weight", "dense_weight", "cache_element"), size)
+    widths = ("expert_weight", "dense_weight", "head_weight", "cache_element")
+    stored = dict.fromkeys(widths, size)
     return base.model_copy(update={"expert_number": number, "dense_number": number, **stored})
 
 

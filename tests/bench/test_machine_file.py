@@ -18,7 +18,7 @@ from vllm_balance.simulate.hardware import Hardware
 RESULTS = ROOT / "bench" / "results" / "machine.jsonl"
 CPU, PROFILE = hardware.load("cpu-avx512")
 COPY_US = 1049.0
-FIXED = ("step", "layer", "token", "request", "request_ahead")
+FIXED = ("step", "layer", "token", "request", "request_beside")
 
 
 def committed_rows():
@@ -64,7 +64,7 @@ def tables():
         ("fixed", "step", 2770.0),
         ("fixed", "token", 420.0),
         ("fixed", "request", 5590.0),
-        ("fixed", "request_ahead", 16400.0),
+        ("fixed", "request_beside", 8200.0),
         ("decide", "metro", 137.0),
     ],
 )
@@ -85,7 +85,7 @@ def test_the_committed_rows_give_these_numbers(tables, part, name, value):
         ("scale_up", "bandwidth"),
         ("host", "bandwidth"),
         ("fixed", "step"),
-        ("fixed", "request_ahead"),
+        ("fixed", "request_beside"),
     ],
 )
 def test_what_the_committed_file_has_from_the_rows_is_there(tables, part, name):
@@ -109,7 +109,7 @@ def test_the_time_of_a_request_of_the_catalogue_is_from_the_rows():
         [load for load in loads if load.decodes],
         *(getattr(fixed, name).value for name in ("step", "layer", "token")),
     )
-    assert found == pytest.approx([fixed.request.value, fixed.request_ahead.value], rel=0.02)
+    assert found == pytest.approx([fixed.request.value, fixed.request_beside.value], rel=0.02)
 
 
 def test_what_was_written_is_read_again(tables, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def rows_of(fixed):
         # The first of several requests has a step, and a second token with the others' first.
         early, sampled = (1, 1) if load.requests == 1 else (2, load.requests + 1)
         first = early * (fixed["step"] + layers * fixed["layer"]) + sampled * fixed["token"]
-        way = fixed["request"] + (load.requests - 1) / 2 * fixed["request_ahead"]
+        way = fixed["request"] + (load.requests - 1) * fixed["request_beside"]
         steps = len(made.step_us_N)
         rows.append(
             {
@@ -160,7 +160,7 @@ def rows_of(fixed):
 
 def test_fixed_times_of_servers_are_found_again():
     fixed = {"step": 2500.0, "layer": 1200.0, "token": 350.0, "request": 21e3,
-             "request_ahead": 9e3}  # fmt: skip
+             "request_beside": 9e3}  # fmt: skip
     found = machine_servers.of_servers(rows_of(fixed), bare(), PROFILE)
     assert {name: found[name] for name in FIXED} == pytest.approx(fixed, rel=0.03)
     assert found["decide"] == 55.0

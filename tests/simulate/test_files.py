@@ -131,6 +131,16 @@ def test_links_of_gpus_are_no_peaks(name):
         assert 0.92 <= machine.scale_out.bandwidth.value / (port / 8 * 1e9) <= 0.96
 
 
+def test_metro_decides_longer_over_more_experts():
+    """Between the shapes that its kernel was compiled for, and as fast as the nearest beyond."""
+    machine, _ = hardware.load("b200")
+    times = [machine.decide_us("metro", experts) for experts in (8, 64, 128, 192, 256, 1024)]
+    assert times == pytest.approx([9.87, 9.87, 11.22, (11.22 + 18.4) / 2, 18.4, 51.3])
+    assert machine.decide_us("first_copy", 128) == machine.decide_us("eplb", 256) == 3
+    cpu, _ = hardware.load("cpu-amx")
+    assert cpu.decide_us("metro", 64) == cpu.decide_us("metro", 256) > 0
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(BalancerError, match=r"a100-40, a100-80, b200"):
         hardware.load("tpu")
@@ -164,8 +174,8 @@ def damaged(tmp_path, kind, name, old, new):
         ("float16 = {", "bfloat17 = {", "bfloat17"),
         ("format = 1", "format = 1\nmachine = ''", "machine"),
         ("format = 1", "format = 1\nmachine = 4", "machine"),
-        ("request_ahead", "request_behind", "request_ahead"),
-        ("request_ahead = { value = 0", "request_ahead = { value = -1", "greater"),
+        ("request_beside", "request_behind", "request_beside"),
+        ("request_beside = { value = 0", "request_beside = { value = -1", "greater"),
         ("[host]", "[hosts]", "hosts"),
         ("[engine]", "[engines]", "engine"),
         ("sequences = { value = 1024", "sequences = { value = 8192", "more tokens than requests"),

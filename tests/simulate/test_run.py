@@ -82,13 +82,13 @@ def test_times_of_requests_add_up():
     assert made.tpot_us == pytest.approx(np.average(made.step_us_N[1:], weights=weights))
 
 
-def test_requests_of_a_burst_are_handled_one_after_the_other():
+def test_every_request_of_a_burst_waits_until_all_are_handled():
     load = Load(concurrency=4, prompt_tokens=7, output_tokens=2, token_budget=16, max_steps=99,
                 steady=False)  # fmt: skip
-    machine = with_numbers(H100, fixed__request=100.0, fixed__request_ahead=7.0)
+    machine = with_numbers(H100, fixed__request=100.0, fixed__request_beside=7.0)
     made = run(replace(ARM, load=load, hardware=machine))
     first, second, third = np.cumsum(made.step_us_N)[:3]
-    times = [first + 100, second + 107, second + 114, third + 121]
+    times = [first + 121, second + 121, second + 121, third + 121]
     assert [made.ttft_us_at(i / 3) for i in range(4)] == pytest.approx(times)
     alone = replace(load, concurrency=1)
     made = run(replace(ARM, load=alone, hardware=machine))
@@ -97,7 +97,7 @@ def test_requests_of_a_burst_are_handled_one_after_the_other():
 
 def test_requests_that_arrive_in_turn_do_not_wait_for_each_other():
     load = Load(concurrency=4, prompt_tokens=3, output_tokens=4, token_budget=16, max_steps=40)
-    late, free = (with_numbers(H100, fixed__request_ahead=us) for us in (1e6, 0.0))
+    late, free = (with_numbers(H100, fixed__request_beside=us) for us in (1e6, 0.0))
     arrived = run(replace(ARM, load=load)).steps.arrived_R
     together = np.unique(arrived, return_counts=True)[1].max()
     waits = [run(replace(ARM, load=load, hardware=machine)).ttft_us_at(1) for machine in

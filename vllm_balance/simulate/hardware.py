@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from vllm_balance import profiles
@@ -86,9 +87,15 @@ class Fixed(Document):
     request: Microseconds
     """Of a request that arrives alone: from its arrival to its first step, and its first token's
     way back."""
-    request_ahead: Microseconds
-    """Added for each request that arrived with it and is ahead of it: the API server handles one
-    after the other."""
+    request_beside: Microseconds
+    """Added for each request that arrived with it: the API server handles one after the other, on
+    the ranks' cores if it has none of its own, and their first tokens come out together."""
+
+
+class MicrosecondsAt(Microseconds):
+    """A time that depends on how many experts a layer has."""
+
+    experts: int = Field(ge=1)
 
 
 class Engine(Document):
@@ -119,8 +126,9 @@ class Hardware(Sourced):
     efficiency: Efficiency
     tiles: Tiles
     fixed: Fixed
-    decide: dict[str, Microseconds]
-    """Time to decide and map one layer's batch, by balancer; others take as long as eplb."""
+    decide: dict[str, Microseconds | list[MicrosecondsAt]]
+    """Time to decide and map one layer's batch, by balancer, and by how many experts the layer has
+    where that matters; others take as long as eplb."""
     engine: Engine
     ranks_per_node: Count
     scale_up: Link
@@ -142,6 +150,10 @@ class Hardware(Sourced):
             raise ValueError("tiles must have at least one token")
         if "eplb" not in self.decide:
             raise ValueError("decide needs at least eplb")
+        for balancer, times in self.decide.items():
+            experts = [each.experts for each in times] if isinstance(times, list) else [1]
+            if not experts or experts != sorted(set(experts)):
+                raise ValueError(f"decide.{balancer} needs times of rising numbers of experts")
         return self
 
     def with_engine(self, batched_tokens: int, sequences: int) -> Hardware:
@@ -154,9 +166,13 @@ class Hardware(Sourced):
         }
         return self.model_copy(update={"engine": self.engine.model_copy(update=engine)})
 
-    def decide_us(self, balancer: str) -> float:
-        """Time to decide one layer."""
-        return self.decide.get(balancer, self.decide["eplb"]).value
+    def decide_us(self, balancer: str, num_experts: int) -> float:
+        """Time to decide one layer: between those of the nearest numbers of experts."""
+        known = self.decide.get(balancer, self.decide["eplb"])
+        if not isinstance(known, list):
+            return known.value
+        experts = [each.experts for each in known]
+        return float(np.interp(num_experts, experts, [each.value for each in known]))
 
     def peak(self, number: Number) -> FlopPerSecond:
         """Dense peak. Raises BalancerError if the hardware does not compute in this format."""

@@ -13,8 +13,8 @@ Of one step, all in microseconds::
 
 Of a run, whose simulated steps count as often as there are steps of the load that they stand for:
 waiting share W = 1 - mean over ranks / max over ranks of t_s, summed over layers and steps first;
-TTFT = t_request + requests ahead * t_ahead + end of the step with the first token - arrival; TPOT =
-mean t_step from a request's first token to its last; X = tokens that come out / time.
+TTFT = t_request + requests beside * t_beside + end of the step with the first token - arrival;
+TPOT = mean t_step from a request's first token to its last; X = tokens that come out / time.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Outcome:
     """N_max."""
     request_us: float
     """Part of TTFT that no step is responsible for."""
-    request_ahead_us: float
-    """More of it for each request that arrived with this one and is ahead of it."""
+    request_beside_us: float
+    """More of it for each other request that arrived with this one."""
     redundant_bytes: float
     """Memory that redundant experts take on each rank."""
 
@@ -77,7 +77,8 @@ class Outcome:
             return float("nan")
         before_R = np.minimum(arrived_R, 0) * step_us_M.mean()
         spans_R = end_M[first_R + 1] - end_M[np.maximum(arrived_R, 0)] - before_R
-        spans_R = spans_R + self.request_ahead_us * _ahead(arrived_R)
+        _, came_R, number_R = np.unique(arrived_R, return_inverse=True, return_counts=True)
+        spans_R = spans_R + self.request_beside_us * (number_R[came_R] - 1)
         return float(np.quantile(spans_R, quantile)) + self.request_us
 
     @property
@@ -89,12 +90,3 @@ class Outcome:
     def waiting_share(self) -> float:
         """W."""
         return 1 - self.mean(self.busy_us_N) / self.mean(self.stage_us["experts"])
-
-
-def _ahead(arrived_R: Array) -> Array:
-    """How many requests before this one, in the order given, arrived in the same step, [R]."""
-    order_R = np.argsort(arrived_R, kind="stable")
-    sorted_R = arrived_R[order_R]
-    ahead_R = np.empty_like(arrived_R)
-    ahead_R[order_R] = np.arange(len(sorted_R)) - np.searchsorted(sorted_R, sorted_R)
-    return ahead_R

@@ -99,6 +99,6 @@ def _quantities(part: object) -> Iterator[Quantity | Count]:
     elif isinstance(part, Document):
         for field in type(part).model_fields:
             yield from _quantities(getattr(part, field))
-    elif isinstance(part, dict):
-        for value in part.values():
+    elif isinstance(part, dict | list):
+        for value in part.values() if isinstance(part, dict) else part:
             yield from _quantities(value)

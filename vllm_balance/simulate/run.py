@@ -110,7 +110,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         activated_N=columns[6],
         pairs_N=columns[7],
         request_us=arm.hardware.fixed.request.value,
-        request_ahead_us=arm.hardware.fixed.request_ahead.value,
+        request_beside_us=arm.hardware.fixed.request_beside.value,
         redundant_bytes=arm.redundant_bytes,
     )
 
@@ -182,6 +182,7 @@ class _MoeStage:
     def __init__(self, arm: Arm, decider: Decider | FetchingDecider, network: Network) -> None:
         self.arm, self.decider, self.network = arm, decider, network
         self.times = expert_times(arm)
+        self.decide_us = arm.hardware.decide_us(arm.balancer, arm.model.num_experts.value)
         self.fetch_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
 
     def step(self, traffic: Traffic, num_decode: int, num_prefill: int) -> tuple[float, ...]:
@@ -197,7 +198,7 @@ class _MoeStage:
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
         return (
             layers * exchange,
-            layers * self.arm.hardware.decide_us(self.arm.balancer),
+            layers * self.decide_us,
             dispatch,
             float(time_LS.max(1).sum()),
             combine,
