@@ -71,6 +71,23 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     assert sweep(CELLS, results, {"commit": "test"}) == 0
 
 
+def test_a_sweep_runs_on_the_nodes_of_a_cluster(tmp_path):
+    """Two nodes with a core each: the same rows as here."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        results = tmp_path / "rows.jsonl"
+        assert sweep(CELLS[:64], results, {"commit": "test"}, address=cluster.address) == 64
+    finally:
+        cluster.shutdown()
+    rows = {row["key"]: row for row in read(results)}
+    assert rows.keys() == {cell.key for cell in CELLS[:64]}
+    for cell in CELLS[:64:16]:
+        assert rows[cell.key] == {**compute(cell), "commit": "test"}
+
+
 def test_rows_that_other_code_decided_do_not_count(tmp_path):
     results = tmp_path / "rows.jsonl"
     rows = [{"key": CELLS[0].key, "decided_by": "old"}, {"key": CELLS[1].key, "decided_by": "new"}]
