@@ -109,6 +109,7 @@ def _burst(
     counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
     client, online = timed(load, answered), _online(ranks)
     return {
+        "load_seed": seed,
         "at_s": at_s,
         **{key: client[key]["p50"] for key in ("e2e_ms", "ttft_ms", "tpot_ms")},
         "tokens_per_s": client["tokens_per_s"],

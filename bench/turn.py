@@ -70,12 +70,13 @@ class Turn:
         start, load = self._start, self._start.loads[cell.load]
         what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
         self._say(f"{self._where}: {what}")
-        before = self._watch.before()
+        before, load_seed = self._watch.before(), self._seed + cell.repeat
         with self._running(cell.slow):
-            measured = _measure_once(load, self._server, self._model, self._seed + cell.repeat)
+            measured = _measure_once(load, self._server, self._model, load_seed)
         measured["machine_speed"] = speed.between(before, self._watch.after())
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
-        fields |= {"load": cell.load, "repeat": cell.repeat, "seed": self._seed}
+        fields |= {"load": cell.load, "repeat": cell.repeat}
+        fields |= {"seed": self._seed, "load_seed": load_seed}
         if self._placed is not None:
             shown = self._placed.shown_slowdown[Slowed(start.slow_rank, cell.slow)]
             fields |= {"slow": cell.slow, "slow_shown": shown}

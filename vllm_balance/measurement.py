@@ -88,6 +88,10 @@ class Measurement(Document):
     """The servers of all arms were up, and their loads were sent in turn."""
     repeat: int
     seed: int
+    """Of the run file; draws the routing that is replayed."""
+    load_seed: int | None = None
+    """What the client drew the prompts of this load with; None in rows that are older than this
+    field."""
     config_hash: str
     versions: dict[str, str]
     commit: str

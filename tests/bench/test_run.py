@@ -82,6 +82,7 @@ def measuring(monkeypatch, tmp_path):
     starts: list[str] = []
     running: set[str] = set()
     watched: list[float] = []
+    seeds: list[int] = []
     rows_left = [1000]
 
     class Server:
@@ -107,12 +108,14 @@ def measuring(monkeypatch, tmp_path):
         if rows_left[0] < 0:
             raise Killed
         assert running == {server.arm.name}
+        seeds.append(seed)
         made = row(server.arm.name)
         known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
         known |= {
             "slow",
             "slow_shown",
             "in_turns",
+            "load_seed",
             "config_hash",
             "traffic",
             "sources",
@@ -149,11 +152,12 @@ def measuring(monkeypatch, tmp_path):
     def go(rows=1000):
         starts.clear()
         watched.clear()
+        seeds.clear()
         rows_left[0] = rows
         run.run_file(file, 1, results)
         return read_measurements(results)
 
-    go.starts, go.results, go.file = starts, results, file
+    go.starts, go.seeds, go.results, go.file = starts, seeds, results, file
     return go
 
 
@@ -170,6 +174,13 @@ def test_every_repeat_of_every_load_is_a_row(measuring):
         ("metro", "proof of metro"),
     }
     assert {row.run for row in rows} == {"test"}
+
+
+def test_a_row_names_the_seed_that_its_prompts_were_drawn_with(measuring):
+    """Each repeat has prompts of its own; the run file's seed draws the routing of all of them."""
+    rows = measuring()
+    assert [row.load_seed for row in rows] == measuring.seeds
+    assert {(row.repeat, row.seed, row.load_seed) for row in rows} == {(0, 3, 3), (1, 3, 4)}
 
 
 def test_the_machine_is_timed_before_and_after_each_load_while_no_server_runs(measuring):
