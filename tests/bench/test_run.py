@@ -287,6 +287,17 @@ def test_what_is_other_than_in_the_rows_is_measured_anew(measuring, monkeypatch,
     assert len(measuring()) == 2 * len(before)
 
 
+@pytest.mark.parametrize("name", sorted({*FILES} - {"prefill"}))
+def test_copies_without_a_choice_stand_beside_eplb_and_metro(name):
+    """Redundancies of the three are the same, in the same order."""
+    slots: dict[str, list[float]] = {}
+    for arm, own in SETTINGS[name]["arms"].items():
+        if "redundancy" in own:
+            slots.setdefault(own.get("balancer", arm), []).append(own["redundancy"])
+    if {"eplb", "metro"} <= slots.keys():
+        assert slots["first_copy"] == slots["eplb"] == slots["metro"]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_published_run_files_can_be_run(name):
     settings = SETTINGS[name]
