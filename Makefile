@@ -48,8 +48,8 @@ bench: env  ## decode with layers of real size, four balancers: under 20 minutes
 # docs have commands of their own (python -m ...): bench.exchange, bench.look_ahead,
 # bench.metro_routing, bench.metro_gpu, bench.placement, bench.placement_accuracy,
 # bench.harmoeny_schedule, bench.modelled, bench.validation.
-bench-full: env  ## tables of all run files, of recorder and recovery: hours (see TRACES)
-	$(BIN)/python -m bench.run $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+bench-full: env  ## tables of all run files for this CPU, recorder and recovery: hours (see TRACES)
+	$(BIN)/python -m bench.run --for-this-cpu $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m bench.recorder
 	$(if $(TRACES),$(BIN)/python -m bench.recovery --traces $(TRACES))
 	$(BIN)/python -m bench.tables

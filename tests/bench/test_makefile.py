@@ -1,4 +1,4 @@
-"""What `make bench-full` runs: all run files, those with a recorded trace only where it is."""
+"""What `make bench-full` runs: all run files that are for this CPU and whose trace is there."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def planned(*variables):
 
 def run_files(lines):
     """The run files in the line that runs them."""
-    (line,) = [line for line in lines if "-m bench.run " in line]
+    (line,) = [line for line in lines if "-m bench.run --for-this-cpu " in line]
     return {word.removeprefix("configs/runs/") for word in line.split() if word.endswith(".toml")}
 
 

@@ -226,6 +226,26 @@ def test_rounds_of_loads_in_turn_are_refused_before_anything_is_measured(measuri
     assert measuring.starts == []
 
 
+@pytest.mark.parametrize(
+    ("unit", "left_out"), [("no BF16 units", True), ("AVX-512 BF16", False), ("AMX", False)]
+)
+def test_files_for_other_cpus_are_left_out_where_asked(monkeypatch, capsys, unit, left_out):
+    ran = []
+    monkeypatch.setattr(run, "run_file", lambda file, *_: ran.append(file.stem))
+    monkeypatch.setattr(run, "machine", lambda: f"A CPU, {unit}, 2 cores, 24 GiB")
+    names = ["skew-bfloat16", "decode", "batch-bfloat16", "decode-float32"]
+    files = [run_files.FOLDER / f"{name}.toml" for name in names]
+    run.run(files, for_this_cpu=True)
+    assert ran == (["decode", "decode-float32"] if left_out else names)
+    said = [line for line in capsys.readouterr().err.splitlines() if "Left out" in line]
+    others = "skew-bfloat16.toml, batch-bfloat16.toml"
+    line = f"Left out, as they are for CPUs with BF16 units: {others}."
+    assert said == [line] * left_out
+    ran.clear()
+    run.run(files)
+    assert ran == names
+
+
 def test_a_killed_run_in_turns_continues_behind_its_last_row(measuring):
     measuring.file.write_text(IN_TURNS)
     whole = keys(measuring())
