@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -137,12 +138,8 @@ def provenance(rows: list[Row]) -> str:
     )
 
 
-def render(rows: list[Row]) -> None:
-    """Writes the tables.
-
-    Raises:
-        ValueError: docs/harmoeny.md lacks a marker.
-    """
+def writer(rows: list[Row]) -> Callable[[str], str]:
+    """What goes to each place of docs/harmoeny.md, by its name."""
     quality = [row for row in rows if row["kind"] == "quality"]
     times = [row for row in rows if row["kind"] == "time"]
     ahead = [row for row in rows if row["kind"] == "lookahead"]
@@ -156,4 +153,13 @@ def render(rows: list[Row]) -> None:
         "lookahead": lambda: lookahead_table(ahead),
         "provenance": lambda: provenance(rows),
     }
-    DOCUMENT.write_text(markdown.filled(DOCUMENT, "schedule", lambda name: tables[name]()))
+    return lambda name: tables[name]()
+
+
+def render(rows: list[Row]) -> None:
+    """Writes the tables.
+
+    Raises:
+        ValueError: docs/harmoeny.md lacks a marker.
+    """
+    DOCUMENT.write_text(markdown.filled(DOCUMENT, "schedule", writer(rows)))

@@ -66,13 +66,18 @@ def points(results: Path, old: list[Row]) -> Iterator[Row]:
     """TPOT, TTFT and counts of every arm of each run's newest rows on each machine, and every pair
     of arms; kinds "measured" and "pair".
 
-    Where a run has no measured rows of a machine at present, the points in `old` are kept.
+    Where a run has no measured rows of a machine at present, the points in `old` are kept, and say
+    so (`kept`): older code predicted them.
     """
     described = hardware_names()
     for name in RUNS:
         path = results / f"{name}.jsonl"
         measured = newest_by_machine(read_measurements(path)) if path.exists() else {}
-        kept = [row for row in old if row.get("run") == name and row["machine"] not in measured]
+        kept = [
+            row | {"kept": True}
+            for row in old
+            if row.get("run") == name and row["machine"] not in measured
+        ]
         for machine in dict.fromkeys(row["machine"] for row in kept):
             Console().print(f"[yellow]{name} has no rows of {machine}; its points are kept.[/]")
         for machine, rows in measured.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from bench import markdown
@@ -162,12 +164,8 @@ def plot(rows: list[dict]) -> None:
     PLOT.write_text("\n".join(line.rstrip() for line in PLOT.read_text().splitlines()) + "\n")
 
 
-def render(rows: list[dict]) -> None:
-    """Writes tables and plot.
-
-    Raises:
-        ValueError: docs/metro.md lacks a marker.
-    """
+def writer(rows: list[dict]) -> Callable[[str], str]:
+    """What goes to each place of docs/metro.md, by its name."""
     grid = [row for row in rows if row["kind"] == "grid"]
     times = [row for row in rows if row["kind"] == "time"]
     replicated = sorted(grid, key=lambda row: (row["S"], row["redundancy"]))
@@ -183,5 +181,14 @@ def render(rows: list[dict]) -> None:
         "choices": choice_table(times),
         "provenance": provenance(times, grid),
     }
-    DOCUMENT.write_text(markdown.filled(DOCUMENT, "metro", tables.__getitem__))
-    plot(grid)
+    return tables.__getitem__
+
+
+def render(rows: list[dict]) -> None:
+    """Writes tables and plot.
+
+    Raises:
+        ValueError: docs/metro.md lacks a marker.
+    """
+    DOCUMENT.write_text(markdown.filled(DOCUMENT, "metro", writer(rows)))
+    plot([row for row in rows if row["kind"] == "grid"])

@@ -177,7 +177,12 @@ def _write(rows: Iterator[Row]) -> None:
 def write_tables() -> None:
     """Writes the generated places of docs/placement.md."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    PAGE.write_text(markdown.filled(PAGE, "placement", lambda name: _table(name, rows)))
+    PAGE.write_text(markdown.filled(PAGE, "placement", writer(rows)))
+
+
+def writer(rows: list[Row]) -> Callable[[str], str]:
+    """What goes to each place of docs/placement.md, by its name."""
+    return lambda name: _table(name, rows)
 
 
 def _table(name: str, rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +60,8 @@ def run(
                     rows.write(json.dumps({**row, **provenance()}) + "\n")
                 console.print({k: v for k, v in row.items() if not isinstance(v, dict)})
     if docs:
-        PAGE.write_text(markdown.filled(PAGE, "accuracy", _table))
+        found = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        PAGE.write_text(markdown.filled(PAGE, "accuracy", writer(found)))
 
 
 def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
@@ -147,13 +148,13 @@ def agreement(rows: list[Row]) -> tuple[int, int, int]:
     return right, rankable, total
 
 
-def _table(_: str) -> str:
-    """A table for each machine and type of weights, the newest first."""
+def writer(rows: list[Row]) -> Callable[[str], str]:
+    """What goes to the place of docs/placement.md, whatever its name: a table for each machine and
+    type of weights, the newest first."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     for row in (row for row in reversed(rows) if "rounds_us" in row):
         groups.setdefault((row["machine"], row["dtype"]), []).append(row)
-    return "\n\n".join(_group(*key, rows) for key, rows in groups.items())
+    return lambda _: "\n\n".join(_group(*key, own) for key, own in groups.items())
 
 
 def _group(machine: str, dtype: str, rows: list[Row]) -> str:

@@ -1,6 +1,7 @@
 """Tables of the docs from the rows of bench/results: `python -m bench.tables`.
 
-Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
+Replaces what stands between `<!-- KIND:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
+Tables of other kinds than `table` are those of a benchmark of its own, which writes them too.
 Ratios compare medians of the same run; every table names machine, commit and command. A run that
 was measured on several machines has a table for each, the newest first; NAME-newest is that one.
 """
@@ -8,13 +9,26 @@ was measured on several machines has a table for each, the newest first; NAME-ne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import typer
 
-from bench import look_ahead, markdown, recorder, recovery, run_files
+from bench import (
+    harmoeny_tables,
+    look_ahead,
+    markdown,
+    metro_tables,
+    modelled,
+    placement,
+    placement_accuracy,
+    recorder,
+    recovery,
+    run_files,
+    validation,
+)
 from bench.provenance import ROOT
 from vllm_balance import measured_tables, skew_table
 from vllm_balance.measured_tables import MeasuredTable
@@ -23,6 +37,14 @@ from vllm_balance.measurement import Measurement, newest_by_machine, read_measur
 Row = dict[str, Any]
 ONE_RUN = ("started", "commit", "config_hash", "machine")
 """What all rows of one run of a benchmark of its own have in common; early rows have no start."""
+WRITERS = {
+    "accuracy": (placement_accuracy.writer, "placement_accuracy"),
+    "metro": (metro_tables.writer, "metro_routing"),
+    "placement": (placement.writer, "placement"),
+    "schedule": (harmoeny_tables.writer, "harmoeny_schedule"),
+    "validation": (validation.writer, "validation"),
+}
+"""Of kinds that are tables of one file of rows: what writes them, and the file."""
 
 
 def tables(
@@ -31,17 +53,42 @@ def tables(
     """Write the tables of README.md and docs/ anew."""
     old = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = page.read_text()
-        if "<!-- table:" not in text:
-            continue
-        fresh = markdown.filled(page, "table", table)
-        if fresh == text:
-            continue
-        old.append(page.name)
-        if not check:
-            page.write_text(fresh)
+        for kind in kinds(page.read_text()):
+            fresh = markdown.filled(page, kind, _writer(kind))
+            if fresh == page.read_text():
+                continue
+            old.append(f"{page.name} ({kind})")
+            if not check:
+                page.write_text(fresh)
     if check and old:
         raise SystemExit(f"Tables are old in {', '.join(old)}: run python -m bench.tables.")
+
+
+def kinds(text: str) -> list[str]:
+    """The kinds of places for tables that a page has, each once."""
+    return list(dict.fromkeys(re.findall(r"^<!-- (\w+):\S+ -->$", text, re.MULTILINE)))
+
+
+def _writer(kind: str) -> Callable[[str], str]:
+    """What goes to each place of a kind, by its name, from the rows that are there.
+
+    Raises:
+        ValueError: nothing writes places of this kind.
+    """
+    if kind == "table":
+        return table
+    if kind == "modelled":
+        return modelled._table
+    if kind not in WRITERS:
+        raise ValueError(f"Nothing writes places <!-- {kind}:NAME -->.")
+    writer, name = WRITERS[kind]
+    return writer(_rows(name))
+
+
+def _rows(name: str) -> list[Row]:
+    """All rows of a file of bench/results, oldest first."""
+    lines = (ROOT / "bench" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def table(run: str) -> str:
@@ -67,8 +114,7 @@ def table(run: str) -> str:
 
 def own_table(render: Callable[[list[Row]], str], command: str, caption: str, run: str) -> str:
     """A benchmark that is no table of servers by arm, by its newest run."""
-    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = newest_run([json.loads(line) for line in lines])
+    rows = newest_run(_rows(run))
     title = rows[-1].get("title")
     if title is None:
         title = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")["title"]
@@ -82,8 +128,7 @@ def newest_run(rows: list[Row]) -> list[Row]:
 
 def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
-    lines = (ROOT / "bench" / "results" / f"{run}.jsonl").read_text().splitlines()
-    rows = newest_run([json.loads(line) for line in lines])
+    rows = newest_run(_rows(run))
     headings = [
         "processes",
         "experts",

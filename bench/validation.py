@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,14 @@ def validate(
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = read(RESULTS)
     write_validity(rows)
-    names = measured_points.hardware_names()
-    PAGE.write_text(
-        markdown.filled(PAGE, "validation", lambda name: validation_tables.table(name, rows, names))
-    )
+    PAGE.write_text(markdown.filled(PAGE, "validation", writer(rows)))
     Console().print(f"{len(rows)} points; see {PAGE.relative_to(ROOT)}.")
+
+
+def writer(rows: list[Row]) -> Callable[[str], str]:
+    """What goes to each place of docs/simulator.md, by its name."""
+    names = measured_points.hardware_names()
+    return lambda name: validation_tables.table(name, rows, names)
 
 
 def write_validity(rows: list[Row]) -> None:
@@ -62,8 +66,8 @@ def write_validity(rows: list[Row]) -> None:
 
 def errors(rows: list[Row], kind: str) -> dict[str, float]:
     """Number of the ratios of a kind, mean absolute error, and what at most a tenth was missed by
-    more than."""
-    found = [abs(row["error"]) for row in rows if row["kind"] == kind]
+    more than. Points that are kept from older code say nothing about this one."""
+    found = [abs(row["error"]) for row in rows if row["kind"] == kind and not row.get("kept")]
     return {
         "points": len(found),
         "mean": round(statistics.mean(found), 3),

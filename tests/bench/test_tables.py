@@ -42,10 +42,31 @@ def test_what_is_between_the_marks_is_replaced(root):
 
 
 def test_old_tables_are_found_and_fresh_ones_pass(root):
-    with pytest.raises(SystemExit, match=r"old in README\.md"):
+    with pytest.raises(SystemExit, match=r"old in README\.md \(table\)"):
         tables.tables(check=True)
     tables.tables(check=False)
     tables.tables(check=True)
+
+
+def test_tables_of_every_kind_are_checked_and_written(root, monkeypatch):
+    """Two kinds on one page: each is written by its own, from its own rows."""
+    shown = {"placement": (lambda rows: lambda name: f"{name}: {len(rows)} rows", "decode")}
+    monkeypatch.setattr(tables, "WRITERS", shown)
+    tables.tables(check=False)
+    page = root / "docs" / "placement.md"
+    page.write_text(f"{PAGE}<!-- placement:speeds -->\nold\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match=r"placement\.md \(table\), placement\.md \(placement\):"):
+        tables.tables(check=True)
+    tables.tables(check=False)
+    assert page.read_text().endswith("<!-- placement:speeds -->\nspeeds: 6 rows\n<!-- end -->\n")
+    assert "Decode <of> a test." in page.read_text()
+    tables.tables(check=True)
+
+
+def test_a_place_that_nothing_writes_is_an_error(root):
+    (root / "docs" / "page.md").write_text("<!-- tabel:decode -->\nold\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="Nothing writes places <!-- tabel:NAME -->"):
+        tables.tables(check=True)
 
 
 def test_a_run_with_an_slo_has_a_second_table(root):

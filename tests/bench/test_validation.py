@@ -5,8 +5,8 @@ from vllm_balance import documents
 from vllm_balance.simulate.validity import Validity
 
 
-def rows(kind, errors):
-    return [{"kind": kind, "error": error} for error in errors]
+def rows(kind, errors, **more):
+    return [{"kind": kind, "error": error, **more} for error in errors]
 
 
 POINTS = [
@@ -21,6 +21,11 @@ def test_errors_are_of_one_kind():
     assert validation.errors(POINTS, "pair") == {"points": 3, "mean": 0.02, "one_in_ten": 0.03}
     found = validation.errors(POINTS, "published ratio")
     assert found == {"points": 10, "mean": 0.14, "one_in_ten": 0.1}
+
+
+def test_points_that_older_code_predicted_are_not_in_the_band():
+    points = [*POINTS, *rows("pair", [5.0], kept=True)]
+    assert validation.errors(points, "pair") == validation.errors(POINTS, "pair")
 
 
 def test_numbers_are_written_where_they_belong_and_nothing_else(tmp_path, monkeypatch):
