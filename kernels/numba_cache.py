@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,21 @@ class _SourcesCache(FunctionCache):
 
     def save_overload(self, sig, data):
         # A full disk costs the next start its time, not this one its life.
-        with suppress(OSError):
+        try:
             super().save_overload(sig, data)
+        except OSError as error:
+            _warn_of_no_cache(error.strerror or str(error))
+
+
+@cache
+def _warn_of_no_cache(reason: str) -> None:
+    """Says once why the next process has to compile anew; vLLM shows what its loggers are told."""
+    logging.getLogger(f"vllm.{__name__}").warning(
+        "Compiled kernels cannot be kept on disk (%s), so every process of every start compiles "
+        "them anew, which takes about 10 s. Set NUMBA_CACHE_DIR to a folder that can be written "
+        "to and has room.",
+        reason,
+    )
 
 
 @cache
@@ -42,7 +55,7 @@ def _digest(folder):
 def kept(function: Callable, folder: Path, **options: Any) -> Callable:
     """The function compiled, and kept in numba's caches until a file of `folder` changes.
 
-    Where no such directory can be written every process compiles anew.
+    Where no such directory can be written every process compiles anew, and says so.
     """
     dispatcher = numba.njit(**options)(function)
     try:
@@ -50,4 +63,5 @@ def kept(function: Callable, folder: Path, **options: Any) -> Callable:
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
+        _warn_of_no_cache("no folder for them can be written to")
     return dispatcher

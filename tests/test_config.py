@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance.config import BALANCERS, BalancerConfig, parse, read
+from vllm_balance.config import BALANCERS, FETCHES, BalancerConfig, parse, read
 from vllm_balance.errors import BalancerError
 
 VALID = {
@@ -213,3 +213,23 @@ def test_json_that_is_no_object(tmp_path):
 def test_flag_and_file_that_name_different_balancers():
     text = message(read, "metro", '{"name": "eplb"}')
     assert "'metro'" in text and "'eplb'" in text and "Name one balancer" in text
+
+
+ON_MAPS = [{"name": name, "map": "m.json"} for name in ("gem", "exflow")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays", "moves"),
+    [
+        *(({"name": name}, False, True) for name in ("eplb", "first_copy", "metro")),
+        *(({"name": name}, True, False) for name in ("static", *FETCHES)),
+        *((settings, True, False) for settings in ON_MAPS),
+        *((settings | {"redundancy": 1.5}, True, False) for settings in ON_MAPS),
+        ({"name": "gem", "online": {}}, True, True),
+    ],
+    ids=str,
+)
+def test_who_moves_experts(settings, stays, moves):
+    """vLLM's EPLB, `online` or nobody; experts in dynamic slots are copies of those that stay."""
+    config = BalancerConfig(**settings)
+    assert (config.stays, config.moves) == (stays, moves)

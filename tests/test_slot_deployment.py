@@ -49,6 +49,11 @@ def test_what_cannot_stand_beside_slots(beside):
     assert f"`{next(iter(beside))}` cannot be used" in refused(deployment(), **beside)
 
 
+@pytest.mark.parametrize("name", FETCHES)
+def test_experts_in_slots_are_not_moved_by_online(name):
+    assert "`online` belongs to --moe-balancer gem" in refused(deployment(), name=name, online={})
+
+
 def test_the_redundant_experts_that_the_slots_are_may_be_named():
     config = BalancerConfig(name="harmoeny", dynamic_slots=4, num_redundant_experts=8)
     assert num_dynamic_slots(config, deployment()) == 4

@@ -51,8 +51,6 @@ FETCHES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
 LOADED_BY_MAP = ("gem", "exflow")
 """Balancers that place experts by a map instead of by vLLM's EPLB; they stay there unless `online`
 moves them."""
-WITHOUT_EPLB = "Use --moe-balancer static, or gem or exflow with a map without redundant experts"
-"""What to do where vLLM's EPLB cannot move a model's experts."""
 DEFAULT_REDUNDANCY = 1.25
 """Physical / logical experts when a balancer that uses replicas is asked for without a number."""
 DEFAULT_DYNAMIC_SLOTS = 8
@@ -128,10 +126,15 @@ class BalancerConfig(BaseModel):
         return self.replicates or self.online is not None
 
     @property
+    def stays(self) -> bool:
+        """Whether vLLM's EPLB leaves every expert in the slot that it was loaded into."""
+        return self.fetches or self.name in LOADED_BY_MAP or not self.replicates
+
+    @property
     def moves(self) -> bool:
-        """Whether experts move from slot to slot while serving, so that their weights do."""
-        stays = self.fetches or (self.name in LOADED_BY_MAP and self.online is None)
-        return self.uses_eplb and not stays
+        """Whether experts move from slot to slot while serving, so that their weights do: by vLLM's
+        EPLB, or by `online`."""
+        return not self.stays or self.online is not None
 
 
 def parse(settings: Any) -> BalancerConfig:

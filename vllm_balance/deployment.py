@@ -152,7 +152,7 @@ def check_gpu_limits(
 
 def _check_sources(config: BalancerConfig) -> None:
     """Raises BalancerError if the balancer lacks a file that it needs, or has one it cannot use."""
-    _check_online(config)
+    check_online(config)
     if config.name in LOADED_BY_MAP and config.map is None and config.online is None:
         raise BalancerError(
             f"--moe-balancer {config.name} loads the weights by a placement map, and `map` is "
@@ -167,7 +167,8 @@ def _check_sources(config: BalancerConfig) -> None:
         )
 
 
-def _check_online(config: BalancerConfig) -> None:
+def check_online(config: BalancerConfig) -> None:
+    """Returns if `online` is not asked for, or can be. Raises BalancerError if not."""
     if config.online is None:
         return
     if config.name != "gem":

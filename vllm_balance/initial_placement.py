@@ -94,8 +94,10 @@ def tables(slots_P: Array, num_experts: int) -> tuple[Array, Array]:
     Args:
         slots_P: expert of each slot, [P]; slots with -1 hold none.
     """
-    num_replicas_E = np.bincount(slots_P[slots_P >= 0], minlength=num_experts)
+    by_expert_N = np.argsort(slots_P, kind="stable")[np.count_nonzero(slots_P < 0) :]
+    expert_N = slots_P[by_expert_N]
+    num_replicas_E = np.bincount(expert_N, minlength=num_experts)
+    first_E = np.cumsum(num_replicas_E) - num_replicas_E
     table_ER = np.full((num_experts, int(num_replicas_E.max())), -1, dtype=np.int64)
-    for expert in range(num_experts):
-        table_ER[expert, : num_replicas_E[expert]] = np.flatnonzero(slots_P == expert)
+    table_ER[expert_N, np.arange(len(expert_N)) - first_E[expert_N]] = by_expert_N
     return table_ER, num_replicas_E.astype(np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_balance.config import DEFAULT_DYNAMIC_SLOTS, BalancerConfig
-from vllm_balance.deployment import Deployment, check_layout
+from vllm_balance.deployment import Deployment, check_layout, check_online
 from vllm_balance.errors import BalancerError
 
 
@@ -12,10 +12,11 @@ def num_dynamic_slots(config: BalancerConfig, deployment: Deployment) -> int:
 
     Raises:
         BalancerError: experts that do not divide over the ranks, more slots than experts
-            elsewhere, a map or redundancy beside the slots, CUDA graphs, ranks on several
-            machines, or too little memory.
+            elsewhere, a map, redundancy or `online` beside the slots, CUDA graphs, ranks on
+            several machines, or too little memory.
     """
     check_layout(config, deployment)
+    check_online(config)
     experts, ranks = deployment.num_experts, deployment.num_ranks
     if experts % ranks:
         raise BalancerError(

@@ -133,30 +133,32 @@ def runner(*, eplb_state=None, fused: int = 0) -> SimpleNamespace:
 
 
 def test_a_model_that_gives_its_layers_no_eplb():
-    router.require_known_slots(runner(), False)
-    router.require_known_slots(runner(eplb_state="made"), True)
-    text = refusal(router.require_known_slots, runner(), True)
-    assert "was built without vLLM's EPLB" in text and "--moe-balancer static" in text
+    router.require_known_slots(runner(), None)
+    router.require_known_slots(runner(eplb_state="made"), "metro")
+    text = refusal(router.require_known_slots, runner(), "metro")
+    assert "--moe-balancer metro needs" in text and "--moe-balancer static" in text
+    assert "vLLM built model.layers.0.mlp.experts of this model without it" in text
 
 
 def test_shared_experts_that_are_slots():
-    text = refusal(router.require_known_slots, runner(fused=2), False)
+    text = refusal(router.require_known_slots, runner(fused=2), None)
     assert "2 shared experts" in text and "VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS" in text
 
 
 def test_layers_are_checked_while_they_are_built(monkeypatch):
     parallel = SimpleNamespace(enable_eplb=True)
-    config = SimpleNamespace(parallel_config=parallel, additional_config={})
+    config = SimpleNamespace(parallel_config=parallel, additional_config={"moe_balancer": "eplb"})
     monkeypatch.setattr("vllm.config.get_current_vllm_config", lambda: config)
     monkeypatch.setattr(router, "require_balanceable", lambda runner: None)
-    with pytest.raises(BalancerError, match="was built without vLLM's EPLB"):
+    with pytest.raises(BalancerError, match="--moe-balancer eplb needs vLLM's EPLB"):
         router._select_forward(lambda self: None)(runner())
 
 
 def test_a_layer_that_the_maps_of_eplb_do_not_cover():
     uncovered = runner(eplb_state=SimpleNamespace(logical_to_physical_map=None))
-    text = refusal(layer_binding._tables, uncovered, 2, None)
-    assert "whose maps do not cover it" in text and "--moe-balancer static" in text
+    text = refusal(layer_binding._tables, "metro", uncovered, 2, None)
+    assert "its maps do not cover model.layers.0.mlp.experts" in text
+    assert "--moe-balancer metro needs" in text and "--moe-balancer static" in text
 
 
 def test_a_model_without_eplb_on_cpu():
@@ -167,4 +169,4 @@ def test_a_model_without_eplb_on_cpu():
         balancer_config=BalancerConfig(name="metro"),
     )
     text = refusal(BalancedCPUWorker._attach_eplb, worker)
-    assert "does not support EPLB for Linear" in text and "--moe-balancer metro needs" in text
+    assert "Linear does not support it" in text and "--moe-balancer metro needs" in text

@@ -1,5 +1,6 @@
 """What ranks agree on, and what a worker refuses, without a model."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
+from vllm_balance.seams import device
 from vllm_balance.seams.device import processor
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, knee_and_free
 
@@ -49,6 +51,25 @@ def test_ranks_with_other_processors_do_not_route_apart(name, ranks_find):
         worker(name)._agreed_knee(torch.float32)
     settled = worker(name, knee_tokens=own[0] + 1, free_tokens=own[1])
     assert settled._agreed_knee(torch.float32) == (own[0] + 1, own[1])
+
+
+@pytest.mark.parametrize("kind", ["worker_cpu:BalancedCPUWorker", "worker_gpu:BalancedGPUWorker"])
+def test_ranks_agree_before_weights_are_loaded(monkeypatch, ranks_find, kind):
+    """vLLM's executors let a worker set its device up before it loads the model."""
+    module, _, name = kind.partition(":")
+    cls = getattr(importlib.import_module(f"vllm_balance.seams.{module}"), name)
+    vllms = next(c for c in cls.__mro__ if c.__module__.startswith("vllm.v1.worker."))
+    monkeypatch.setattr(vllms, "init_device", lambda self: None)
+    made = object.__new__(cls)
+    made.balancer_config = BalancerConfig(name="metro")
+    made.model_config = SimpleNamespace(dtype=torch.float32)
+    own = knee_and_free(made.balancer_config, torch.float32)
+    ranks_find(own)
+    made.init_device()
+    assert made._knee == own
+    ranks_find((own[0] + 1, own[1]))
+    with pytest.raises(BalancerError, match="Set both in --moe-balancer-config"):
+        made.init_device()
 
 
 def test_who_routes_by_no_knee_needs_no_agreement(ranks_find):
@@ -118,6 +139,38 @@ def test_ranks_are_alike_with_one_processor_and_number_of_threads(ranks_find):
     assert worker("metro")._ranks_are_alike()
     ranks_find((own[0], own[1] + 1))
     assert not worker("metro")._ranks_are_alike()
+
+
+@pytest.fixture
+def arm(monkeypatch, tmp_path):
+    """The processor's file as Linux writes it on Arm: without a name."""
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    monkeypatch.setattr(device, "CPUINFO", file)
+
+
+def test_processors_without_a_name_may_differ(ranks_find, arm):
+    assert device.processor() is None
+    assert device.device_name("float32") == "unknown processor, vec"
+    ranks_find((None, torch.get_num_threads()))
+    assert not worker("metro")._ranks_are_alike()
+
+
+@pytest.mark.parametrize(
+    ("way", "is_cpu", "asks"),
+    [("replicated", True, True), ("replicated", False, False), ("all_reduce", True, False)],
+)
+def test_ranks_are_compared_only_where_their_sums_may_differ(monkeypatch, way, is_cpu, asks):
+    made, asked = worker("metro"), []
+    counters = SimpleNamespace(is_cpu=is_cpu)
+    layers = [SimpleNamespace(way=way, tables=SimpleNamespace(counters=counters)) for _ in "ab"]
+    made.worker_balancer = SimpleNamespace(layers=layers)
+    monkeypatch.setattr(made, "_ranks_are_alike", lambda: bool(asked.append(1)))
+    made._tell_whether_ranks_are_alike()
+    assert len(asked) == asks
+    assert [getattr(layer, "ranks_are_alike", None) for layer in layers] == (
+        [False, False] if asks else [None, None]
+    )
 
 
 @pytest.mark.parametrize("settings", [{"name": "static"}, {"name": "gem", "map": "m.json"}])

@@ -54,8 +54,8 @@ class SharedMemory:
                 os.close(descriptor)
             raise BalancerError(
                 f"The host store of all experts needs {size_bytes:,} bytes of shared memory, and "
-                f"the machine refuses them: {error.strerror}. Free memory or remove "
-                f"--moe-balancer harmoeny."
+                f"the machine refuses them: {error.strerror}. Free memory, or use a "
+                f"--moe-balancer that fetches no experts."
             ) from error
         ask_for_huge_pages(shared.bytes_N)
         return shared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_balance.config import LOADED_BY_MAP, BalancerConfig
+from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.online import require_whole_batch
@@ -67,8 +67,7 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     way = way_of(config, parallel)
     if config.online is not None:
         require_whole_batch(way)
-    stays = config.fetches or config.name in LOADED_BY_MAP or not config.replicates
-    if parallel.enable_eplb and stays:
+    if parallel.enable_eplb and config.stays:
         raise BalancerError(
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or remove --enable-eplb."

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from vllm_balance.config import KEY, LOADED_BY_MAP, BalancerConfig, parse, route_by_replay
+from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
 from vllm_balance.cost import free_of, knee_of
 from vllm_balance.deployment import (
     Deployment,
@@ -192,7 +192,7 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
     eplb = copy.copy(parallel.eplb_config)
     eplb.num_redundant_experts = redundant
     eplb.window_size, eplb.step_interval = config.window_size, config.step_interval
-    if config.fetches or config.name in LOADED_BY_MAP:
+    if config.stays:
         # The placement stays; a step counter never gets here. Balancedness is a collective, which
         # an idle rank would start before, and a busy one behind, those of `online`.
         eplb.window_size, eplb.step_interval = 1, sys.maxsize

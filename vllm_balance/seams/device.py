@@ -16,6 +16,7 @@ DTYPES = {
 }
 """vLLM's names for `--dtype` beside `auto`, and what torch calls each."""
 _NAMES = ("auto", *DTYPES)
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def served_dtype(asked: str, of_model: str) -> str:
@@ -74,14 +75,14 @@ def kernel_isa(dtype: str) -> str:
     return "amx" if has_amx_kernel(dtype) else "vec"
 
 
-def processor() -> str:
-    """The name of this machine's processor, as Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+def processor() -> str | None:
+    """The name of this machine's processor, as Linux tells it of x86; None if it does not."""
+    lines = CPUINFO.read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
+    return names[0] if names else None
 
 
 def device_name(dtype: str) -> str:
     """Processor of this machine and kernel for experts of a dtype. Raises BalancerError as
     `kernel_isa` does."""
-    return f"{processor()}, {kernel_isa(dtype)}"
+    return f"{processor() or 'unknown processor'}, {kernel_isa(dtype)}"

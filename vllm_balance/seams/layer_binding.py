@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_balance.balancer import LayerBalancer, new_counters
-from vllm_balance.config import WITHOUT_EPLB, BalancerConfig
+from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts, PairBuffers
@@ -17,6 +17,7 @@ from vllm_balance.routing import LayerTables
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.loading import PlacedLoading, layer_index
 from vllm_balance.seams.router import BALANCER
+from vllm_balance.seams.without_eplb import without_eplb
 
 Balancer = TypeVar("Balancer", bound=LayerBalancer)
 
@@ -57,7 +58,7 @@ def bind_layer(
         )
     balancer = make(
         layer_name=runner.layer_name,
-        tables=_tables(runner, group.world_size, loading),
+        tables=_tables(config.name, runner, group.world_size, loading),
         way=way_of_exchange(
             data_parallel_size=runner.moe_config.dp_size,
             gathers_tokens=gathers,
@@ -84,16 +85,12 @@ def _local_experts(runner: Any, buffers: PairBuffers) -> LocalPairExperts | None
     return experts
 
 
-def _tables(runner: Any, num_ranks: int, loading: PlacedLoading | None) -> LayerTables:
+def _tables(name: str, runner: Any, num_ranks: int, loading: PlacedLoading | None) -> LayerTables:
     state = runner.router.eplb_state
     num_physical = runner.moe_config.num_experts
     if state is not None:
         if state.logical_to_physical_map is None:
-            raise BalancerError(
-                f"{runner.layer_name} was built for vLLM's EPLB, whose maps do not cover it: vLLM "
-                f"does not support EPLB for this model. {WITHOUT_EPLB}, or remove "
-                f"--moe-balancer."
-            )
+            raise without_eplb(name, f"its maps do not cover {runner.layer_name} of this model")
         device = state.logical_to_physical_map.device
         return LayerTables(
             logical_to_physical_ER=state.logical_to_physical_map,

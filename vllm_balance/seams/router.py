@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from vllm_balance.config import WITHOUT_EPLB
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import Seam
 from vllm_balance.seams.deployment import settings_of
+from vllm_balance.seams.without_eplb import without_eplb
 
 BALANCER = "moe_balancer"
 """Attribute of a router and of a dispatch object that holds its layer's balancer."""
@@ -94,7 +94,8 @@ def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         config = settings_of(vllm_config)
         if config is not None and config.look_ahead == "router":
             require_predictable(self)
-        require_known_slots(self, vllm_config.parallel_config.enable_eplb)
+        enable_eplb = vllm_config.parallel_config.enable_eplb
+        require_known_slots(self, config.name if config is not None and enable_eplb else None)
         forward = original(self)
         if not current_platform.is_cpu():
             return forward
@@ -193,19 +194,18 @@ def _require_no_shared_scales(runner: Any) -> None:
         )
 
 
-def require_known_slots(runner: Any, enable_eplb: bool) -> None:
+def require_known_slots(runner: Any, eplb_for: str | None) -> None:
     """Returns if the experts of a layer that is being built are those that are balanced.
+
+    Args:
+        eplb_for: the balancer that vLLM's EPLB was turned on for, if it was.
 
     Raises:
         BalancerError: the model does not give its layers vLLM's EPLB, which was turned on, or the
             layer computes shared experts as further slots.
     """
-    if enable_eplb and runner.router.eplb_state is None:
-        raise BalancerError(
-            f"{runner.layer_name} was built without vLLM's EPLB, which this --moe-balancer needs "
-            f"for redundant or moving experts: vLLM does not support EPLB for this model. "
-            f"{WITHOUT_EPLB}, or remove --moe-balancer."
-        )
+    if eplb_for is not None and runner.router.eplb_state is None:
+        raise without_eplb(eplb_for, f"vLLM built {runner.layer_name} of this model without it")
     fused = runner.routed_experts.expert_map_manager.num_fused_shared_experts
     if fused:
         raise BalancerError(

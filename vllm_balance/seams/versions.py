@@ -7,7 +7,8 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED = SpecifierSet(">=0.32,<0.34")
+_FIRST_UNKNOWN = "0.34"
+SUPPORTED = SpecifierSet(f">=0.32,<{_FIRST_UNKNOWN}")
 TESTED = "0.32.0"
 
 
@@ -45,7 +46,7 @@ def unsupported_version() -> str | None:
     found, release = installed_version(), _release()
     if release and SUPPORTED.contains(".".join(map(str, release))):
         return None
-    newer = bool(release) and Version(".".join(map(str, release))) >= Version("0.34")
+    newer = bool(release) and Version(".".join(map(str, release))) >= Version(_FIRST_UNKNOWN)
     remedy = (
         "upgrade vllm-balance, or install a supported vLLM"
         if newer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
-from vllm_balance.config import WITHOUT_EPLB, BalancerConfig
+from vllm_balance.config import BalancerConfig
 from vllm_balance.cost import AMX_KNEE, CPU_KNEE, GPU_KNEE_TOKENS
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import PairBuffers
@@ -28,6 +28,7 @@ from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
 from vllm_balance.seams.slots import ModelSlots, from_all_ranks
+from vllm_balance.seams.without_eplb import without_eplb
 
 KneeAndFree = tuple[float, float | None]
 """`knee_tokens` and `free_tokens` of :class:`MetroRouting`."""
@@ -45,10 +46,8 @@ def explaining_eplb(config: BalancerConfig) -> Iterator[None]:
     except NotImplementedError as error:
         if not config.uses_eplb or "EPLB" not in str(error):
             raise
-        raise BalancerError(
-            f"--moe-balancer {config.name} needs vLLM's EPLB for redundant or moving experts, and "
-            f"vLLM says: {error} {WITHOUT_EPLB}, or a checkpoint that is quantised another way."
-        ) from error
+        said = str(error).rstrip(".")
+        raise without_eplb(config.name, f"vLLM says: {said}") from error
 
 
 class BalancedWorker(RecordingWorker):
@@ -61,7 +60,10 @@ class BalancedWorker(RecordingWorker):
     """Routes by these settings from now on; None if the model's own router decides."""
     _prefetch: Prefetch | None = None
     """Of a balancer that fetches."""
+    _knee: KneeAndFree
+    """The same on all ranks where it decides; there once the device is set up."""
     model_runner: Any
+    model_config: Any
     parallel_config: Any
     rank: int
     """vLLM's, of the worker class that this is mixed into."""
@@ -78,6 +80,11 @@ class BalancedWorker(RecordingWorker):
         placement = initial_placement(config, vllm_config)
         self.loading = None if placement is None else PlacedLoading(placement)
         load_by(self.loading)
+
+    def init_device(self) -> None:
+        """vLLM's, behind which ranks can talk: what they must agree on is known before loading."""
+        super().init_device()  # type: ignore[misc]
+        self._knee = self._agreed_knee(self.model_config.dtype)
 
     def bind(self, vllm_config: Any, model: torch.nn.Module) -> None:
         """Gives every MoE layer of the model its balancer.
@@ -104,18 +111,16 @@ class BalancedWorker(RecordingWorker):
             rank=get_ep_group().rank_in_group,
             placement=self._verified_placement(vllm_config, runners),
         )
-        knee = self._agreed_knee(vllm_config.model_config.dtype)
         if self.balancer_config.fetches:
-            self._bind_slots(vllm_config, runners, knee)
+            self._bind_slots(vllm_config, runners)
         else:
-            make = partial(LayerBalancer, policy=make_policy(self.balancer_config.name, *knee))
+            policy = make_policy(self.balancer_config.name, *self._knee)
+            make = partial(LayerBalancer, policy=policy)
             buffers = PairBuffers()
             for runner in runners:
                 layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
                 self.worker_balancer.layers.append(layer)
-        alike = self._ranks_are_alike()
-        for layer in self.worker_balancer.layers:
-            layer.ranks_are_alike = alike
+        self._tell_whether_ranks_are_alike()
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
             vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
@@ -161,14 +166,23 @@ class BalancedWorker(RecordingWorker):
             )
         return own
 
+    def _tell_whether_ranks_are_alike(self) -> None:
+        """Tells the layers, if they ask: where CPU ranks choose experts for the same tokens."""
+        layers = self.worker_balancer.layers
+        if layers[0].way == "replicated" and layers[0].tables.counters.is_cpu:
+            alike = self._ranks_are_alike()
+            for layer in layers:
+                layer.ranks_are_alike = alike
+
     def _ranks_are_alike(self) -> bool:
-        """Whether all ranks have this one's processor and number of threads; a collective."""
+        """Whether all ranks are known to have this one's processor and number of threads; a
+        collective."""
         from vllm.distributed import get_ep_group
 
-        own = (processor(), torch.get_num_threads())
-        return len(set(from_all_ranks(get_ep_group(), own))) == 1
+        found = from_all_ranks(get_ep_group(), (processor(), torch.get_num_threads()))
+        return len(set(found)) == 1 and found[0][0] is not None
 
-    def _bind_slots(self, vllm_config: Any, runners: list[Any], knee: KneeAndFree) -> None:
+    def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
 
         config = self.balancer_config
@@ -177,7 +191,7 @@ class BalancedWorker(RecordingWorker):
             shared.prefetch, vllm_config.parallel_config.distributed_executor_backend
         )
         self._prefetch = shared.prefetch
-        knee_tokens, _ = knee
+        knee_tokens, _ = self._knee
         rules = shared.rules(knee_tokens, measured_costs(config, vllm_config))
         policy = FETCHING[config.name](rules)
         layers, buffers = [], PairBuffers()

@@ -9,8 +9,6 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_balance.config import WITHOUT_EPLB
-from vllm_balance.errors import BalancerError
 from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
@@ -18,6 +16,7 @@ from vllm_balance.seams.fetch_failure import own_signals
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.settings_files import require_profiled_cores
+from vllm_balance.seams.without_eplb import without_eplb
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
 
 logger = init_logger(f"vllm.{__name__}")
@@ -60,12 +59,8 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         runner = self.model_runner
         runner._moe_model = get_mixture_of_experts_model(runner.get_model())
         if runner._moe_model is None:
-            raise BalancerError(
-                f"--moe-balancer {self.balancer_config.name} needs vLLM's EPLB for redundant or "
-                f"moving experts, and vLLM does not support EPLB for "
-                f"{type(runner.get_model()).__name__}. {WITHOUT_EPLB}, or remove "
-                f"--moe-balancer."
-            )
+            model = type(runner.get_model()).__name__
+            raise without_eplb(self.balancer_config.name, f"{model} does not support it")
         runner.eplb_state = EplbState(self.parallel_config, self.device)
         runner.eplb_state.add_model(runner._moe_model, runner.model_config)
 
