@@ -1,5 +1,6 @@
 """Seams against the source of vLLM versions: the installed one and a recorded 0.33."""
 
+import ast
 import json
 import zipfile
 from dataclasses import replace
@@ -10,6 +11,7 @@ import vllm
 from typer.testing import CliRunner
 from vllm.platforms import current_platform
 
+import vllm_balance
 from vllm_balance import commands
 from vllm_balance.commands.doctor import all_places, all_seams
 from vllm_balance.errors import BalancerError
@@ -20,6 +22,17 @@ PLACES = all_places(cpu=True)
 INSTALLED = Path(vllm.__file__).parents[1]
 RECORDED = Path(__file__).parent / "vllm-0.33.0.json"
 """Made by `vllm-balance doctor --against vllm-0.33.0-*.whl --json`."""
+
+PUBLIC = {
+    "vllm": "for its version, which says whether the rest is known",
+    "vllm.config.CUDAGraphMode": "an enumeration, of which a value is compared",
+    "vllm.envs": "settings, of which one is read",
+    "vllm.logger.init_logger": "for plugins, as docs of vLLM say",
+    "vllm.platforms.CpuArchEnum": "an enumeration, of which a value is compared",
+    "vllm.platforms.current_platform": "for plugins, as docs of vLLM say",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "for CPUs only; a subclass of Worker, which is checked",
+}
+"""What is imported of vLLM and not checked: why."""
 
 
 def doctor(*arguments):
@@ -34,6 +47,43 @@ def test_the_installed_source_and_the_live_objects_agree():
     assert {seam.target for seam in SEAMS if found[seam.target] is None} == {
         seam.target for seam in SEAMS if seam.only_if_missing
     }
+
+
+def imported_of_vllm() -> dict[str, Path]:
+    """Every full name that the package imports of vLLM -> a file that does."""
+    found = {}
+    for file in Path(vllm_balance.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name: file for name in names if name.partition(".")[0] == "vllm"}
+    return found
+
+
+def is_checked(name: str) -> bool:
+    """Whether doctor looks at an imported name, or at a function of what it names."""
+    module, _, own = name.rpartition(".")
+    for place in PLACES:
+        defined_in, _, path = place.target.partition(":")
+        if name == defined_in:
+            return True
+        # A package may give again what a module in it defines.
+        within = f"{defined_in}.".startswith(f"{module}.")
+        if within and path.partition(".")[0] == own:
+            return True
+    return False
+
+
+def test_doctor_checks_what_is_imported_of_vllm():
+    imported = imported_of_vllm()
+    assert "vllm.distributed.eplb.eplb_state.EplbState" in imported
+    assert is_checked("vllm.distributed.get_ep_group") and not is_checked("vllm.distributed.other")
+    unknown = imported.keys() - PUBLIC.keys()
+    assert {name: imported[name].name for name in unknown if not is_checked(name)} == {}
+    assert imported.keys() >= PUBLIC.keys(), "a row is of no use"
 
 
 def test_every_place_fits_vllm_0_33():

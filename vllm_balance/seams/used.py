@@ -1,5 +1,6 @@
 """What is called of vLLM and not wrapped, where vLLM promises nothing. `vllm-balance doctor` checks
-it as it checks the seams, so that an upgrade which changes it can be noticed beforehand."""
+it as it checks the seams, so that an upgrade which changes it can be noticed beforehand. Attributes
+that are read, and what functions return, nobody checks but a server that runs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,18 @@ from vllm_balance.seams import Place
 
 _EPLB = "vllm.distributed.eplb"
 _MOE = "vllm.model_executor.layers.fused_moe"
+_MODEL_CONFIG = "vllm.config.model:ModelConfig"
+_WORKER_METHODS: dict[str, tuple[str, ...]] = {
+    "init_device": (),
+    "load_model": ("load_dummy_weights",),
+    "compile_or_warm_up_model": (),
+    "execute_model": ("scheduler_output",),
+    "execute_dummy_batch": (),
+    "reload_weights": (),
+    "sleep": ("level",),
+    "shutdown": (),
+}
+"""What the balancer's worker classes override and call, with the parameters relied on."""
 
 USED = (
     Place(
@@ -69,6 +82,11 @@ USED = (
         why="replayed routing",
     ),
     Place(
+        target=f"{_MOE}.router.routing_simulator_router:RoutingStrategy.route_tokens",
+        parameters=("hidden_states", "router_logits", "top_k", "indices_type"),
+        why="replayed routing",
+    ),
+    Place(
         target="vllm._custom_ops:cpu_fused_moe",
         parameters=("input", "w13", "w2", "topk_weights", "topk_ids", "act", "isa"),
         why="profiles of CPUs",
@@ -82,6 +100,59 @@ USED = (
         target="vllm.forward_context:get_forward_context",
         parameters=(),
         why="padding of a batch, the layer of a replay",
+    ),
+    *(
+        Place(
+            target=f"vllm.v1.worker.gpu_worker:Worker.{name}",
+            parameters=parameters,
+            why="the balancer's workers, on CPU and GPU, do something before or behind it",
+        )
+        for name, parameters in _WORKER_METHODS.items()
+    ),
+    Place(
+        target="vllm.distributed.parallel_state:get_ep_group",
+        parameters=(),
+        why="the ranks that balance, and what they tell each other",
+    ),
+    Place(
+        target="vllm.distributed.parallel_state:GroupCoordinator.all_reduce",
+        parameters=("input_",),
+        why="counts, and rank 0's choice of experts",
+    ),
+    Place(
+        target="vllm.distributed.parallel_state:GroupCoordinator.barrier",
+        parameters=(),
+        why="gem measures what a swap takes",
+    ),
+    Place(
+        target="vllm.config.vllm:get_current_vllm_config",
+        parameters=(),
+        why="the settings, while a layer is built",
+    ),
+    Place(
+        target=f"{_MODEL_CONFIG}.get_num_experts",
+        parameters=(),
+        why="experts of a layer",
+    ),
+    Place(
+        target=f"{_MODEL_CONFIG}.get_num_experts_per_tok",
+        parameters=(),
+        why="limits of the GPU kernels, replayed routing",
+    ),
+    Place(
+        target=f"{_MODEL_CONFIG}.compute_hash",
+        parameters=(),
+        why="by which EPLB names the model whose maps are written",
+    ),
+    Place(
+        target=f"{_MOE}.runner.moe_runner:MoERunner.get_expert_weights",
+        parameters=(),
+        why="experts that are fetched",
+    ),
+    Place(
+        target="vllm.v1.core.sched.output:CachedRequestData.is_context_phase",
+        parameters=("req_id",),
+        why="which requests of a recorded step decode",
     ),
     Place(
         target="vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
