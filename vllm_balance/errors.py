@@ -1,7 +1,11 @@
 """The one exception users see: what was asked, found and allowed, and what to do.
 
-Raised before weights are loaded, with two exceptions: a rank's weights did not arrive where they
-should, and a fetch that fails while serving.
+A server raises it as early as it can know: when its configuration is made, in a worker before the
+model is built, or while it is. What only loaded weights show is refused behind them, before the
+first request: where they went, how large experts are, which kernel computes them, whether a host
+store finds memory. While serving it is raised for what is asked for then (reloaded weights, sleep, a
+recording or a replay that cannot be) and for a fetch that fails. Commands raise it for their
+arguments and files.
 """
 
 from __future__ import annotations

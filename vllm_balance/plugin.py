@@ -10,7 +10,8 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Installs the argument seams. Safe to call again; imports nothing heavy.
+    """Installs the argument seams. Safe to call again; imports our settings and their checks, which
+    need nothing that vLLM does not import itself, and no numba.
 
     A vLLM into which they do not fit must still start for everybody who does not balance: it gets
     a warning and no flags, so that vLLM's parser refuses ``--moe-balancer``.
