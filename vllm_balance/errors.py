@@ -3,8 +3,8 @@
 A server raises it as early as it can know: when its configuration is made, in a worker before the
 model is built, or while it is. What only loaded weights show is refused behind them, before the
 first request: where they went, how large experts are, which kernel computes them, whether a host
-store finds memory. While serving it is raised for what is asked for then (reloaded weights, sleep, a
-recording or a replay that cannot be) and for a fetch that fails. Commands raise it for their
+store finds memory. While serving it answers what is asked for then (reloaded weights, sleep, a
+recording or a replay that cannot be), and says that a fetch failed. Commands raise it for their
 arguments and files.
 """
 
