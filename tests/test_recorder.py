@@ -187,19 +187,51 @@ def test_steps_are_dropped_and_counted_if_the_writer_is_behind(tmp_path, monkeyp
     assert len(traces.load(tmp_path / "t.npz").counts_NLE) == 2
 
 
-def test_a_disk_that_fails_ends_the_recording_and_not_the_server(tmp_path, monkeypatch):
-    def full_disk(self, chunk):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RecordingFile, "append", full_disk)
-    lines = []
+@pytest.mark.parametrize("fails_in", ["append", "_write"])
+def test_a_disk_that_fails_ends_the_recording_and_not_the_server(tmp_path, monkeypatch, fails_in):
+    """The file is closed, and what was written before can be read."""
+    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
+    lines, opened = [], []
     chosen = recorder(log=lines.append)
     chosen.start(settings(tmp_path))
     run(chosen, 0, random_ids(3, 0))
+    wait_until(lambda: chosen.status()["steps"] == 1)
+
+    def full_disk(self, *_):
+        opened.append(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordingFile, fails_in, full_disk)
+    run(chosen, 1, random_ids(3, 0))
     chosen.stop()
     assert chosen.status()["state"] == "failed"
     assert "No space left" in lines[0]
-    run(chosen, 1, random_ids(3, 0))
+    run(chosen, 2, random_ids(3, 0))
+    assert opened[0]._file.closed
+    assert traces.load(tmp_path / "t.npz").counts_NLE.sum() == 3 * TOP_K * LAYERS
+    with np.load(tmp_path / "t.npz") as archive:
+        assert "counts.000000" in archive.files and "counts.000001" not in archive.files
+
+
+def test_a_file_is_closed_although_its_directory_cannot_be_written(tmp_path, monkeypatch):
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    run(chosen, 0, random_ids(3, 0))
+    opened = []
+    close = RecordingFile.close
+
+    def full_disk(self):
+        opened.append(self)
+        self._archive._write_end_record = no_room
+        close(self)
+
+    def no_room():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordingFile, "close", full_disk)
+    chosen.stop()
+    assert chosen.status()["state"] == "failed" and opened[0]._file.closed
+    assert len(traces.load(tmp_path / "t.npz").counts_NLE) == 1
 
 
 def test_a_failure_of_the_writing_thread_ends_the_recording_with_its_reason(tmp_path, monkeypatch):

@@ -136,6 +136,73 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path_factory, data):
     assert np.array_equal(found.counts_NLE, counts_chunk(0, 3)["counts"])
 
 
+SHORTER = {
+    "counts": ("step", "phase", "counts"),
+    "ids": ("step", "num_tokens", "request_id", "position", "phase", "topk_ids"),
+}
+
+
+@pytest.mark.parametrize(("what", "name"), [(w, n) for w, names in SHORTER.items() for n in names])
+def test_a_recording_whose_arrays_differ_in_length_is_refused(tmp_path, what, name):
+    chunk = counts_chunk(0, 3) if what == "counts" else ids_chunk(0, [1, 1, 1])
+    write(tmp_path / "t.npz", [chunk | {name: chunk[name][:2]}])
+    with pytest.raises(BalancerError, match=rf"t\.npz is damaged: it holds .*{name} \[2"):
+        traces.load(tmp_path / "t.npz")
+
+
+def test_numbers_of_tokens_that_do_not_add_up_are_refused(tmp_path):
+    write(tmp_path / "t.npz", [ids_chunk(0, [2, 1]) | {"num_tokens": np.array([2, 2])}])
+    with pytest.raises(BalancerError, match="one for each of its tokens"):
+        traces.load(tmp_path / "t.npz")
+
+
+ARRAYS = st.builds(
+    lambda dtype, shape, fill: np.full(shape, fill).astype(dtype),
+    st.sampled_from(["u1", "i1", "<u8", ">i4", "f4", "?", "S3", "U2", "M8[s]", "c8"]),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.integers(-3, 9),
+)
+HEADERS = st.sampled_from(["num_experts", "top_k", "rank", "num_ranks", "layer_index", "recording"])
+
+
+@given(st.data())
+def test_any_array_under_a_right_checksum_is_refused_or_read(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.npz"
+    path.unlink(missing_ok=True)
+    chunk = data.draw(st.sampled_from([counts_chunk(0, 3), ids_chunk(0, [1, 0, 2])]))
+    odd = data.draw(st.dictionaries(st.sampled_from(sorted(chunk)), ARRAYS, max_size=2))
+    header = data.draw(st.dictionaries(HEADERS, ARRAYS, max_size=1 if odd else 2))
+    write(path, [chunk | odd], **header)
+    try:
+        trace = traces.load(path)
+    except BalancerError as refused:
+        assert "fuzzed.npz" in str(refused)
+        return
+    first, _ = trace.split() if trace.num_tokens > 1 and len(chunk["step"]) > 1 else (trace, None)
+    assert first.chunks(1).shape[1:] == (trace.num_layers, trace.num_experts)
+
+
+@given(st.data())
+def test_any_content_under_a_right_checksum_is_refused_or_read(tmp_path_factory, data):
+    """Bytes of one member's own header or content changed before it is packed."""
+    path = tmp_path_factory.getbasetemp() / "repacked.npz"
+    path.unlink(missing_ok=True)
+    write(path, [counts_chunk(0, 3)])
+    with zipfile.ZipFile(path) as archive:
+        members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
+    name = data.draw(st.sampled_from(sorted(members)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(members[name]) - 1))
+        members[name][place] = data.draw(st.integers(0, 255))
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(member, bytes(content))
+    try:
+        traces.load(path)
+    except BalancerError as refused:
+        assert "repacked.npz" in str(refused)
+
+
 def test_damage_inside_is_told_with_its_place(tmp_path):
     path = tmp_path / "t.npz"
     write(path, [counts_chunk(0, 3)])

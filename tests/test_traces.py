@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_balance import traces
 from vllm_balance.errors import BalancerError
-from vllm_balance.trace_summary import drift, groups, summarise
+from vllm_balance.recording import Phase
+from vllm_balance.trace_summary import drift_of_tenths, groups, main_phase, summarise
 from vllm_balance.traces import Trace
 
 
@@ -118,6 +119,38 @@ def test_counts_are_thinned_from_steps_of_the_phase_that_is_asked_for():
     assert trace.split()[1].phase_N.tolist() == [0, 1, 2]
 
 
+def test_recorded_steps_are_rows_of_the_file_in_their_order():
+    counts = np.arange(40)[:, None, None] + np.zeros((40, 3, 8), np.int64)
+    trace = replace(count_trace(), counts_NLE=counts, phase_N=np.arange(40) % 4 // 3)
+    drawn = trace.recorded_steps(10, seed=3)
+    assert drawn.shape == (10, 3, 8) and drawn.dtype == np.int32
+    assert (np.diff(drawn[:, 0, 0]) > 0).all() and (drawn == drawn[:, :1, :1]).all()
+    assert np.array_equal(drawn, trace.recorded_steps(10, 3))
+    assert not np.array_equal(drawn, trace.recorded_steps(10, 4))
+    assert np.array_equal(trace.recorded_steps(99, 0), counts)
+    decode = trace.of_phase(Phase.DECODE)
+    assert decode.recorded_steps(99, 0)[:, 0, 0].tolist() == list(range(3, 40, 4))
+
+
+def test_a_phase_that_was_not_recorded_is_refused_with_those_that_were():
+    trace = replace(count_trace(), phase_N=np.array([0, 0, 0, 1, 2, 2]))
+    assert trace.phases() == {Phase.PREFILL: 3, Phase.DECODE: 1, Phase.MIXED: 2}
+    assert main_phase(trace) == Phase.PREFILL and main_phase(count_trace()) is None
+    with pytest.raises(BalancerError, match="has 3 prefill among its steps"):
+        trace.of_phase(Phase.PREFILL).of_phase(Phase.MIXED)
+    with pytest.raises(BalancerError, match="has no phases among its steps"):
+        count_trace().of_phase(Phase.DECODE)
+    with pytest.raises(BalancerError, match="has 200 prefill, 200 decode among its tokens"):
+        token_trace().of_phase(Phase.MIXED)
+    assert len(token_trace().of_phase(Phase.DECODE).topk_ids_TLK) == 200
+
+
+def test_tokens_of_counts_follow_from_their_pairs():
+    tokens = token_trace()
+    counts = replace(count_trace(), counts_NLE=tokens.chunks(25))
+    assert tokens.num_tokens == counts.num_tokens == 400
+
+
 def test_prefill_steps_are_whole_requests_in_another_order():
     """Expert of layer 0 marks the request of ten tokens: a batch of 20 touches two or three."""
     request = np.repeat(np.arange(8), 10)
@@ -189,6 +222,9 @@ GOOD = archive()
         {"topk_ids": np.array([object()])},
         {"layer_index": np.array([0, 2, 1])},
         {"layer_index": np.array([0, 1])},
+        {"layer_index": np.array([0, 2, 1], np.uint8)},
+        {"layer_index": np.array([0, 1, 2**63], np.uint64)},
+        {"layer_index": np.array([1, 2, -(2**63)])},
         {"phase": np.zeros(3, int)},
         {"topk_ids": None, "counts": np.full((2, 3, 8), -1)},
         {"topk_ids": None, "counts": np.ones((2, 3, 8), int), "phase": np.zeros(3, int)},
@@ -253,12 +289,12 @@ def test_the_summary_finds_consistent_temporal_and_joint_experts():
     assert np.flatnonzero(summary.consistent_LE[0]).tolist() == [0]
     assert np.flatnonzero(summary.temporal_LE[0]).tolist() == [1, 2]
     assert summary.groups_L == (((1, 2),),)
-    assert summary.num_tokens is None and summary.num_steps == 50
+    assert summary.num_steps == 50
     assert summary.skew_L[0] == pytest.approx(counts.sum(0).max() / counts.sum(0).mean())
 
 
 def test_drift_is_the_share_of_load_that_moved():
     counts = np.zeros((20, 1, 4), np.int64)
     counts[:10, 0, 0], counts[10:, 0, 0], counts[10:, 0, 1] = 8, 6, 2
-    assert drift(counts)[0].tolist() == pytest.approx([0] * 5 + [0.25] * 5)
+    assert drift_of_tenths(counts)[0].tolist() == pytest.approx([0] * 5 + [0.25] * 5)
     assert groups(counts[:2, 0]) == ()

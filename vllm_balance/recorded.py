@@ -18,6 +18,10 @@ from vllm_balance.recording import MEMBERS, PER_TOKEN, VERSION, Phase, path_of_r
 Array = np.ndarray[Any, np.dtype[Any]]
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _SIGNATURE = b"PK\x03\x04"
+_INT = "iu"
+"""Kinds of dtype that are whole numbers."""
+_DEEP = ("counts", "topk_ids")
+"""Arrays of a chunk with more than one axis."""
 
 
 def read(path: Path) -> dict[str, Array] | None:
@@ -65,6 +69,7 @@ def _arrays(path: Path) -> dict[str, Array] | None:
         if not (start.startswith(_SIGNATURE) and start.endswith(b"recording.npy")):
             return None
     header, chunks = _header_and_chunks(path)
+    _require_numbers(path, header)
     if int(header["recording"]) != VERSION:
         raise BalancerError(
             f"Trace {path} has the recording format {int(header['recording'])}; this version of "
@@ -77,7 +82,45 @@ def _arrays(path: Path) -> dict[str, Array] | None:
             f"Trace {path} holds no whole step: nothing was recorded before it ended."
         )
     joined = {name: np.concatenate(chunks.pop(name)[:whole]) for name in MEMBERS[kind]}
+    _require_lengths(path, joined)
     return {**header, **joined}
+
+
+def _require_numbers(path: Path, header: dict[str, Array]) -> None:
+    """Raises BalancerError unless the header tells the format and the ranks, in a number each."""
+    for name in ("recording", "rank", "num_ranks"):
+        found = header.get(name)
+        if found is None or found.ndim or found.dtype.kind not in _INT:
+            raise BalancerError(
+                f"Trace {path} is damaged: {name} in its header is missing or no whole number. "
+                f"Copy or record it again."
+            )
+
+
+def _require_lengths(path: Path, joined: dict[str, Array]) -> None:
+    """Raises BalancerError unless there is one entry for each step, and one for each token, and
+    all are whole numbers."""
+    odd = [
+        f"{name} {array.dtype}" for name, array in joined.items() if array.dtype.kind not in _INT
+    ]
+    if odd:
+        raise BalancerError(
+            f"Trace {path} is damaged: it holds {', '.join(odd)}, and whole numbers are needed. "
+            f"Copy or record it again."
+        )
+    of_tokens = PER_TOKEN if "num_tokens" in joined else ()
+    length = {name: array.shape[:1] for name, array in joined.items()}
+    steps = {length[name] for name in joined if name not in of_tokens}
+    tokens = {length[name] for name in of_tokens}
+    if of_tokens:
+        tokens.add((int(joined["num_tokens"].sum()),))
+    flat = all(array.ndim == 1 for name, array in joined.items() if name not in _DEEP)
+    if len(steps) > 1 or len(tokens) > 1 or not flat:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in joined.items())
+        raise BalancerError(
+            f"Trace {path} is damaged: it holds {shapes}, and needed is one entry for each step "
+            f"and, of ids, one for each of its tokens. Copy or record it again."
+        )
 
 
 def _header_and_chunks(path: Path) -> tuple[dict[str, Array], dict[str, list[Array]]]:
@@ -85,7 +128,9 @@ def _header_and_chunks(path: Path) -> tuple[dict[str, Array], dict[str, list[Arr
     header: dict[str, Array] = {}
     chunks: dict[str, list[Array]] = {}
     for name, raw in _members(path, path.read_bytes()):
-        array = np.load(io.BytesIO(raw), allow_pickle=False)
+        array = np.lib.format.read_array(  # type: ignore[no-untyped-call]
+            io.BytesIO(raw), allow_pickle=False
+        )
         key, _, chunk = name.removesuffix(".npy").partition(".")
         if chunk:
             chunks.setdefault(key, []).append(array)

@@ -119,9 +119,12 @@ class RecordingFile:
         return True
 
     def close(self) -> None:
-        """Writes the archive's directory, so that ``numpy.load`` opens it too."""
-        self._archive.close()
-        self._file.close()
+        """Writes the archive's directory, so that ``numpy.load`` opens it too; does nothing after
+        that. Raises OSError if the disk fails, and is closed all the same."""
+        try:
+            self._archive.close()
+        finally:
+            self._file.close()
 
     def _write(self, name: str, data: bytes) -> None:
         self._archive.writestr(name, data)

@@ -7,6 +7,7 @@ thread falls behind, steps are left out and counted: serving never waits.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class Step:
     """One forward pass, as the scheduler planned it for this rank."""
 
     number: int
-    """Forward passes of this worker before this one."""
+    """Forward passes of this worker up to this one, which is counted."""
     phase: Phase
     num_tokens: int
     request_id_T: Array | None = None
@@ -165,6 +166,9 @@ class StepWriter:
             file.close()
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             self._end("failed", f"could not be written ({type(error).__name__}: {error})")
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                file.close()
 
     def _next_block(self) -> _Block | None:
         """The next block with steps in it; None when the recording has ended."""

@@ -15,6 +15,7 @@ missing). Other arrays are ignored. What a server recorded holds the same arrays
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -28,14 +29,17 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.recording import Phase
 
 Array = np.ndarray[Any, np.dtype[Any]]
+DEFAULT_BATCH = 256
+"""Tokens of a batch from a trace of ids where nothing else is asked for."""
 _PER_TOKEN = ("request_id", "position", "phase")
 _UNREADABLE = (
     OSError,
     ValueError,
     EOFError,
-    KeyError,
+    LookupError,
     TypeError,
     SyntaxError,
+    tokenize.TokenError,
     RuntimeError,
     OverflowError,
     zlib.error,
@@ -65,6 +69,55 @@ class Trace:
     @property
     def num_layers(self) -> int:
         return len(self.layer_index_L)
+
+    @property
+    def num_tokens(self) -> int:
+        """Recorded tokens. Of counts: each token is `top_k` pairs in every layer."""
+        if self.topk_ids_TLK is not None:
+            return len(self.topk_ids_TLK)
+        assert self.counts_NLE is not None
+        pairs = int(self.counts_NLE.sum(dtype=np.int64))
+        return round(pairs / (self.num_layers * self.top_k))
+
+    def phases(self) -> dict[Phase, int]:
+        """Recorded tokens, or of counts steps, of each phase that there is; {} if not recorded."""
+        phases = self.phase_T if self.topk_ids_TLK is not None else self.phase_N
+        if phases is None:
+            return {}
+        counted = {phase: int((phases == int(phase)).sum()) for phase in Phase}
+        return {phase: number for phase, number in counted.items() if number}
+
+    def of_phase(self, phase: Phase) -> Trace:
+        """The tokens, or of counts the steps, of one phase alone.
+
+        Raises:
+            BalancerError: there are none, or phases were not recorded.
+        """
+        found = self.phases()
+        if phase not in found:
+            held = ", ".join(f"{number} {other.name.lower()}" for other, number in found.items())
+            what = "steps" if self.topk_ids_TLK is None else "tokens"
+            raise BalancerError(
+                f"Phase {phase.name.lower()} of trace {self.name} was asked for, and the part of "
+                f"it that is looked at has {held or 'no phases'} among its {what}. Ask for a phase "
+                f"that is there or for none, or record more."
+            )
+        phases = self.phase_T if self.topk_ids_TLK is not None else self.phase_N
+        assert phases is not None
+        return self._only(phases == int(phase))
+
+    def recorded_steps(self, most: int, seed: int) -> Array:
+        """Steps of a trace of counts as they were recorded, [N, L, E] int32.
+
+        All of them, or `most` that the seed draws, in recorded order; so phases have their real
+        share.
+        """
+        assert self.counts_NLE is not None
+        counts_NLE = self.counts_NLE
+        if most < len(counts_NLE):
+            drawn = np.random.default_rng(seed).choice(len(counts_NLE), most, replace=False)
+            counts_NLE = counts_NLE[np.sort(drawn)]
+        return counts_NLE.astype(np.int32, copy=False)
 
     def steps(self, batch: int, num_steps: int, seed: int) -> Array:
         """Decode-like batches: pairs of each expert, [num_steps, L, E] int32.
@@ -285,8 +338,9 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
         sorted_TLK = np.sort(recorded, axis=2)
         if (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]).any():
             raise BalancerError("a token uses one expert twice in a layer.")
-    layers_L = arrays.get("layer_index", np.arange(recorded.shape[1]))
-    if layers_L.shape != recorded.shape[1:2] or layers_L[0] < 0 or (np.diff(layers_L) <= 0).any():
+    layers_L = arrays.get("layer_index", np.arange(recorded.shape[1])).astype(np.int64)
+    rises = layers_L.shape == recorded.shape[1:2] and (layers_L[1:] > layers_L[:-1]).all()
+    if not rises or layers_L[0] < 0:
         raise BalancerError("layer_index must rise and have one entry per layer.")
     of_this_kind = _PER_TOKEN if key == "topk_ids" else ("phase",)
     for field in set(of_this_kind) & arrays.keys():
@@ -297,7 +351,7 @@ def _trace(name: str, arrays: dict[str, Array]) -> Trace:
         name=name,
         num_experts=num_experts,
         top_k=top_k,
-        layer_index_L=layers_L.astype(np.int64),
+        layer_index_L=layers_L,
         topk_ids_TLK=recorded if key == "topk_ids" else None,
         counts_NLE=recorded.astype(np.int32, copy=False) if key == "counts" else None,
         phase_N=arrays.get("phase") if key == "counts" else None,
