@@ -8,7 +8,7 @@ import torch
 
 from vllm_balance.cost import CostModel
 from vllm_balance.online import OnlinePlacement, Window
-from vllm_balance.placement.online import OnlineSettings
+from vllm_balance.placement.online import PARTS, OnlineSettings
 
 COST = CostModel(a_us=0.0, b_us=0.0, c_us=0.0, beta_us=1.0)
 SETTINGS = OnlineSettings(interval=10, window=8, horizon=10**6, hysteresis=0.0)
@@ -17,13 +17,15 @@ SETTINGS = OnlineSettings(interval=10, window=8, horizon=10**6, hysteresis=0.0)
 class TwoRanks:
     """The other rank says what it is told to; weights are counted, not moved."""
 
-    def __init__(self, other_slowdown: float = 1.0) -> None:
-        self.other = np.array([other_slowdown, 50.0])
+    def __init__(self, noise: np.random.Generator | None = None) -> None:
+        """`noise` draws the other rank's slowdown in each part of the window."""
+        self.noise = noise
         self.gathered, self.moved = [], []
 
     def gather(self, own):
         self.gathered.append(own)
-        return np.stack([own, self.other])
+        other_M = np.ones(PARTS) if self.noise is None else self.noise.lognormal(0, 0.3, PARTS)
+        return np.stack([own, [50.0, *other_M]])
 
     def from_first(self, decision):
         return decision
@@ -81,7 +83,7 @@ def test_the_slowest_measured_swap_counts():
     rank = Rank(ranks)
     for _ in range(10):
         rank.step(1, 1, 1, 1)
-    assert ranks.gathered[0][1] == 20.0
+    assert ranks.gathered[0][0] == 20.0
     assert rank.online.status()["recent"][0]["swap_us"] == 50.0
 
 
@@ -98,6 +100,32 @@ def test_a_rank_that_becomes_slow_is_noticed_and_relieved():
     assert len(ranks.moved) == 1
     for slots_P in ranks.moved[0]:
         assert np.array([10, 7, 8, 9])[slots_P[:2]].sum() == 15
+
+
+def test_equal_ranks_that_are_disturbed_by_chance_are_alike_and_nothing_moves():
+    """By the mean over the window each of 20 decisions has the ranks several percent apart."""
+    noise = np.random.default_rng(0)
+    ranks = TwoRanks(noise)
+    rank = Rank(ranks)
+    for _ in range(200):
+        rank.step(10, 7, 8, 9, us_per_token=noise.lognormal(0, 0.3))
+    status = rank.online.status()
+    apart = [abs(np.log(own[1:].mean())) for own in ranks.gathered]
+    assert status["decisions"] == 20 and np.median(apart) > 0.05
+    assert not ranks.moved
+    for entry in status["recent"]:
+        first, second = entry["slowdown_per_rank"]
+        assert first == second
+
+
+def test_a_rank_that_is_slow_beside_chance_is_noticed():
+    noise = np.random.default_rng(1)
+    ranks = TwoRanks(noise)
+    rank = Rank(ranks)
+    for _ in range(10):
+        rank.step(10, 7, 8, 9, us_per_token=3.0 * noise.lognormal(0, 0.3))
+    first, second = rank.online.status()["slowdown_per_rank"]
+    assert first > 1.5 * second and len(ranks.moved) == 1
 
 
 def test_idle_steps_are_none_and_drift_is_reported():
@@ -153,6 +181,7 @@ def test_the_window_keeps_the_last_steps_in_order(steps):
 
 
 def test_slowdown_is_measured_over_modelled_time_of_steps_with_work():
-    assert window(0).slowdown(COST) == 1.0
-    assert window(1).slowdown(COST) == 1.0
-    assert window(9).slowdown(COST) == pytest.approx(3.0)
+    """Four steps for eight parts: those without any have the slowdown of all."""
+    assert window(0).slowdown_M(COST).tolist() == [1.0] * PARTS
+    assert window(1).slowdown_M(COST).tolist() == [1.0] * PARTS
+    assert window(9).slowdown_M(COST) == pytest.approx([3.0] * PARTS)

@@ -15,7 +15,14 @@ from vllm_balance.balancer import LayerBalancer
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way
-from vllm_balance.placement.online import Decision, OnlineSettings, decide, drift
+from vllm_balance.placement.online import (
+    PARTS,
+    Decision,
+    OnlineSettings,
+    certain_slowdown_S,
+    decide,
+    drift,
+)
 from vllm_balance.placement.policy import Array, Cluster
 
 KEPT_DECISIONS = 50
@@ -67,19 +74,27 @@ class Window:
             return self.history_NLE[: self.filled]
         return np.roll(self.history_NLE, -(self.steps % len(self.history_NLE)), axis=0)
 
-    def slowdown(self, cost: CostModel) -> float:
-        """Time in the experts over what the profile's curve says of the same work; 1 without any.
+    def slowdown_M(self, cost: CostModel) -> Array:
+        """Time in the experts over what the profile's curve says of the same work, in each of
+        PARTS parts of the window, [M].
 
         A rank that was taken off its core for a while in some steps counts with them: all others
-        wait for it in those steps.
+        wait for it in those steps. A part without work has the slowdown of the whole window, and
+        that is 1 without any.
         """
         own_NLP = self.own_NLP[: self.filled]
         modelled_NL = cost.time_us(
             (own_NLP > 0).sum(2), own_NLP.sum(2), cost.further(own_NLP).sum(2)
         )
-        modelled_us = float(modelled_NL.sum())
-        measured_us = float(self.kernel_us_NL[: self.filled][modelled_NL > 0].sum())
-        return measured_us / modelled_us if modelled_us and measured_us else 1.0
+        measured_NL = np.where(modelled_NL > 0, self.kernel_us_NL[: self.filled], 0.0)
+        modelled_us_M, measured_us_M = (
+            np.array([part.sum() for part in np.array_split(times_NL, PARTS)])
+            for times_NL in (modelled_NL, measured_NL)
+        )
+        modelled_us, measured_us = modelled_us_M.sum(), measured_us_M.sum()
+        whole = measured_us / modelled_us if modelled_us and measured_us else 1.0
+        worked_M = (modelled_us_M > 0) & (measured_us_M > 0)
+        return np.where(worked_M, measured_us_M / np.where(worked_M, modelled_us_M, 1.0), whole)
 
 
 class OnlinePlacement:
@@ -149,9 +164,11 @@ class OnlinePlacement:
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
-        own = np.array([self._window.slowdown(self._costs[self._rank]), self._swap_us])
-        found_S2 = self._ranks.gather(own)
-        self._slowdown_S, swap_us = found_S2[:, 0].tolist(), float(found_S2[:, 1].max())
+        own_M = self._window.slowdown_M(self._costs[self._rank])
+        # Every rank judges the same numbers, and so the speeds in its status are the same.
+        found_SX = self._ranks.gather(np.array([self._swap_us, *own_M]))
+        swap_us = float(found_SX[:, 0].max())
+        self._slowdown_S = certain_slowdown_S(found_SX[:, 1:].T).tolist()
         history_NLE = self._window.in_order()
         load_LE = history_NLE.sum(0, dtype=np.int64)
         if self._reference_LE is None:

@@ -2,8 +2,9 @@
 
     python moving.py WORLD_SIZE RANK INIT_FILE OUT_FILE
 
-Weights are moved by vLLM's own exchange. Every batch is compared with the dense layer here; what
-ranks must agree on is written to OUT_FILE.
+Three times from the start: with traffic that turns, with a slow rank, and with nothing to gain by
+the settings that are default. Weights are moved by vLLM's own exchange. Every batch is compared
+with the dense layer here; what ranks must agree on is written to OUT_FILE.
 """
 
 import json
@@ -28,6 +29,14 @@ from vllm_balance.seams.loading import write_maps
 from vllm_balance.seams.online import WorkerRanks
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, STEPS = 3, 8, 2, 6, 60
+EAGER = {"window": 10, "horizon": 10**9, "hysteresis": 0.0}
+CASES = {
+    "turning": {"settings": EAGER, "busy": ([0, 1, 2], [5, 6, 7]), "slowness": (1.0, 1.0)},
+    "slow": {"settings": EAGER, "busy": ([0, 1, 2, 4, 5, 6],) * 2, "slowness": (1.0, 1.5)},
+    "still": {"settings": {"window": 10}, "busy": ([], []), "slowness": (1.0, 1.0)},
+}
+"""Settings of `online`, the busy experts in the first and second half of the run, and the time of
+each rank over what its curve says."""
 
 
 class Group:
@@ -106,12 +115,11 @@ def dense(weights_ED: torch.Tensor, batch) -> torch.Tensor:
     return (expert(rows_TD[:, None], weights_ED[ids_TK]) * weights_TK[..., None]).sum(1)
 
 
-def batch_of(step: int):
-    """The traffic turns to other experts in the middle of the run."""
+def batch_of(step: int, busy: tuple[list[int], list[int]]):
+    """Tokens that ask mostly for the busy experts of this half of the run."""
     random = np.random.default_rng(step)
-    busy = [0, 1, 2] if step < STEPS // 2 else [5, 6, 7]
     share_E = np.full(EXPERTS, 0.2)
-    share_E[busy] = 3.0
+    share_E[busy[2 * step // STEPS]] = 3.0
     ids = [random.choice(EXPERTS, TOP_K, replace=False, p=share_E / share_E.sum()) for _ in "x" * 9]
     generator = torch.Generator().manual_seed(step)
     return (
@@ -130,7 +138,7 @@ def pretend_to_take(cost: CostModel, layers, load_LP, clock_us_L, group: Group) 
         layers[row].experts.kernel_ns = int(1e3 * clock_us_L[row])
 
 
-def run(group: Group) -> dict:
+def run(group: Group, *, settings: dict, busy: tuple, slowness: tuple[float, ...]) -> dict:
     weights_LED = torch.randn((LAYERS, EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1))
     state = eplb_state(group, weights_LED)
     layers = [layer_of(row, state, group) for row in range(LAYERS)]
@@ -140,28 +148,31 @@ def run(group: Group) -> dict:
     with patch("vllm.distributed.get_ep_group", lambda: group):
         ranks = WorkerRanks(state)
     before = [weight[0].clone() for weight in state.model.expert_weights]
-    assert ranks.swap_us() > 0
+    swap_us = ranks.swap_us()
+    assert swap_us > 0
     for weight, kept in zip(state.model.expert_weights, before, strict=True):
         assert torch.equal(weight[0], kept), "the probe changed the weights"
     cost = CostModel(a_us=1.0, b_us=1.0, c_us=0.0, beta_us=1.0)
     online = OnlinePlacement(
-        settings=OnlineSettings(interval=10, window=10, horizon=10**9, hysteresis=0.0),
+        settings=OnlineSettings(interval=10, **settings),
         costs=[cost] * group.world_size,
         layers=layers,
         load_LP=load_LP,
         placement_LP=ranks.placement_LP,
         ranks=ranks,
-        swap_us=1.0,
+        swap_us=swap_us,
     )
     slots = EXPERTS // group.world_size
-    placements, clock_us_L = [], [0.0] * LAYERS
+    shown = cost.slowed(slowness[group.rank_in_group])
+    placements, pairs_NS, clock_us_L = [], [], [0.0] * LAYERS
     for step in range(STEPS):
-        batch = batch_of(step)
+        batch = batch_of(step, busy)
         for row, layer in enumerate(layers):
             held_PD = state.model.expert_weights[row][0]
             expected = dense(weights_LED[row], batch)
             torch.testing.assert_close(output(layer, held_PD, batch), expected)
-        pretend_to_take(cost, layers, load_LP, clock_us_L, group)
+        pairs_NS.append(load_LP.reshape(LAYERS, group.world_size, -1).sum((0, 2)).tolist())
+        pretend_to_take(shown, layers, load_LP, clock_us_L, group)
         online.after_step()
         placements.append(online.placement_LP.tolist())
         first = group.rank_in_group * slots
@@ -170,7 +181,8 @@ def run(group: Group) -> dict:
             assert torch.equal(state.model.expert_weights[row][0], weights_LED[row][own])
     status = online.status()
     shared = ("steps", "decisions", "moves", "swaps", "slowdown_per_rank", "drift", "recent")
-    return {"placements": placements} | {key: status[key] for key in shared}
+    found = {"placements": placements, "pairs_NS": pairs_NS}
+    return found | {key: status[key] for key in shared}
 
 
 def main() -> None:
@@ -182,7 +194,8 @@ def main() -> None:
         rank=rank,
         timeout=timedelta(seconds=180),
     )
-    found = run(Group(rank, size))
+    group = Group(rank, size)
+    found = {name: run(group, **case) for name, case in CASES.items()}
     with open(out, "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()

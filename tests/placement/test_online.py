@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.placement import Cluster, score_L
-from vllm_balance.placement.online import LEAST_STEPS, MOST_LAYERS, OnlineSettings, decide, drift
+from vllm_balance.placement.online import (
+    CERTAIN_T,
+    LEAST_STEPS,
+    MOST_LAYERS,
+    PARTS,
+    OnlineSettings,
+    certain_slowdown_S,
+    decide,
+    drift,
+)
 
 PER_TOKEN = CostModel(a_us=0.0, b_us=0.0, c_us=0.0, beta_us=1.0)
 EVEN = Cluster(costs=(PER_TOKEN, PER_TOKEN))
@@ -164,3 +174,19 @@ def test_drift_is_the_share_of_the_load_that_moved_on():
     assert drift(before, 7 * before) == 0.0
     assert drift(before, np.array([[0, 3], [5, 5]])) == 0.5
     assert drift(before, np.zeros((2, 2), int)) == 0.5
+
+
+def test_a_rank_is_slower_if_the_parts_agree_and_else_as_the_median_rank():
+    steady_MS = np.tile([1.2, 1.2, 1.8, 1.2], (PARTS, 1))
+    assert certain_slowdown_S(steady_MS) == pytest.approx([1.2, 1.2, 1.8, 1.2])
+    assert certain_slowdown_S(np.tile([1.0, 1.5], (PARTS, 1))) == pytest.approx([1.0, 1.5])
+    disturbed_MS = np.tile([1.2, 1.2, 1.2, 1.2], (PARTS, 1))
+    disturbed_MS[2:4, 1] = 9.0
+    assert certain_slowdown_S(disturbed_MS) == pytest.approx([1.2] * 4)
+
+
+def test_by_chance_a_rank_of_two_is_certain_once_in_a_hundred():
+    assert student.ppf(0.995, PARTS - 1) == pytest.approx(CERTAIN_T, abs=1e-3)
+    noise = np.random.default_rng(0).lognormal(0, 0.2, (2000, PARTS, 2))
+    found = [certain_slowdown_S(slowdown_MS) for slowdown_MS in noise]
+    assert 0.005 < np.mean([first != second for first, second in found]) < 0.02

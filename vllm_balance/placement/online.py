@@ -1,7 +1,8 @@
 """Whether to move a few experts now: modelled gain over a horizon against the cost of moving.
 
 Not in GEM's paper, whose placement is fixed when the model is loaded. Swaps are chosen on the even
-steps of the recent window and judged on the odd ones, so that chance does not move experts.
+steps of the recent window and judged on the odd ones, so that chance does not move experts. A rank
+is slower than the others only if the parts of the window agree that it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ MOST_LAYERS = 8
 """Layers that one decision searches, in turn: serving waits for it."""
 LEAST_STEPS = 8
 """Recorded steps below which nothing is decided."""
+PARTS = 8
+"""Consecutive parts of the window in which the ranks' speeds are measured."""
+CERTAIN_T = 3.499
+"""Student's t of PARTS - 1 degrees of freedom, 99 %: so many standard errors must be between the
+slowdowns of a rank and of the median rank."""
 
 
 class OnlineSettings(BaseModel):
@@ -118,6 +124,24 @@ def decide(
     else:
         reason = "moved"
     return Decision(swaps=swaps, step_us=step_us, gain_us=gain_us, reason=reason)
+
+
+def certain_slowdown_S(slowdown_MS: Array) -> Array:
+    """Slowdown of each rank, [S]; where the parts do not agree that it is another than the median
+    rank's, that one's.
+
+    What else runs on a machine slows a rank for some steps, and a placement that took that for its
+    speed would move load back and forth. What slows a rank as long as the whole window counts.
+
+    Args:
+        slowdown_MS: measured over modelled time in each of PARTS parts of the window, positive.
+    """
+    median_M = np.median(slowdown_MS, axis=1)
+    log_MS = np.log(slowdown_MS / median_M[:, None])
+    error_S = log_MS.std(0, ddof=1) / np.sqrt(PARTS)
+    certain_S = np.abs(log_MS.mean(0)) > CERTAIN_T * error_S
+    relative_S = np.exp(np.where(certain_S, log_MS.mean(0), 0.0))
+    return np.asarray(np.exp(np.log(median_M).mean()) * relative_S)
 
 
 def compile_ahead(cluster: Cluster) -> None:
