@@ -160,13 +160,27 @@ def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model,
 @pytest.mark.parametrize("policy", [GemPlacement(), GemReplicaPlacement()])
 @pytest.mark.parametrize("model", [MIXED, TILED, TURNS])
 @pytest.mark.parametrize("seed", range(3))
-def test_gem_is_never_worse_than_linear_and_never_below_the_bound(policy, model, seed):
+def test_gem_is_never_worse_than_its_starts_and_never_below_the_bound(policy, model, seed):
     redundant = 4 * (policy.name == "gem_r")
     counts, ranks = history(8, 3, 16, seed, 200), cluster(4, model, num_redundant=redundant)
-    linear_L = score_L(counts, PLACEMENT["linear"]().place(counts, ranks), ranks)
+    linear_L, eplb_L = (
+        score_L(counts, PLACEMENT[start]().place(counts, ranks), ranks)
+        for start in ("linear", "eplb")
+    )
     found_L = score_L(counts, policy.place(counts, ranks), ranks)
     assert (found_L <= linear_L).all() and (found_L < linear_L).any()
+    assert (found_L <= eplb_L * (1 + 1e-9)).all() and (found_L < eplb_L).any()
     assert (lower_bound_L(counts, ranks) <= found_L * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("policy", [GemPlacement(starts=0, kicks=0), GemReplicaPlacement(trials=0)])
+def test_a_search_that_finds_nothing_keeps_eplb_s_placement(policy):
+    """Equal ranks that only compute, and one step: packing by sums is hard to beat."""
+    redundant = 4 * (policy.name == "gem_r")
+    counts, ranks = history(1, 8, 16, 5, 900), cluster(4, TOKENS, 1.0, num_redundant=redundant)
+    eplb_L = score_L(counts, PLACEMENT["eplb"]().place(counts, ranks), ranks)
+    found_L = score_L(counts, policy.place(counts, ranks), ranks)
+    assert (found_L <= eplb_L * (1 + 1e-9)).all()
 
 
 def test_gem_r_repeats_the_expert_that_is_too_hot():

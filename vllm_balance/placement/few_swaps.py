@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_balance.placement.swap_search import compiled, fill, swapped_score, top_three
+from vllm_balance.placement.swap_search import compiled, exchange, fill, new_state, swapped_score
 
 
 @compiled
-def best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S):
+def best_swap(tokens_NI, rank_of_I, score, state, top_N3):
     """(item, item) of the swap with the lowest score below `score`; (-1, -1) if there is none."""
     num_items = len(rank_of_I)
     first, second = -1, -1
@@ -23,9 +23,9 @@ def best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S):
     for i in range(num_items):
         for j in range(i + 1, num_items):
             s, t = rank_of_I[i], rank_of_I[j]
-            if s == t or not (is_slowest_S[s] or is_slowest_S[t]):
+            if s == t:
                 continue
-            found = swapped_score(tokens_NI, i, j, s, t, limit, *state, top_N3)
+            found = swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3)
             if found < limit:
                 limit, first, second = found, i, j
     return first, second
@@ -37,21 +37,13 @@ def few_swaps(tokens_NI, rank_of_I, coefficient_S7, swap_M2):
 
     Changes rank_of_I.
     """
-    num_steps, num_ranks = len(tokens_NI), len(coefficient_S7)
-    activated_NS = np.empty((num_steps, num_ranks), np.int64)
-    tokens_NS, further_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
-    time_NS = np.empty((num_steps, num_ranks))
-    top_N3 = np.empty((num_steps, 3), np.int64)
-    is_slowest_S = np.empty(num_ranks, np.bool_)
-    state = (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS)
+    state = new_state(len(tokens_NI), coefficient_S7)
+    top_N3 = np.empty((len(tokens_NI), 3), np.int64)
+    score = fill(tokens_NI, rank_of_I, state, top_N3)
     for swap in range(len(swap_M2)):
-        score = fill(tokens_NI, rank_of_I, *state)
-        top_three(time_NS, top_N3)
-        is_slowest_S[:] = False
-        is_slowest_S[top_N3[:, 0]] = True
-        i, j = best_swap(tokens_NI, rank_of_I, score, state, top_N3, is_slowest_S)
+        i, j = best_swap(tokens_NI, rank_of_I, score, state, top_N3)
         if i < 0:
             return swap
-        rank_of_I[i], rank_of_I[j] = rank_of_I[j], rank_of_I[i]
+        score = exchange(tokens_NI, rank_of_I, i, j, state, top_N3)
         swap_M2[swap] = i, j
     return len(swap_M2)

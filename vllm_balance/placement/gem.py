@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vllm_balance.placement.eplb import EplbPlacement
 from vllm_balance.placement.policy import (
     Array,
     Cluster,
@@ -29,7 +30,7 @@ class GemPlacement:
     name: ClassVar[str] = "gem"
     seed: int = 0
     starts: int = 2
-    """Random starts beside the linear and the packed one."""
+    """Random starts beside the linear one, the packed one and vLLM's EPLB placement."""
     kicks: int = 24
     """Most times that the best placement of a layer is shaken and improved again."""
     patience: int = 8
@@ -38,28 +39,37 @@ class GemPlacement:
     def place(
         self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
     ) -> Array:
-        """See `PlacementPolicy.place`. Never worse in the model than linear on this history."""
+        """See `PlacementPolicy.place`. Never worse in the model than linear or vLLM's EPLB on this
+        history."""
         check_history(history_NLE)
         refuse_redundant(cluster, self.name)
         num_experts = history_NLE.shape[2]
         cluster.num_physical(num_experts)
         coefficient_S7 = coefficients(cluster)
+        eplb_LP = EplbPlacement().place(history_NLE, cluster)
+        eplb_LE = np.argsort(eplb_LP, axis=1) // (num_experts // cluster.num_ranks)
 
         def place_layer(layer: int) -> Array:
-            rank_of_E = self._search(history_NLE[:, layer], cluster, coefficient_S7, layer)
+            history_NE = history_NLE[:, layer]
+            rank_of_E = self._search(history_NE, cluster, coefficient_S7, eplb_LE[layer], layer)
             return np.argsort(rank_of_E, kind="stable").astype(np.int32)
 
         return place_layers(place_layer, history_NLE.shape[1], progress)
 
     def _search(
-        self, history_NE: Array, cluster: Cluster, coefficient_S7: Array, layer: int
+        self,
+        history_NE: Array,
+        cluster: Cluster,
+        coefficient_S7: Array,
+        eplb_E: Array,
+        layer: int,
     ) -> Array:
         from vllm_balance.placement.swap_search import search
 
         num_experts, num_ranks = history_NE.shape[1], cluster.num_ranks
         linear_E = np.arange(num_experts) // (num_experts // num_ranks)
         random = np.random.default_rng((self.seed, layer))
-        starts_ME = [linear_E, packed(history_NE, cluster)]
+        starts_ME = [linear_E, packed(history_NE, cluster), eplb_E]
         starts_ME += [random.permutation(linear_E) for _ in range(self.starts)]
         rank_of_E = search(
             np.ascontiguousarray(history_NE, dtype=np.int64),

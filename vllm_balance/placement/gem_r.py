@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from vllm_balance.placement.eplb import EplbPlacement
 from vllm_balance.placement.gem import coefficients, mean_loads
 from vllm_balance.placement.policy import (
     Array,
@@ -36,18 +37,22 @@ class GemReplicaPlacement:
     def place(
         self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
     ) -> Array:
-        """See `PlacementPolicy.place`. Never worse in the model than linear on this history."""
+        """See `PlacementPolicy.place`. Never worse in the model than linear or vLLM's EPLB on this
+        history."""
         check_history(history_NLE)
         cluster.num_physical(history_NLE.shape[2])
         coefficient_S7 = coefficients(cluster)
+        eplb_LP = EplbPlacement().place(history_NLE, cluster)
 
         def place_layer(layer: int) -> Array:
-            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7)
+            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7, eplb_LP[layer])
             return slots_P.astype(np.int32)
 
         return place_layers(place_layer, history_NLE.shape[1], progress)
 
-    def _search(self, history_NE: Array, cluster: Cluster, coefficient_S7: Array) -> Array:
+    def _search(
+        self, history_NE: Array, cluster: Cluster, coefficient_S7: Array, eplb_P: Array
+    ) -> Array:
         from vllm_balance.placement.replica_load import EVEN, ONE
         from vllm_balance.placement.replica_search import descend_replicas
 
@@ -55,11 +60,17 @@ class GemReplicaPlacement:
         tokens_NE = np.ascontiguousarray(history_NE, dtype=np.int64)
         linear_P = np.arange(cluster.num_physical(num_experts)) % num_experts
         split = EVEN if self.split == "even" else ONE
-        slots_P = packed_replicas(history_NE, cluster).astype(np.int64)
-        none = np.empty(0)
-        score, _ = descend_replicas(tokens_NE, slots_P, coefficient_S7, split, self.trials, none)
-        start, _ = descend_replicas(tokens_NE, linear_P, coefficient_S7, split, 0, none)
-        return slots_P if score <= start else linear_P
+        packed_P = packed_replicas(history_NE, cluster).astype(np.int64)
+
+        def score(slots_P: Array, trials: int) -> float:
+            found, _ = descend_replicas(
+                tokens_NE, slots_P, coefficient_S7, split, trials, np.empty(0)
+            )
+            return float(found)
+
+        found = [(score(packed_P, self.trials), packed_P)]
+        found += [(score(slots_P, 0), slots_P) for slots_P in (linear_P, eplb_P.astype(np.int64))]
+        return min(found, key=lambda scored: scored[0])[1]
 
 
 def replicas_by_load(load_E: Array, num_redundant: int, most: int) -> Array:

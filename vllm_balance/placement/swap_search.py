@@ -2,8 +2,12 @@
 
 One layer at a time. Items are slots with a load per step; a rank holds the same number of items
 throughout. Coefficients of the ranks are float64 [S, 7]: a, b, b2, c, beta, tile_tokens (0: no
-further tiles), free_tokens. The state of a search is (rank_of_I, activated_NS, tokens_NS,
-further_NS, time_NS), counts exact integers, so that nothing drifts while it is updated.
+further tiles), free_tokens.
+
+The state of a search is (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS, left_N,
+gain_SN). Counts are exact integers, so that nothing drifts while they are updated. left_N is what
+the steps from n on take, gain_SN the most that they could take less without rank s: a swap of two
+ranks is given up as soon as what it could still gain is not enough.
 """
 
 # Compiled functions carry no annotations, as those in kernels/.
@@ -40,11 +44,27 @@ def num_further(tokens, coefficient_7):
 
 
 @compiled
-def fill(tokens_NI, rank_of_I, coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS):
+def new_state(num_steps, coefficient_S7):
+    """Room for a state."""
+    num_ranks = len(coefficient_S7)
+    activated_NS = np.empty((num_steps, num_ranks), np.int64)
+    return (
+        coefficient_S7,
+        activated_NS,
+        np.empty_like(activated_NS),
+        np.empty_like(activated_NS),
+        np.empty((num_steps, num_ranks)),
+        np.empty(num_steps + 1),
+        np.empty((num_ranks, num_steps + 1)),
+    )
+
+
+@compiled
+def fill(tokens_NI, rank_of_I, state, top_N3):
     """Computes the state from scratch and returns the score."""
+    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
     activated_NS[:], tokens_NS[:], further_NS[:] = 0, 0, 0
     num_steps, num_items = tokens_NI.shape
-    score = 0.0
     for n in range(num_steps):
         for i in range(num_items):
             s = rank_of_I[i]
@@ -56,8 +76,39 @@ def fill(tokens_NI, rank_of_I, coefficient_S7, activated_NS, tokens_NS, further_
             time_NS[n, s] = rank_time(
                 coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
-        score += time_NS[n].max()
-    return score
+    return look_ahead(state, top_N3)
+
+
+@compiled
+def exchange(tokens_NI, rank_of_I, i, j, state, top_N3):
+    """Swaps the ranks of items i and j, keeps the state up with it and returns the score."""
+    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
+    for s, leaves, enters in ((rank_of_I[i], i, j), (rank_of_I[j], j, i)):
+        for n in range(len(tokens_NI)):
+            for item, sign in ((leaves, -1), (enters, 1)):
+                tokens = tokens_NI[n, item]
+                activated_NS[n, s] += sign * np.int64(tokens > 0)
+                tokens_NS[n, s] += sign * tokens
+                further_NS[n, s] += sign * num_further(tokens, coefficient_S7[s])
+            time_NS[n, s] = rank_time(
+                coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
+            )
+    rank_of_I[i], rank_of_I[j] = rank_of_I[j], rank_of_I[i]
+    return look_ahead(state, top_N3)
+
+
+@compiled
+def look_ahead(state, top_N3):
+    """Fills left_N, gain_SN and top_N3 from the times and returns the score."""
+    time_NS, left_N, gain_SN = state[4:]
+    top_three(time_NS, top_N3)
+    left_N[-1], gain_SN[:, -1] = 0.0, 0.0
+    for n in range(len(time_NS) - 1, -1, -1):
+        slowest, third = top_N3[n, 0], top_N3[n, 2]
+        left_N[n] = left_N[n + 1] + time_NS[n, slowest]
+        gain_SN[:, n] = gain_SN[:, n + 1]
+        gain_SN[slowest, n] += time_NS[n, slowest] - (time_NS[n, third] if third >= 0 else 0.0)
+    return left_N[0]
 
 
 @compiled
@@ -88,23 +139,13 @@ def moved(tokens_NI, n, leaves, enters, s, coefficient_7, activated_NS, tokens_N
 
 
 @compiled
-def swapped_score(
-    tokens_NI,
-    i,
-    j,
-    s,
-    t,
-    limit,
-    coefficient_S7,
-    activated_NS,
-    tokens_NS,
-    further_NS,
-    time_NS,
-    top_N3,
-):
-    """Score if items i of rank s and j of rank t changed places; inf as soon as it passes limit."""
+def swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3):
+    """Score if items i of rank s and j of rank t changed places; inf if that passes limit."""
+    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS, left_N, gain_SN = state
     score = 0.0
     for n in range(len(tokens_NI)):
+        if score + left_N[n] - gain_SN[s, n] - gain_SN[t, n] >= limit:
+            return np.inf
         slowest = 0.0
         for place in range(3):
             other = top_N3[n, place]
@@ -122,9 +163,7 @@ def swapped_score(
             )
             slowest = max(slowest, at_s, at_t)
         score += slowest
-        if score >= limit:
-            return np.inf
-    return score
+    return score if score < limit else np.inf
 
 
 @compiled
@@ -134,16 +173,9 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
     The scores after each swap, starting score first, go into `scores` as far as it reaches.
     """
     num_steps, num_items = tokens_NI.shape
-    num_ranks = len(coefficient_S7)
-    activated_NS = np.empty((num_steps, num_ranks), np.int64)
-    tokens_NS, further_NS = np.empty_like(activated_NS), np.empty_like(activated_NS)
-    time_NS = np.empty((num_steps, num_ranks))
+    state = new_state(num_steps, coefficient_S7)
     top_N3 = np.empty((num_steps, 3), np.int64)
-    state = (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS)
-    score = fill(tokens_NI, rank_of_I, *state)
-    top_three(time_NS, top_N3)
-    is_slowest_S = np.zeros(num_ranks, np.bool_)
-    is_slowest_S[top_N3[:, 0]] = True
+    score = fill(tokens_NI, rank_of_I, state, top_N3)
     swaps, idle = 0, 0
     if len(scores):
         scores[0] = score
@@ -152,16 +184,9 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
         idle += 1
         for j in range(num_items):
             s, t = rank_of_I[i], rank_of_I[j]
-            # Only the slowest rank of a step can lower the score.
-            if s == t or not (is_slowest_S[s] or is_slowest_S[t]):
-                continue
             limit = score * (1.0 - 1e-9)
-            if swapped_score(tokens_NI, i, j, s, t, limit, *state, top_N3) < limit:
-                rank_of_I[i], rank_of_I[j] = t, s
-                score = fill(tokens_NI, rank_of_I, *state)
-                top_three(time_NS, top_N3)
-                is_slowest_S[:] = False
-                is_slowest_S[top_N3[:, 0]] = True
+            if s != t and swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3) < limit:
+                score = exchange(tokens_NI, rank_of_I, i, j, state, top_N3)
                 swaps, idle = swaps + 1, 0
                 if swaps < len(scores):
                     scores[swaps] = score
