@@ -14,22 +14,22 @@ from typer.testing import CliRunner
 from vllm_balance import commands, documents, maps, profiles, traces
 from vllm_balance.commands import expert_probe
 from vllm_balance.commands.expert_probe import Timing
-from vllm_balance.commands.place import batches
 from vllm_balance.commands.profile import (
+    COARSE,
     MAX_TOKENS,
-    deviations,
     grid,
-    measure_again,
     own_cores,
     ranks_of,
     sample,
 )
+from vllm_balance.commands.profile_check import check_profile, deviations, measure_again
 from vllm_balance.commands.rank_curves import curves, fastest, slowness
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import Cluster, score_L
-from vllm_balance.recording import RecordingFile
+from vllm_balance.placement.batches import Batches
+from vllm_balance.recording import Phase, RecordingFile
 from vllm_balance.seams.device import served_dtype
 from vllm_balance.trace_summary import kinds
 
@@ -160,8 +160,26 @@ def test_samples_of_known_ranks_give_their_curves(folder):
 @pytest.mark.parametrize("knee", [1.0, 4.0, 30.0, 128.0])
 def test_the_grid_has_batches_of_every_kind_and_none_too_big(local, knee):
     batches = grid(local, knee)
-    assert len(batches) <= 36
+    assert len(batches) <= 44
     assert all(0 < len(b) <= local and min(b) >= 1 and sum(b) <= MAX_TOKENS for b in batches)
+
+
+@pytest.mark.parametrize("local", [1, 8, 64, 256])
+def test_the_grid_has_both_sides_of_where_a_grouped_kernel_begins_a_tile(local):
+    """Evenly loaded, with equally many experts, so that nothing but the tile differs."""
+    batches = [[n] * local for n in COARSE] + grid(local, 4.0)
+    even = {(len(batch), batch[0]) for batch in batches if len(set(batch)) == 1}
+    for tile in (16, 32, 64, 128):
+        assert {(min(local, 16), tile), (min(local, 16), tile + 1)} <= even
+
+
+def test_the_tile_of_a_grouped_kernel_is_found_again_by_its_samples():
+    """An expert that streams its weights again for every further 32 tokens."""
+    tiled = CostModel(a_us=50, b_us=400, c_us=50, beta_us=2, tile_us=300, tile_tokens=32)
+    points_RSN = sample(Instrument([tiled]), local=64)
+    found = curves(points_RSN)[0].model
+    assert (found.tile_tokens, found.free_tokens) == (32, 32)
+    assert found.tile_us == pytest.approx(300, rel=0.02)
 
 
 def test_deviations_are_medians_per_rank(folder):
@@ -205,11 +223,8 @@ def test_ranks_are_the_profiles_and_kinds_of_experts_are_reported(folder):
     assert done.exit_code == 0, done.output
     found = maps.load(folder / "m.json")
     assert (found.num_ranks, found.policy) == (2, "gem_r")
-    consistent_LE, temporal_LE = kinds(
-        batches(
-            traces.load(folder / "t.npz").split(0)[0], batch=256, steps=8, prefill=False, seed=0
-        )
-    )
+    drawn = Batches(batch=256, steps=8, phase=None, prefill_batch=None, seed=0)
+    consistent_LE, temporal_LE = kinds(drawn.of(traces.load(folder / "t.npz").split(0)[0]))
     said = " ".join(done.output.split())
     assert f"{consistent_LE.sum(1).mean():.1f} consistent" in said
     assert f"{temporal_LE.sum(1).mean():.1f} temporal" in said
@@ -266,7 +281,7 @@ def test_what_a_server_recorded_is_described_and_placed_by(folder, tmp_path):
     file.append({"step": np.arange(60), "phase": phase_N.astype(np.uint8), "counts": counts_NLE})
     described = run("trace", "info", tmp_path / "r.npz", "--plot", tmp_path / "r.png")
     assert described.exit_code == 0, described.output
-    assert "60 recorded steps; 20 prefill, 20 decode, 20 mixed." in described.output
+    assert "600 tokens, 60 recorded steps; 20 prefill, 20 decode, 20 mixed." in described.output
     assert (tmp_path / "r.png").stat().st_size > 1000
     done = run("place", "--profile", folder / "p.json", "--trace", tmp_path / "r.npz",
                "--ranks", 2, "-o", tmp_path / "m.json", "--steps", 8)  # fmt: skip
@@ -359,7 +374,8 @@ def test_a_profile_is_of_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
         probed.append((shape.dtype, len(cores_S[0])))
         yield Instrument(CURVES[:1])
 
-    monkeypatch.setattr(sys.modules[sample.__module__], "probing", probing)
+    for function in (sample, check_profile):
+        monkeypatch.setattr(sys.modules[function.__module__], "probing", probing)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "p.json"
     done = run("profile", tmp_path, "--ranks", 1, "--cores-per-rank", 2, "-o", file,
@@ -395,10 +411,10 @@ def test_place_refuses_batches_of_prefill_that_are_all_the_same(folder):
 
 def test_batches_of_decode_and_of_prefill_are_placed_by_together(folder):
     trace = traces.load(folder / "t.npz")
-    asked = {"batch": 16, "steps": 5, "seed": 3}
-    decode = batches(trace, prefill=False, **asked)
-    prefill = batches(trace, prefill=True, batch=200, steps=5, seed=3)
-    both = batches(trace, prefill=False, prefill_batch=200, **asked)
+    asked = {"batch": 16, "steps": 5, "phase": None, "prefill_batch": None, "seed": 3}
+    decode = Batches(**asked).of(trace)
+    prefill = Batches(**asked | {"batch": 200, "phase": Phase.PREFILL}).of(trace)
+    both = Batches(**asked | {"prefill_batch": 200}).of(trace)
     assert np.array_equal(both, np.concatenate([decode, prefill]))
     done = run("place", "--profile", folder / "p.json", "--trace", folder / "t.npz", "--batch", 16,
                "--prefill-batch", 200, "--steps", 5, "-o", folder / "both.json")  # fmt: skip

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vllm_balance import documents, maps, profiles, traces
 from vllm_balance.commands.installed import require_vllm
+from vllm_balance.commands.trace import say, spans
 from vllm_balance.cost import GPU_KNEE_TOKENS, CostModel
 from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.model_shape import ModelShape, from_config
@@ -29,14 +30,17 @@ from vllm_balance.placement import (
     lower_bound_L,
     score_L,
 )
+from vllm_balance.placement.batches import Batches
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.recording import Phase
-from vllm_balance.trace_summary import CONSISTENT, kinds
+from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, kinds
 
 POLICIES = (*PLACEMENT, *TRACED)
 ALIASES = {"gem+r": "gem_r"}
 """Other names of placements."""
+SEARCHED = ("gem", "gem_r")
+"""Placements that take EPLB's for the layers where it is better on the half they did not see."""
 
 
 def place(
@@ -58,17 +62,35 @@ def place(
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = "gem",
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
     routing: Annotated[
-        str, typer.Option(help="How replicas are used: even, or one per expert as metro does.")
-    ] = "even",
-    batch: Annotated[int, typer.Option(min=1, help="Tokens of a batch over all ranks.")] = 256,
+        str | None,
+        typer.Option(
+            help="Of gem_r only, how replicas are used: even, or one per expert as metro does."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a batch over all ranks. Default: 256; of a trace of counts its steps "
+            "as they were recorded.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 128,
-    prefill: Annotated[bool, typer.Option(help="Batches of consecutive tokens.")] = False,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Batches of consecutive tokens; steps of prefill.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Recorded steps of decode only; ids: the default.")
+    ] = False,
     prefill_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Also as many batches of so many consecutive tokens of prompts."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds; for exflow only.")] = 120.0,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="List consistent and temporal experts.")
+    ] = False,
 ) -> None:
     """Place the experts of each layer by the modelled time of the slowest rank, and save the map.
 
@@ -76,64 +98,121 @@ def place(
     """
     require_vllm("place")
     documents.require_writable(output)
-    if routing not in ("even", "one"):
-        raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
     policy = ALIASES.get(policy, policy)
     _require_policy(policy)
-    split: Split = "even" if routing == "even" else "one"
+    split = split_of(routing, policy)
+    taken = Batches(
+        batch=batch,
+        steps=steps,
+        phase=_phase_of(prefill, decode),
+        prefill_batch=prefill_batch,
+        seed=seed,
+    )
     shape, costs = ranks_of(profile, model, ranks, speeds)
     recorded = traces.load(trace)
     require_same_model(recorded, shape)
     cluster = Cluster(costs=costs, num_redundant=redundant)
     halves = recorded.split(seed)
-    fit, held_out = (
-        batches(
-            half, batch=batch, steps=steps, prefill=prefill, prefill_batch=prefill_batch, seed=seed
-        )
-        for half in halves
-    )
+    fit, held_out = (taken.of(half) for half in halves)
     if policy in TRACED:
         traced = TRACED[policy](time_limit_s=time_limit)
         run = partial(traced.place_trace, halves[0], cluster)
     else:
         run = partial(policy_of(policy, seed=seed, split=split).place, fit, cluster)
-    placement_LP = with_progress(policy, recorded.num_layers, run)
+    own_LP = with_progress(policy, recorded.num_layers, run)
+    bases = [base for base in ("linear", "eplb") if base != policy]
+    placements = {base: PLACEMENT[base]().place(fit, cluster) for base in bases} | {policy: own_LP}
+    scores = {
+        name: score_L(held_out, found_LP, cluster, split) / len(held_out)
+        for name, found_LP in placements.items()
+    }
+    sources = {
+        "profile": "none" if profile is None else profile.name,
+        "speeds": speeds or "as profiled",
+        "trace": trace.name,
+        "seed": str(seed),
+        "batches": taken.described(halves[0]),
+    }
+    lines = [f"Placed by {sources['batches']}."]
+    if policy == "gem_r":
+        sources["routing"] = split
+    if policy in SEARCHED:
+        of_eplb = keep_better(placements, scores, policy)
+        sources["layers_of_eplb"] = f"{of_eplb} of {recorded.num_layers}"
+        lines.append(
+            f"Layers for which EPLB's placement was better on the other half, and was taken: "
+            f"{sources['layers_of_eplb']}."
+        )
     placement_map = maps.PlacementMap(
         created=datetime.now(UTC),
         policy=policy,
-        sources={
-            "profile": "none" if profile is None else profile.name,
-            "speeds": speeds or "as profiled",
-            "trace": trace.name,
-            "seed": str(seed),
-        },
+        sources=sources,
         shape=shape,
         num_ranks=cluster.num_ranks,
         layers=[
             maps.LayerMap(index=int(index), physical_to_logical=slots_P.tolist())
-            for index, slots_P in zip(recorded.layer_index_L, placement_LP, strict=True)
+            for index, slots_P in zip(recorded.layer_index_L, placements[policy], strict=True)
         ],
     )
     maps.save(output, placement_map)
-    bases = [base for base in ("linear", "eplb") if base != policy]
-    placements = {base: PLACEMENT[base]().place(fit, cluster) for base in bases}
-    placements[policy] = placement_LP
     unit = "us" if profile is not None else "times of a token"
-    report(recorded.layer_index_L, held_out, placements, cluster, split, unit)
-    _report_kinds(fit)
-    Console().print(
-        f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers."
-    )
+    bound_L = lower_bound_L(held_out, cluster) / len(held_out)
+    report(recorded.layer_index_L, scores, bound_L, unit)
+    for line in lines:
+        say(line)
+    steps_NLE, what = taken.to_tell_kinds(halves[0], fit)
+    report_kinds(steps_NLE, what, placement_map, listed=experts)
+    say(f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers.")
 
 
-def _report_kinds(history_NLE: np.ndarray) -> None:
-    """Prints how many experts are consistent and temporal."""
-    consistent_LE, temporal_LE = kinds(history_NLE)
-    Console().print(
-        f"Experts per layer in the batches placed by: {consistent_LE.sum(1).mean():.1f} consistent "
-        f"(active in {CONSISTENT:.0%} of them or more), {temporal_LE.sum(1).mean():.1f} temporal "
-        f"(seldom active, heavy then)."
+def keep_better(
+    placements: dict[str, np.ndarray], scores: dict[str, np.ndarray], policy: str
+) -> int:
+    """Gives `policy` EPLB's placement of the layers where that scores better; how many they are.
+
+    Args:
+        placements: expert of each slot by name, [L, P]; that of `policy` is replaced.
+        scores: of batches that were not used for placing, [L]; likewise.
+    """
+    better_L = scores["eplb"] < scores[policy] * (1 - 1e-9)
+    placements[policy] = np.where(better_L[:, None], placements["eplb"], placements[policy])
+    scores[policy] = np.where(better_L, scores["eplb"], scores[policy])
+    return int(better_L.sum())
+
+
+def report_kinds(
+    steps_NLE: np.ndarray, what: str, placement_map: maps.PlacementMap, *, listed: bool
+) -> None:
+    """Prints how many experts are consistent and temporal; if `listed`, which ones, and the ranks
+    of the temporal ones.
+
+    Args:
+        steps_NLE: pairs of each expert in the steps that tell, [N, L, E]; `what` in words.
+        placement_map: of the same layers.
+    """
+    consistent_LE, temporal_LE = kinds(steps_NLE)
+    say(
+        f"Experts per layer in {what}: {consistent_LE.sum(1).mean():.1f} consistent (active in at "
+        f"least {CONSISTENT:.0%} of them), {temporal_LE.sum(1).mean():.1f} temporal (in at most "
+        f"{TEMPORAL:.0%}, with {HEAVY:g} times the load of an active expert)"
+        f"{'' if listed else '; --experts lists them'}."
     )
+    if not listed:
+        return
+    slots = placement_map.num_physical // placement_map.num_ranks
+    table = Table()
+    table.add_column("layer", justify="right")
+    for heading in ("consistent", "temporal: rank"):
+        table.add_column(heading, overflow="fold")
+    for row, layer in enumerate(placement_map.layers):
+        expert_P = np.array(layer.physical_to_logical)
+        places = [
+            f"{expert}: {spans(np.unique(np.flatnonzero(expert_P == expert) // slots))}"
+            for expert in np.flatnonzero(temporal_LE[row])
+        ]
+        consistent = spans(np.flatnonzero(consistent_LE[row]))
+        table.add_row(str(layer.index), consistent, "; ".join(places) or "-")
+    Console().print(table)
 
 
 def ranks_of(
@@ -203,6 +282,31 @@ def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
     return GemReplicaPlacement(split=split) if name == "gem_r" else PLACEMENT[name]()
 
 
+def split_of(routing: str | None, policy: str) -> Split:
+    """How the routing uses replicas, by --routing.
+
+    Raises:
+        BalancerError: it is unknown, or given for a policy other than gem_r.
+    """
+    if routing not in (None, "even", "one"):
+        raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
+    if routing is not None and policy != "gem_r":
+        raise BalancerError(
+            f"--routing {routing} was given with --policy {policy}, and only gem_r places replicas "
+            f"by how they are used. Leave it out, or use --policy gem_r --redundant N."
+        )
+    return "one" if routing == "one" else "even"
+
+
+def _phase_of(prefill: bool, decode: bool) -> Phase | None:
+    if prefill and decode:
+        raise BalancerError(
+            "--prefill and --decode were given together; each asks for batches of one phase. Give "
+            "one of them, or neither for what was recorded."
+        )
+    return Phase.PREFILL if prefill else Phase.DECODE if decode else None
+
+
 def _require_policy(name: str) -> None:
     if name not in POLICIES:
         raise BalancerError(
@@ -224,43 +328,6 @@ def require_same_model(trace: traces.Trace, shape: ModelShape) -> None:
         )
 
 
-def batches(
-    trace: traces.Trace,
-    *,
-    batch: int,
-    steps: int,
-    prefill: bool,
-    prefill_batch: int | None = None,
-    seed: int,
-) -> np.ndarray:
-    """Pairs of each expert in batches, [N, L, E].
-
-    `steps` batches of `batch` tokens, of decode or of prefill, and as many of prefill of
-    `prefill_batch` tokens, if that is given.
-
-    Raises:
-        BalancerError: a batch of prefill would be all tokens of the trace, every time.
-    """
-    kinds_of_batch = [(batch, prefill)]
-    if prefill_batch is not None:
-        kinds_of_batch.append((prefill_batch, True))
-    held = None if trace.topk_ids_TLK is None else len(trace.tokens_of(Phase.PREFILL))
-    for tokens, is_prefill in kinds_of_batch:
-        if is_prefill and held is not None and tokens >= held:
-            raise BalancerError(
-                f"Batches of prefill of {tokens} consecutive tokens were asked for, and a half of "
-                f"trace {trace.name} holds {held} of prompts, so that all batches would be one and "
-                f"the same. Allowed are fewer than {held}: lower --batch or --prefill-batch, or "
-                f"record more."
-            )
-    return np.concatenate(
-        [
-            (trace.prefill_steps if is_prefill else trace.steps)(tokens, steps, seed)
-            for tokens, is_prefill in kinds_of_batch
-        ]
-    )
-
-
 def with_progress(
     policy: str, num_layers: int, place: Callable[[Callable[[int], None]], np.ndarray]
 ) -> np.ndarray:
@@ -274,20 +341,11 @@ def with_progress(
 
 
 def report(
-    layer_index_L: np.ndarray,
-    held_out_NLE: np.ndarray,
-    placements: dict[str, np.ndarray],
-    cluster: Cluster,
-    split: Split,
-    unit: str,
+    layer_index_L: np.ndarray, scores: dict[str, np.ndarray], bound_L: np.ndarray, unit: str
 ) -> None:
     """Prints, per layer, the mean modelled time of a batch: the last placement against others."""
-    columns = {
-        name: score_L(held_out_NLE, found_LP, cluster, split) / len(held_out_NLE)
-        for name, found_LP in placements.items()
-    }
-    *bases, own = columns
-    columns["lower bound"] = lower_bound_L(held_out_NLE, cluster) / len(held_out_NLE)
+    *bases, own = scores
+    columns = scores | {"lower bound": bound_L}
     table = Table(title=f"Modelled time of a batch that was not used for placing, {unit}")
     for heading in ("layer", *columns, *(f"{own} against {base}" for base in bases)):
         table.add_column(heading, justify="right")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -11,41 +13,99 @@ from rich.table import Table
 
 from vllm_balance import traces
 from vllm_balance.commands import pictures
+from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.recording import Phase
-from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, TraceSummary, summarise
+from vllm_balance.trace_summary import (
+    CONSISTENT,
+    HEAVY,
+    TEMPORAL,
+    TraceSummary,
+    main_phase,
+    summarise,
+)
+
+PHASES = {phase.name.lower(): phase for phase in (Phase.PREFILL, Phase.DECODE, Phase.MIXED)}
 
 
 def info(
     file: Annotated[Path, typer.Argument(help="Recorded routing, .npz.")],
-    batch: Annotated[int, typer.Option(min=1, help="Consecutive tokens that make a step.")] = 256,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Of a trace of ids, consecutive tokens that make a step; default: "
+            f"{traces.DEFAULT_BATCH}.",
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(PHASES)}; default: the one with the most."),
+    ] = None,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="List consistent and temporal experts.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. trace.png.")] = None,
 ) -> None:
-    """Print skew, consistent and temporal experts, co-activation groups and drift per layer."""
+    """Print skew, consistent and temporal experts, co-activation groups and drift per layer.
+
+    All of one phase, where phases were recorded: steps of prefill hold many times the tokens of
+    steps of decode.
+    """
     if plot is not None:
         pictures.require_drawable(plot)
+    if phase is not None and phase not in PHASES:
+        raise BalancerError(f"--phase asks for {phase!r}. {unknown('phase', phase, PHASES)}")
     trace = traces.load(file)
-    summary = summarise(trace, batch)
-    _print(trace, summary, batch)
+    chosen = main_phase(trace) if phase is None else PHASES[phase]
+    part = trace if chosen is None else trace.of_phase(chosen)
+    step_tokens = min(batch or traces.DEFAULT_BATCH, part.num_tokens)
+    summary = summarise(part, step_tokens)
+    _print_trace(trace, summary.num_steps, step_tokens)
+    if len(trace.phases()) > 1 and chosen is not None:
+        say(f"What follows is of the {summary.num_steps} steps of {chosen.name.lower()} (--phase).")
+    _print_layers(trace, summary)
+    if batch is not None and trace.counts_NLE is not None:
+        say("--batch has no effect on a trace of counts: its steps are as they were recorded.")
+    if experts:
+        _print_experts(trace, summary)
     if plot is not None:
-        pictures.draw_trace(trace, summary, plot)
-        Console().print(f"Wrote {plot}.")
+        pictures.draw_trace(part, summary, plot)
+        say(f"Wrote {plot}.")
 
 
-def _print(trace: traces.Trace, summary: TraceSummary, batch: int) -> None:
-    console = Console()
+def say(line: str) -> None:
+    """Prints a line as it is, however long, also into a pipe."""
+    Console().print(line, markup=False, soft_wrap=True)
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Rising numbers in words, e.g. ``0-3, 7``."""
+    found = [int(number) for number in numbers]
+    if not found:
+        return "-"
+    breaks = [at for at, (one, two) in enumerate(pairwise(found), start=1) if two != one + 1]
+    parts = [found[a:b] for a, b in pairwise([0, *breaks, len(found)])]
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def _print_trace(trace: traces.Trace, num_steps: int, step_tokens: int) -> None:
+    """The trace in a line; the last two are of one of ids."""
     steps = (
-        f"{summary.num_steps} recorded steps"
-        if summary.num_tokens is None
-        else f"{summary.num_tokens} tokens, {summary.num_steps} steps of "
-        f"{min(batch, summary.num_tokens)} consecutive ones"
+        f"{num_steps} steps of {step_tokens} consecutive ones"
+        if trace.counts_NLE is None
+        else f"{len(trace.counts_NLE)} recorded steps"
     )
-    console.print(
+    phases = ", ".join(f"{number} {phase.name.lower()}" for phase, number in trace.phases().items())
+    say(
         f"{trace.name}: {trace.num_layers} layers, {trace.num_experts} experts, "
-        f"top-{trace.top_k}; {steps}{_phases(trace)}."
+        f"top-{trace.top_k}; {trace.num_tokens} tokens, {steps}{phases and f'; {phases}'}."
     )
+
+
+def _print_layers(trace: traces.Trace, summary: TraceSummary) -> None:
     table = Table(
         caption=f"consistent: active in at least {CONSISTENT:.0%} of the steps; temporal: in at "
-        f"most {TEMPORAL:.0%}, with {HEAVY} times the load of an active expert; drift: share of "
+        f"most {TEMPORAL:.0%}, with {HEAVY:g} times the load of an active expert; drift: share of "
         f"the load that has moved from the first to the last tenth of the steps"
     )
     for heading in ("layer", "busiest / mean", "active experts", "consistent", "temporal"):
@@ -64,13 +124,15 @@ def _print(trace: traces.Trace, summary: TraceSummary, batch: int) -> None:
             groups + (f" and {more} more" if more > 0 else ""),
             f"{summary.drift_LN[row, -1]:.1%}",
         )
-    console.print(table)
+    Console().print(table)
 
 
-def _phases(trace: traces.Trace) -> str:
-    """How many of the steps or tokens belong to which phase, if it was recorded."""
-    phases = trace.phase_T if trace.phase_N is None else trace.phase_N
-    if phases is None:
-        return ""
-    counted = [(phase.name.lower(), int((phases == phase).sum())) for phase in Phase]
-    return "; " + ", ".join(f"{number} {name}" for name, number in counted if number)
+def _print_experts(trace: traces.Trace, summary: TraceSummary) -> None:
+    table = Table()
+    table.add_column("layer", justify="right")
+    for heading in ("consistent", "temporal"):
+        table.add_column(heading, overflow="fold")
+    for row, layer in enumerate(trace.layer_index_L):
+        found = (summary.consistent_LE[row], summary.temporal_LE[row])
+        table.add_row(str(layer), *(spans(is_one_E.nonzero()[0]) for is_one_E in found))
+    Console().print(table)

@@ -1,0 +1,71 @@
+"""`trace info`: of one phase at a time, with the tokens of counts and the experts of a kind."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vllm_balance import commands, traces
+from vllm_balance.commands.trace import spans
+from vllm_balance.errors import BalancerError
+from vllm_balance.traces import Trace
+
+
+@pytest.fixture
+def info(tmp_path):
+    """20 steps of prefill with 400 tokens each for experts 0 to 3, and 30 of decode with 10 tokens
+    for 2 to 5; expert 5 in every fifth step, all of the tokens."""
+    counts = np.zeros((50, 1, 6), np.int32)
+    counts[:20, 0, :4] = 200
+    counts[20:, 0, 2:5] = [8, 8, 4]
+    counts[20::5, 0] = [0, 0, 0, 0, 0, 20]
+    trace = Trace(
+        name="[c]",
+        num_experts=6,
+        top_k=2,
+        layer_index_L=np.array([3]),
+        counts_NLE=counts,
+        phase_N=np.repeat([0, 1], [20, 30]),
+    )
+    traces.save(tmp_path / "[c].npz", trace)
+
+    def run(*arguments):
+        asked = ["trace", "info", str(tmp_path / "[c].npz"), *map(str, arguments)]
+        done = CliRunner(env={"COLUMNS": "100"}).invoke(commands.app, asked)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return " ".join(done.output.split())
+
+    return run
+
+
+def test_tokens_of_counts_are_printed_and_the_phase_with_most_steps_is_shown(info):
+    said = info()
+    assert "[c]: 1 layers, 6 experts, top-2; 8300 tokens, 50 recorded steps; 20 prefill, " in said
+    assert "What follows is of the 30 steps of decode (--phase)." in said
+    assert "│ 3 │ 1.92 │ 43% │ 0 │ 1 │" in said
+    assert "of the 20 steps of prefill" in info("--phase", "prefill")
+    assert "│ 3 │ 1.50 │ 67% │ 4 │ 0 │" in info("--phase", "prefill")
+
+
+def test_experts_are_listed(info):
+    assert "│ 3 │ - │ 5 │" in info("--experts")
+    assert "│ 3 │ 0-3 │ - │" in info("--experts", "--phase", "prefill")
+
+
+def test_a_batch_has_no_effect_on_counts_and_that_is_said(info):
+    said = info("--batch", 7)
+    assert said.replace("--batch has no effect on a trace of counts: its steps are as they were "
+                        "recorded.", "").split() == info().split()  # fmt: skip
+
+
+def test_a_phase_that_is_unknown_or_was_not_recorded_is_refused(info):
+    with pytest.raises(BalancerError, match="Did you mean 'decode'"):
+        info("--phase", "decoding")
+    with pytest.raises(BalancerError, match="has 20 prefill, 30 decode among its steps"):
+        info("--phase", "mixed")
+
+
+def test_numbers_in_a_row_are_told_by_their_ends():
+    assert spans([]) == "-"
+    assert spans(np.array([4])) == "4"
+    assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
