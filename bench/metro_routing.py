@@ -140,7 +140,7 @@ def calls(ids_TK: torch.Tensor, placement: Placement) -> dict[str, Callable[[], 
     tables = LayerTables(**{key: arguments[key] for key in arguments if key != "num_valid_tokens"})
     return {
         "metro": lambda: route(ids_TK, knee_tokens=MEMORY_BOUND, **arguments),
-        "even": lambda: map_and_record(ids_TK, **{**arguments, "counters": None}),
+        "even": lambda: map_and_record(ids_TK, **arguments),
         "first_copy": lambda: FirstCopyRouting().route(ids_TK, tables, num_valid),
     }
 

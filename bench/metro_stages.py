@@ -29,16 +29,15 @@ _map, _record = numba_cpu.map_one_replica, numba_cpu.record_one_replica
 @numba.njit(nogil=True)
 def _repeat_count(calls, ids, pairs, tokens_E):
     for _ in range(calls):
-        _count(ints_at(ids, pairs, False), pairs, tokens_E)
+        _count(ints_at(ids, False), pairs, tokens_E)
 
 
 @numba.njit(nogil=True)
 def _repeat_choose(calls, tokens_E, table, stride, replicas, num_physical, column_E, per_rank):
-    num_experts = len(tokens_E)
     for _ in range(calls):
         _choose(
-            tokens_E, ints_at(table, num_experts * stride, True), stride,
-            ints_at(replicas, num_experts, True), num_physical, column_E, per_rank,
+            tokens_E, ints_at(table, True), stride, ints_at(replicas, True), num_physical,
+            column_E, per_rank,
         )  # fmt: skip
 
 
@@ -63,11 +62,10 @@ def _greedy_by_id(tokens_E, table_ER, stride, replicas_E, num_physical, column_E
 
 @numba.njit(nogil=True)
 def _repeat_greedy(calls, tokens_E, table, stride, replicas, num_physical, column_E, activated_S):
-    num_experts = len(tokens_E)
     for _ in range(calls):
         _greedy_by_id(
-            tokens_E, ints_at(table, num_experts * stride, True), stride,
-            ints_at(replicas, num_experts, True), num_physical, column_E, activated_S,
+            tokens_E, ints_at(table, True), stride, ints_at(replicas, True), num_physical,
+            column_E, activated_S,
         )  # fmt: skip
 
 
@@ -75,8 +73,8 @@ def _repeat_greedy(calls, tokens_E, table, stride, replicas, num_physical, colum
 def _repeat_map(calls, ids, pairs, table, stride, column_E, slot_E, out):
     for _ in range(calls):
         _map(
-            ints_at(ids, pairs, False), pairs, ints_at(table, len(column_E) * stride, True),
-            stride, column_E, slot_E, ints_at(out, pairs, False),
+            ints_at(ids, False), pairs, ints_at(table, True), stride, column_E, slot_E,
+            ints_at(out, False),
         )  # fmt: skip
 
 

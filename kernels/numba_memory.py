@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -22,7 +23,6 @@ from .numba_cache import kept
 
 jit = numba.njit(nogil=True)
 """A stage: compiled into the entries that call it, without the GIL."""
-inline = numba.njit(nogil=True, inline="always")
 
 
 def entry(function: Callable) -> Callable:
@@ -58,25 +58,61 @@ def uint8_at(address, size):
     return carray(_pointer(address), (size,), np.uint8)
 
 
+def _element(builder, address, index, bits):
+    """Pointer to an integer of an array of them."""
+    pointer = builder.inttoptr(address, ir.IntType(bits).as_pointer())
+    return builder.gep(pointer, [index])
+
+
+def _access(bits):
+    """Reads and writes element ``index`` of the integers of that size at ``address``, as int64."""
+
+    @intrinsic
+    def load(typing_context, address, index):
+        def generate(context, builder, signature, arguments):
+            value = builder.load(_element(builder, *arguments, bits))
+            return value if bits == 64 else builder.sext(value, ir.IntType(64))
+
+        return types.int64(types.int64, types.int64), generate
+
+    @intrinsic
+    def store(typing_context, address, index, value):
+        def generate(context, builder, signature, arguments):
+            *place, value = arguments
+            value = value if bits == 64 else builder.trunc(value, ir.IntType(bits))
+            builder.store(value, _element(builder, *place, bits))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return load, store
+
+
+_load_32, _store_32 = _access(32)
+_load_64, _store_64 = _access(64)
+
+
 @jit
-def ints_at(address, size, is_wide):
-    """Integers of int64 (``is_wide``) or int32 over the memory at ``address``: see get and put."""
-    return int32_at(address, size), int64_at(address, size), is_wide
+def ints_at(address, is_wide):
+    """Integers of int64 (``is_wide``) or int32 over the memory at ``address``: see get and put.
+
+    No arrays: numba would count references at every access."""
+    return address, is_wide
 
 
-@inline
+@jit
 def get(ints, i):
     """Element i of what ``ints_at`` returned, as int64."""
-    return ints[1][i] if ints[2] else np.int64(ints[0][i])
+    return _load_64(ints[0], i) if ints[1] else _load_32(ints[0], i)
 
 
-@inline
+@jit
 def put(ints, i, value):
     """Write element i of what ``ints_at`` returned."""
-    if ints[2]:
-        ints[1][i] = value
+    if ints[1]:
+        _store_64(ints[0], i, value)
     else:
-        ints[0][i] = value
+        _store_32(ints[0], i, value)
 
 
 @jit

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_balance.types import Placement
+from vllm_balance.kernels.assign import even_split
+from vllm_balance.routing import RoutingPolicy
+from vllm_balance.types import Demand, Placement
+
+EVEN = ("eplb", "gem", "exflow")
+"""Policies that spread an expert over its replicas, where it has some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,19 @@ class Case:
     @property
     def num_replicas_E(self) -> np.ndarray:
         return self.placement.num_replicas_E.numpy()
+
+
+def planned(policy: RoutingPolicy, tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Tokens for each replica, [E, R] int32, that a policy must give: by its plan, or for one that
+    has none all to the first replica, or evenly, as vLLM's hash does on average."""
+    if policy.counts_decide:
+        return policy.plan(Demand(tokens_E=tokens_E), placement).split_ER
+    table_ER = placement.logical_to_physical_ER
+    if policy.name in EVEN:
+        return even_split(tokens_E, placement.num_replicas_E, table_ER.shape[1])
+    first_ER = torch.zeros(table_ER.shape, dtype=torch.int32)
+    first_ER[:, 0] = tokens_E
+    return first_ER
 
 
 def popularity(num_experts: int, skew: float, rng: np.random.Generator) -> np.ndarray:

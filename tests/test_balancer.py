@@ -91,6 +91,16 @@ def test_all_reduce_sends_only_what_decides(name, calls):
     assert int(layer.tables.load_P.sum()) == 6
 
 
+@pytest.mark.parametrize("way", ["replicated", "after_gather", "all_reduce"])
+@pytest.mark.parametrize(("flag", "recorded"), [(True, 6), (None, 6), (False, 0)])
+def test_the_load_is_recorded_unless_the_flag_says_no(way, flag, recorded):
+    layer = balancer(way)
+    enabled = None if flag is None else torch.tensor(flag)
+    layer.tables = replace(layer.tables, record_enabled=enabled)
+    layer.after_gather(layer.in_router(IDS_TK.clone(), None))
+    assert int(layer.tables.load_P.sum()) == recorded and layer.status()["pairs"] == 6
+
+
 def test_an_idle_rank_takes_part_with_rows_that_count_nowhere():
     sent = []
 

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import random_case
+from cases import planned, random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_balance.kernels.assign import assign
 from vllm_balance.kernels.record import Counter, Regime, counters_size, record
-from vllm_balance.metrics import add_load, add_plan, layer_metrics, total
+from vllm_balance.metrics import add_plan, layer_metrics, total
 from vllm_balance.routing.eplb import EplbRouting
 from vllm_balance.routing.metro import MetroRouting
-from vllm_balance.types import Demand, Plan
+from vllm_balance.types import Plan
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 2.0, math.inf, None]))
@@ -23,12 +23,12 @@ def test_add_plan_equals_record_on_the_assigned_ids(seed, knee):
     ids = ids_TK.flatten().long()
     tokens_E = torch.bincount(ids[ids >= 0], minlength=placement.num_logical).to(torch.int32)
     policy = EplbRouting() if knee is None else MetroRouting(knee)
-    plan = policy.plan(Demand(tokens_E=tokens_E), placement)
+    plan = Plan(split_ER=planned(policy, tokens_E, placement))
     slots_TK = assign(ids_TK, plan.split_ER, placement.logical_to_physical_ER)
     is_split = bool(((plan.split_ER > 0).sum(1) > 1).any())
 
-    planned = torch.full((counters_size(placement.num_ranks),), 7, dtype=torch.int64)
-    recorded = planned.clone()
+    counted = torch.full((counters_size(placement.num_ranks),), 7, dtype=torch.int64)
+    recorded = counted.clone()
     record(
         slots_TK,
         num_physical=placement.num_physical,
@@ -39,9 +39,9 @@ def test_add_plan_equals_record_on_the_assigned_ids(seed, knee):
         counters=recorded,
         regime=Regime.COMPUTE_BOUND if is_split else Regime.MEMORY_BOUND,
     )
-    add_plan(planned, plan, placement)
-    assert torch.equal(planned, recorded)
-    batches = planned[: Counter.EMPTY_BATCHES + 1] - 7
+    add_plan(counted, plan, placement)
+    assert torch.equal(counted, recorded)
+    batches = counted[: Counter.EMPTY_BATCHES + 1] - 7
     assert batches.sum() == 1
 
 
@@ -64,14 +64,6 @@ def test_a_regime_that_is_given_counts_and_an_empty_batch_has_none(regime):
         add_plan(counters, Plan(split_ER=split_ER), placement, regime)
         kinds = counters[: Counter.EMPTY_BATCHES + 1].tolist()
         assert kinds == [counter == kind for counter in range(Counter.EMPTY_BATCHES + 1)]
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-@given(st.lists(st.integers(-1, 6), max_size=30))
-def test_load_is_pairs_per_slot_while_vllm_records(enabled, slots):
-    load_P = torch.full((7,), 100, dtype=torch.int32)
-    add_load(load_P, torch.tensor(slots, dtype=torch.int64).view(-1, 1), torch.tensor([enabled]))
-    assert load_P.tolist() == [100 + enabled * slots.count(slot) for slot in range(7)]
 
 
 def test_layer_metrics_names_every_counter():

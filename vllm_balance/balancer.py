@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -13,9 +13,9 @@ from vllm_balance.exchange import AllReduce, Way, counts_per_rank
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.initial_placement import VLLMS_OWN
 from vllm_balance.kernels.assign import assign
-from vllm_balance.kernels.record import counters_size
-from vllm_balance.metrics import add_load, add_plan, layer_metrics, num_batches, total
-from vllm_balance.routing import LayerTables, RoutingPolicy
+from vllm_balance.kernels.record import counters_size, record_load
+from vllm_balance.metrics import add_plan, layer_metrics, num_batches, total
+from vllm_balance.routing import CountingPolicy, LayerTables, RoutingPolicy
 from vllm_balance.types import Demand
 
 
@@ -108,14 +108,16 @@ class LayerBalancer:
     ) -> torch.Tensor:
         """Maps and counts one batch."""
         if self.way == "all_reduce" and self.policy.counts_decide:
-            return self._route_by_exchanged_counts(topk_ids_TK)
+            return self._route_by_exchanged_counts(topk_ids_TK, cast(CountingPolicy, self.policy))
         return self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
 
-    def _route_by_exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+    def _route_by_exchanged_counts(
+        self, topk_ids_TK: torch.Tensor, policy: CountingPolicy
+    ) -> torch.Tensor:
         tables, placement = self.tables, self.tables.placement
         counts_SE = self._exchanged_counts(topk_ids_TK)
         tokens_E = counts_SE.sum(0, dtype=torch.int32)
-        plan = self.policy.plan(Demand(tokens_E=tokens_E, tokens_SE=counts_SE), placement)
+        plan = policy.plan(Demand(tokens_E=tokens_E, tokens_SE=counts_SE), placement)
         physical_TK = assign(
             topk_ids_TK,
             plan.split_ER,
@@ -123,8 +125,13 @@ class LayerBalancer:
             offset_E=counts_SE[: self.rank].sum(0, dtype=torch.int32),
         )
         add_plan(tables.counters, plan, placement)
-        if tables.load_P is not None and tables.record_enabled is not None:
-            add_load(tables.load_P, physical_TK, tables.record_enabled)
+        if tables.load_P is not None:
+            record_load(
+                physical_TK,
+                num_physical=tables.num_physical,
+                load_P=tables.load_P,
+                record_enabled=tables.record_enabled,
+            )
         return physical_TK
 
     def _exchanged_counts(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:

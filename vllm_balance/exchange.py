@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.kernels.rebalance import count
 
 Way = Literal["replicated", "after_gather", "all_reduce"]
 
@@ -64,9 +65,13 @@ def counts_per_rank(
     """(Token, choice) pairs of each expert on each rank, [S, E] int32; one all-reduce.
 
     Every rank fills its own row, so the sum is a gather of equal size on every rank, whatever the
-    number of tokens. Ids outside 0 to E - 1 do not count; a rank without tokens takes part.
+    number of tokens. Ids (contiguous) outside 0 to E - 1 do not count; a rank without tokens takes
+    part.
     """
     counts_SE = torch.zeros((num_ranks, num_logical), dtype=torch.int32, device=topk_ids_TK.device)
+    if topk_ids_TK.is_cpu:
+        counts_SE[rank] = count(topk_ids_TK, num_logical)
+        return all_reduce(counts_SE)
     ids_N = topk_ids_TK.flatten().long()
     is_expert_N = (ids_N >= 0) & (ids_N < num_logical)
     counts_SE[rank].scatter_add_(0, ids_N.clamp(0, num_logical - 1), is_expert_N.to(torch.int32))

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from vllm_balance.kernels.record.layout import Counter, Regime, activated_slice, tokens_slice
+from vllm_balance.kernels.record import (
+    Counter,
+    Regime,
+    activated_slice,
+    record_split,
+    tokens_slice,
+)
 from vllm_balance.types import Placement, Plan
 
 
@@ -15,41 +21,24 @@ def add_plan(
 ) -> None:
     """Adds a batch to ``counters`` from its plan, where a rank sees only its own tokens.
 
-    No host sync.
+    No host sync; a plan may be the host's, as a schedule is, and the counters a device's.
 
     Args:
         regime: how the batch was routed; None: compute-bound if an expert's tokens go to several
             replicas.
     """
-    split_ER, table_ER = plan.split_ER, placement.logical_to_physical_ER
-    slots_ER = torch.where(table_ER < 0, placement.num_physical, table_ER).long()
-    tokens_P = split_ER.new_zeros(placement.num_physical + 1)
-    tokens_P.scatter_add_(0, slots_ER.flatten(), split_ER.flatten())
-    tokens_SP = tokens_P[:-1].view(placement.num_ranks, -1)
-    tokens_S, activated_S = tokens_SP.sum(1), (tokens_SP > 0).sum(1)
-    is_empty = (tokens_S.sum() == 0).long()
-    if regime is None:
-        is_spread = ((split_ER > 0).sum(1) > 1).any().long()
-    else:
-        is_spread = (1 - is_empty) * int(regime is Regime.COMPUTE_BOUND)
-    batch = torch.zeros_like(counters, device=split_ER.device)
-    batch[Counter.EMPTY_BATCHES] = is_empty
-    batch[Counter.COMPUTE_BOUND_BATCHES] = is_spread
-    batch[Counter.MEMORY_BOUND_BATCHES] = 1 - is_empty - is_spread
-    batch[Counter.MAX_ACTIVATED_SUM] = activated_S.max()
-    batch[Counter.MAX_TOKENS_SUM] = tokens_S.max()
-    batch[Counter.PAIRS] = tokens_S.sum()
-    batch[Counter.ACTIVATED_SUM] = activated_S.sum()
-    batch[activated_slice(placement.num_ranks)] = activated_S
-    batch[tokens_slice(placement.num_ranks)] = tokens_S
-    counters += batch.to(counters.device)  # A plan may be the host's, as a schedule is.
-
-
-def add_load(load_P: torch.Tensor, physical_TK: torch.Tensor, record_enabled: torch.Tensor) -> None:
-    """Adds this rank's pairs to vLLM's load per slot (int32 [P]); ids below 0 do not count."""
-    slots_N = physical_TK.flatten().long()
-    counts_N = ((slots_N >= 0) & record_enabled.view(())).to(load_P.dtype)
-    load_P.scatter_add_(0, slots_N.clamp(min=0), counts_N)
+    is_beside = counters.device == plan.split_ER.device
+    batch = counters if is_beside else torch.zeros_like(counters, device=plan.split_ER.device)
+    record_split(
+        plan.split_ER,
+        placement.logical_to_physical_ER,
+        num_physical=placement.num_physical,
+        num_ranks=placement.num_ranks,
+        counters=batch,
+        regime=regime,
+    )
+    if not is_beside:
+        counters += batch.to(counters.device)
 
 
 def layer_metrics(counters: torch.Tensor, num_ranks: int) -> dict[str, Any]:

@@ -25,26 +25,35 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where the experts of one layer live. All tensors are int32 on one device.
+    """Where the experts of one layer live. Tensors are int32, or vLLM's own int64, on one device.
 
     Slots of a rank are consecutive: rank ``s`` owns ``s * P / S`` to ``(s + 1) * P / S - 1``.
     """
 
-    physical_to_logical_P: torch.Tensor
-    """Logical expert held by each slot, [P]; -1 for a dynamic slot that holds none."""
     logical_to_physical_ER: torch.Tensor
     """Slots of each logical expert, [E, R], padded with -1 behind the last replica."""
     num_replicas_E: torch.Tensor
     """Number of slots of each logical expert, [E], at least 1."""
     num_ranks: int
+    num_physical: int
 
     @property
     def num_logical(self) -> int:
         return self.num_replicas_E.shape[0]
 
     @property
-    def num_physical(self) -> int:
-        return self.physical_to_logical_P.shape[0]
+    def physical_to_logical_P(self) -> torch.Tensor:
+        """Logical expert held by each slot, int32 [P]; -1 for a slot that holds none.
+
+        Made at each call, without a host sync.
+        """
+        table_ER = self.logical_to_physical_ER
+        experts_E = torch.arange(len(table_ER), dtype=torch.int32, device=table_ER.device)
+        content_P1 = experts_E.new_full((self.num_physical + 1,), -1)
+        slots_ER = torch.where(table_ER < 0, self.num_physical, table_ER).long()
+        experts_ER = experts_E[:, None].expand_as(table_ER)
+        content_P1.scatter_(0, slots_ER.flatten(), experts_ER.flatten())
+        return content_P1[: self.num_physical]
 
     @property
     def slots_per_rank(self) -> int:
@@ -85,10 +94,10 @@ class Placement:
         )
         table_ER[expert_P, rank_in_expert_P] = order_P.to(torch.int32)
         return cls(
-            physical_to_logical_P=slots_P.to(torch.int32),
             logical_to_physical_ER=table_ER,
             num_replicas_E=replicas_E.to(torch.int32),
             num_ranks=num_ranks,
+            num_physical=num_physical,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..custom_op import call, register
-from ..record.layout import counters_size
+from ..record.layout import Regime, counters_size
 from ..tensor_checks import require_map, require_routing_buffers
 
 __all__ = ["map_and_record"]
@@ -24,7 +24,8 @@ def _run(
     load: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
-    counters: torch.Tensor | None,
+    counters: torch.Tensor,
+    regime: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if not topk_ids.is_cpu:
@@ -45,6 +46,7 @@ def _run(
         record_enabled,
         num_valid_tokens,
         counters,
+        regime,
         out,
     )
     return out
@@ -53,7 +55,7 @@ def _run(
 _op = register(
     "eplb_map_and_record(Tensor topk_ids, Tensor logical_to_physical, Tensor num_replicas, "
     "int num_ranks, int num_physical, Tensor(a!)? load, Tensor? record_enabled, "
-    "Tensor? num_valid_tokens, Tensor(b!)? counters) -> Tensor",
+    "Tensor? num_valid_tokens, Tensor(b!) counters, int regime) -> Tensor",
     _run,
     lambda topk_ids, *_: torch.empty_like(topk_ids),
 )
@@ -69,7 +71,8 @@ def map_and_record(
     load_P: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
-    counters: torch.Tensor | None = None,
+    counters: torch.Tensor,
+    regime: int = Regime.COMPUTE_BOUND,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Slot of each pair, [T, K] with the dtype of the ids, exactly as vLLM's EPLB maps it.
@@ -79,14 +82,14 @@ def map_and_record(
     Args:
         topk_ids_TK: logical expert ids, int32 or int64 [T, K] contiguous; -1 stays -1.
         logical_to_physical_ER: slots, int32 or int64 [E, R or wider], last axis dense.
-        num_replicas_E: int32 or int64 [E].
+        num_replicas_E: int32 or int64 [E]. Ones send every pair to the first replica.
         num_ranks: S, a divisor of P.
         num_physical: P.
         load_P: pairs per slot are added here, int32 [P or more]; None records no load.
         record_enabled: bool, one element; None means true.
         num_valid_tokens: int32, one element: rows from here on are padding. None: no padding.
-        counters: int64 [counters_size(S)] (record/layout.py), counted as
-            ``Regime.COMPUTE_BOUND``; None counts nothing, as vLLM does.
+        counters: int64 [counters_size(S)], see record/layout.py; added to.
+        regime: a ``Regime``, how the batch is counted.
         out: [T, K] of the ids' dtype; allocated if None.
 
     Raises:
@@ -113,5 +116,6 @@ def map_and_record(
         record_enabled,
         num_valid_tokens,
         counters,
+        int(regime),
     )
     return call(_op, _run, arguments, out)

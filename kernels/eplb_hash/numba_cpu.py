@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..numba_memory import entry, get, int32_at, ints_at, jit, num_valid_pairs, put
-from ..record.layout import Regime
-from ..record.numba_cpu import add_physical, recording
+from ..numba_memory import entry, get, ints_at, jit, num_valid_pairs, put
+from ..record.numba_cpu import add_physical
 from .reference import KNUTH_MULTIPLIER
 
 _MULTIPLIER = np.uint64(KNUTH_MULTIPLIER)
 _MASK = np.uint64(0xFFFFFFFF)
-_EVEN = int(Regime.COMPUTE_BOUND)
 
 
 @jit
@@ -32,27 +30,20 @@ def map_by_hash(ids, num_tokens, top_k, table, stride, replicas, num_experts, ou
 
 @entry
 def _map_and_record(ids, wide, num_tokens, top_k, table, wide_table, stride, replicas,
-                    wide_replicas, E, P, S, load, record, valid, counters, out):  # fmt: skip
+                    wide_replicas, E, P, S, load, record, valid, counters, regime,
+                    out):  # fmt: skip
     pairs = num_tokens * top_k
-    slots = ints_at(out, pairs, wide)
+    slots = ints_at(out, wide)
     map_by_hash(
-        ints_at(ids, pairs, wide), num_tokens, top_k, ints_at(table, E * stride, wide_table),
-        stride, ints_at(replicas, E, wide_replicas), E, slots,
+        ints_at(ids, wide), num_tokens, top_k, ints_at(table, wide_table),
+        stride, ints_at(replicas, wide_replicas), E, slots,
     )  # fmt: skip
-    if counters == 0:
-        if recording(load, record):
-            load_P = int32_at(load, P)
-            for i in range(num_valid_pairs(valid, pairs, top_k)):
-                slot = get(slots, i)
-                if 0 <= slot < P:
-                    load_P[slot] += 1
-        return
     tokens_P = np.zeros(P, np.int32)
     for i in range(num_valid_pairs(valid, pairs, top_k)):
         slot = get(slots, i)
         if 0 <= slot < P:
             tokens_P[slot] += 1
-    add_physical(tokens_P, S, load, record, counters, _EVEN)
+    add_physical(tokens_P, S, load, record, counters, regime)
 
 
 def map_and_record(
@@ -64,7 +55,8 @@ def map_and_record(
     load_P: torch.Tensor | None,
     record_enabled: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
-    counters: torch.Tensor | None,
+    counters: torch.Tensor,
+    regime: int,
     out: torch.Tensor,
 ) -> None:
     """As ``kernels.eplb_hash.map_and_record`` into ``out``, arguments already checked."""
@@ -84,6 +76,7 @@ def map_and_record(
         0 if load_P is None else load_P.data_ptr(),
         0 if record_enabled is None else record_enabled.data_ptr(),
         0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
-        0 if counters is None else counters.data_ptr(),
+        counters.data_ptr(),
+        regime,
         out.data_ptr(),
     )

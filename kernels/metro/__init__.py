@@ -18,7 +18,7 @@ from ..tensor_checks import (
     unsupported_device,
 )
 
-__all__ = ["choose", "route"]
+__all__ = ["choose", "route", "split"]
 
 
 def choose(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
@@ -35,10 +35,8 @@ def choose(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
     Raises:
         ValueError: an expert with tokens has no slot, or no kernel serves the device.
     """
+    tokens_E = _checked(tokens_E, placement)
     table, replicas = placement.logical_to_physical_ER, placement.num_replicas_E
-    tokens_E = tokens_E.to(torch.int32).contiguous()
-    require_map(tokens_E, table, replicas)
-    require_dense("tokens_E", tokens_E, torch.int32, at_least=len(replicas), device=table.device)
     if tokens_E.is_cpu:
         from .numba_cpu import choose as backend
     elif tokens_E.is_cuda:
@@ -48,6 +46,57 @@ def choose(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
     replica_E = torch.empty_like(tokens_E)
     backend(tokens_E, table, replicas, placement.num_ranks, placement.num_physical, replica_E)
     return replica_E
+
+
+def split(
+    tokens_E: torch.Tensor,
+    placement: Placement,
+    knee_tokens: float,
+    free_tokens: float | None = None,
+) -> torch.Tensor:
+    """Tokens for each replica, int32 [E, R]: what ``route`` does, where a rank knows only counts.
+
+    ``assign`` puts the pairs of each rank into slots by it. Deterministic, no host sync.
+
+    Args:
+        tokens_E: (token, choice) pairs of each expert in the global batch, [E] integers.
+        placement: where the experts live, on the same device; R columns, or more.
+        knee_tokens: as for ``route``.
+        free_tokens: likewise.
+
+    Raises:
+        ValueError: an expert with tokens has no slot (on the CPU), no kernel serves the device, or
+            free_tokens is given on a GPU.
+    """
+    tokens_E = _checked(tokens_E, placement)
+    table, replicas = placement.logical_to_physical_ER, placement.num_replicas_E
+    if tokens_E.is_cpu:
+        from .numba_cpu import split as backend
+    elif tokens_E.is_cuda:
+        from .triton_gpu import split as backend
+    else:
+        raise unsupported_device("split", tokens_E)
+    split_ER = torch.empty(table.shape, dtype=torch.int32, device=table.device)
+    backend(
+        tokens_E,
+        table,
+        replicas,
+        placement.num_ranks,
+        placement.num_physical,
+        knee_tokens,
+        free_tokens,
+        split_ER,
+    )
+    return split_ER
+
+
+def _checked(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """The counts as the kernels take them. Raises ValueError if they do not fit the placement."""
+    table, replicas = placement.logical_to_physical_ER, placement.num_replicas_E
+    tokens_E = tokens_E.to(torch.int32).contiguous()
+    require_map(tokens_E, table, replicas)
+    require_dense("tokens_E", tokens_E, torch.int32, at_least=len(replicas), device=table.device)
+    return tokens_E
 
 
 def _run(

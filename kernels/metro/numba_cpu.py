@@ -27,23 +27,22 @@ _MEMORY_BOUND, _COMPUTE_BOUND = int(Regime.MEMORY_BOUND), int(Regime.COMPUTE_BOU
 
 @jit
 def count(ids, pairs, tokens_E):
-    """Adds the pairs of each expert; returns (valid pairs, active experts)."""
+    """Fills ``tokens_E`` with the pairs of each expert."""
     num_experts = len(tokens_E)
     tokens_E[:] = 0
     for i in range(pairs):
         expert = get(ids, i)
         if 0 <= expert < num_experts:
             tokens_E[expert] += 1
-    total, active = np.int64(0), np.int64(0)
-    for expert in range(num_experts):
-        total += tokens_E[expert]
-        active += tokens_E[expert] > 0
-    return total, active
 
 
 @jit
-def is_compute_bound(total, active, knee):
+def is_compute_bound(tokens_E, knee):
     """Whether the mean tokens per active expert exceed the knee (float32, as on the GPU)."""
+    total, active = np.int64(0), np.int64(0)
+    for expert in range(len(tokens_E)):
+        total += tokens_E[expert]
+        active += tokens_E[expert] > 0
     return total > 0 and np.float32(total) > np.float32(knee) * np.float32(active)
 
 
@@ -89,6 +88,26 @@ def choose_columns(tokens_E, table, stride, replicas, num_physical, column_E, pe
             column += 1
         column_E[expert_M[m]] = column
     return np.int64(limit)
+
+
+@jit
+def decide(tokens_E, table, stride, replicas, P, S, knee, free, column_E, per_rank):
+    """Whether to spread every expert over its replicas (1), or else (0) what ``choose_columns``
+    fills; a negative ``free`` stands for experts that overlap.
+
+    Returns -1 - e if expert e has tokens but a replica without slot that was looked at."""
+    if free < 0 and is_compute_bound(tokens_E, knee):
+        return np.int64(1)
+    status = choose_columns(tokens_E, table, stride, replicas, P, column_E, per_rank)
+    if status < 0:
+        return status
+    if free < 0:
+        return np.int64(0)
+    even = time_if_even(tokens_E, table, stride, replicas, P, S, knee, free)
+    if even < 0:
+        return np.int64(even)
+    one = time_with_one(tokens_E, table, stride, column_E, P, S, knee, free)
+    return np.int64(even < one)
 
 
 @jit
@@ -153,24 +172,17 @@ def record_one_replica(tokens_E, column_E, slot_E, per_rank, num_physical, load,
 def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_replicas,
            E, P, S, knee, free, load, record, valid, counters, out):  # fmt: skip
     """The whole batch, arguments by address; returns 0 or -1 - e for an expert without slot."""
-    topk_ids, slots = ints_at(ids, pairs, wide), ints_at(out, pairs, wide)
-    table_ER = ints_at(table, E * stride, wide_table)
-    replicas_E = ints_at(replicas, E, wide_replicas)
+    topk_ids, slots = ints_at(ids, wide), ints_at(out, wide)
+    table_ER = ints_at(table, wide_table)
+    replicas_E = ints_at(replicas, wide_replicas)
     tokens_E, slot_E = np.empty(E, np.int32), np.empty(E, np.int32)
     valid_pairs = num_valid_pairs(valid, pairs, top_k)
-    total, active = count(topk_ids, valid_pairs, tokens_E)
+    count(topk_ids, valid_pairs, tokens_E)
     column_E, per_rank = np.empty(E, np.int32), np.empty((2, S), np.int32)
-    spread = free < 0 and is_compute_bound(total, active, knee)
-    if not spread:
-        status = choose_columns(tokens_E, table_ER, stride, replicas_E, P, column_E, per_rank)
-        if status < 0:
-            return status
-        if free >= 0:
-            even = time_if_even(tokens_E, table_ER, stride, replicas_E, P, S, knee, free)
-            if even < 0:
-                return np.int64(even)
-            spread = even < time_with_one(tokens_E, table_ER, stride, column_E, P, S, knee, free)
-    if spread:
+    decided = decide(tokens_E, table_ER, stride, replicas_E, P, S, knee, free, column_E, per_rank)
+    if decided < 0:
+        return decided
+    if decided == 1:
         tokens_P = np.empty(P, np.int32)
         status = map_even(
             topk_ids, valid_pairs, pairs, table_ER, stride, replicas_E, tokens_E, slot_E,
@@ -188,9 +200,37 @@ def _route(ids, wide, pairs, top_k, table, wide_table, stride, replicas, wide_re
 def _choose(tokens, E, table, wide_table, stride, replicas, wide_replicas, P, S, out):
     per_rank = np.empty((2, S), np.int32)
     return choose_columns(
-        int32_at(tokens, E), ints_at(table, E * stride, wide_table), stride,
-        ints_at(replicas, E, wide_replicas), P, int32_at(out, E), per_rank,
+        int32_at(tokens, E), ints_at(table, wide_table), stride,
+        ints_at(replicas, wide_replicas), P, int32_at(out, E), per_rank,
     )  # fmt: skip
+
+
+@entry
+def _split(tokens, E, R, table, wide_table, stride, replicas, wide_replicas, P, S, knee, free,
+           out):  # fmt: skip
+    """Everything by address; returns 0 or -1 - e for an expert without slot."""
+    tokens_E, split_ER = int32_at(tokens, E), int32_at(out, E * R).reshape(E, R)
+    table_ER = ints_at(table, wide_table)
+    replicas_E = ints_at(replicas, wide_replicas)
+    column_E, per_rank = np.empty(E, np.int32), np.empty((2, S), np.int32)
+    decided = decide(tokens_E, table_ER, stride, replicas_E, P, S, knee, free, column_E, per_rank)
+    if decided < 0:
+        return decided
+    split_ER[:] = 0
+    for expert in range(E):
+        pairs, count = np.int64(tokens_E[expert]), max(get(replicas_E, expert), 1)
+        if pairs == 0:
+            continue
+        if count > R:
+            return np.int64(-1 - expert)
+        if decided == 0:
+            split_ER[expert, column_E[expert]] = pairs
+            continue
+        for column in range(count):
+            if not 0 <= get(table_ER, expert * stride + column) < P:
+                return np.int64(-1 - expert)
+            split_ER[expert, column] = even_share(expert, pairs, count, column)
+    return np.int64(0)
 
 
 def _raise_without_slot(status: int) -> None:
@@ -234,6 +274,35 @@ def route(
         0 if record_enabled is None else record_enabled.data_ptr(),
         0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
         counters.data_ptr(),
+        out.data_ptr(),
+    )
+    if status < 0:
+        _raise_without_slot(status)
+
+
+def split(
+    tokens_E: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_replicas_E: torch.Tensor,
+    num_ranks: int,
+    num_physical: int,
+    knee_tokens: float,
+    free_tokens: float | None,
+    out: torch.Tensor,
+) -> None:
+    """As ``kernels.metro.split`` into ``out``, arguments already checked."""
+    status = _split(
+        tokens_E.data_ptr(),
+        *logical_to_physical_ER.shape,
+        logical_to_physical_ER.data_ptr(),
+        logical_to_physical_ER.dtype is torch.int64,
+        logical_to_physical_ER.stride(0),
+        num_replicas_E.data_ptr(),
+        num_replicas_E.dtype is torch.int64,
+        num_physical,
+        num_ranks,
+        float(knee_tokens),
+        -1.0 if free_tokens is None else float(free_tokens),
         out.data_ptr(),
     )
     if status < 0:

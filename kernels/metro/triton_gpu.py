@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..assign import even_split
 from ..assign.triton_gpu import occurrences, write_non_experts
 from ..limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
 from ..record.layout import Regime
@@ -168,6 +169,14 @@ def _registers(num_warps: int) -> dict[str, int]:
     return {"maxnreg": min(65536 // (32 * num_warps) // 8 * 8, 255)}
 
 
+def _refuse_turns(free_tokens: float | None) -> None:
+    if free_tokens is not None:
+        raise ValueError(
+            f"free_tokens={free_tokens:g} describes ranks that compute their experts in turn, as "
+            f"CPU cores do; a GPU's experts overlap. Leave it away there: knee_tokens decides."
+        )
+
+
 def _require_limits(num_experts: int, num_physical: int, num_ranks: int) -> None:
     require_limit("logical experts", num_experts, MAX_EXPERTS)
     require_limit("physical experts", num_physical, MAX_PHYSICAL)
@@ -193,11 +202,7 @@ def route(
     Raises:
         ValueError: more experts, ranks or pairs than the kernel takes, or free_tokens.
     """
-    if free_tokens is not None:
-        raise ValueError(
-            f"free_tokens={free_tokens:g} describes ranks that compute their experts in turn, as "
-            f"CPU cores do; a GPU's experts overlap. Leave it away there: knee_tokens decides."
-        )
+    _refuse_turns(free_tokens)
     num_experts, num_columns = logical_to_physical_ER.shape
     _require_limits(num_experts, num_physical, num_ranks)
     require_limit("(token, choice) pairs", topk_ids_TK.numel(), MAX_PAIRS)
@@ -255,3 +260,30 @@ def choose(
         logical_to_physical_ER.stride(0),
         **sizes,
     )
+
+
+def split(
+    tokens_E: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_replicas_E: torch.Tensor,
+    num_ranks: int,
+    num_physical: int,
+    knee_tokens: float,
+    free_tokens: float | None,
+    out: torch.Tensor,
+) -> None:
+    """As ``kernels.metro.split`` into ``out``, arguments already checked.
+
+    Both answers and a choice between them on the device.
+
+    Raises:
+        ValueError: more experts or ranks than the kernel takes, or free_tokens.
+    """
+    _refuse_turns(free_tokens)
+    column_E = torch.empty_like(tokens_E)
+    choose(tokens_E, logical_to_physical_ER, num_replicas_E, num_ranks, num_physical, column_E)
+    column_E1 = column_E.clamp(min=0).long()[:, None]
+    one_ER = torch.zeros_like(out).scatter_(1, column_E1, tokens_E[:, None])
+    even_ER = even_split(tokens_E, num_replicas_E, out.shape[1])
+    is_compute_bound = tokens_E.sum() > knee_tokens * (tokens_E > 0).sum()
+    torch.where(is_compute_bound, even_ER, one_ER, out=out)

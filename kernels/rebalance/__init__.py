@@ -84,23 +84,23 @@ def schedule(
 
     content_SD, idle_SD, fetch_SD = (empty(num_ranks, num_dynamic) for _ in range(3))
     split_ER, table_ER = empty(num_experts, num_ranks), empty(num_experts, num_ranks)
-    replicas_E, slots_P = empty(num_experts), empty(slots.num_physical)
+    replicas_E = empty(num_experts)
     status = backend(
         tokens_FE,
         (slots.content_SD, slots.idle_SD),
         method,
         rules,
-        (content_SD, idle_SD, fetch_SD, split_ER, table_ER, replicas_E, slots_P),
+        (content_SD, idle_SD, fetch_SD, split_ER, table_ER, replicas_E),
     )
     if status < 0:
         _raise_wrong_content(slots, -1 - status)
     return Schedule(
         plan=Plan(split_ER=split_ER, fetch_SD=fetch_SD),
         placement=Placement(
-            physical_to_logical_P=slots_P,
             logical_to_physical_ER=table_ER,
             num_replicas_E=replicas_E,
             num_ranks=num_ranks,
+            num_physical=slots.num_physical,
         ),
         slots=DynamicSlots(num_logical=num_experts, content_SD=content_SD, idle_SD=idle_SD),
         outcome=Outcome(status),

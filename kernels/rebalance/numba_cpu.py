@@ -8,7 +8,7 @@ import torch
 from ...types import Outcome
 from ..metro.numba_cpu import choose_columns, is_compute_bound
 from ..metro.numba_cpu import count as count_pairs
-from ..numba_memory import entry, int32_at, ints_at, jit, num_valid_pairs
+from ..numba_memory import entry, get, int32_at, ints_at, jit, num_valid_pairs
 from .balance_cpu import balance
 from .paper_cpu import keep_what_fits, rebalance
 from .rules import Method, Rules
@@ -38,28 +38,27 @@ def _moves(method, tokens_FE, tokens_E, num_dynamic, q, cost, tolerance, head_E,
 
 
 @jit
-def _serve_few(tokens_E, content_SD, idle_SD, table_ER, replicas_E, served_SD):
-    """The memory-bound regime: METRO's choice among the replicas that are there."""
-    num_experts, num_ranks = table_ER.shape
-    wide = np.empty(0, np.int64)
+def _serve_few(tokens_E, content_SD, idle_SD, table, replicas, served_SD):
+    """The memory-bound regime: METRO's choice among the replicas that are there (addresses)."""
+    num_experts, num_ranks = len(tokens_E), len(content_SD)
+    table_ER, replicas_E = ints_at(table, False), ints_at(replicas, False)
     column_E, per_rank = np.empty(num_experts, np.int32), np.empty((2, num_ranks), np.int32)
     num_physical = num_experts + content_SD.size
     choose_columns(
-        tokens_E, (table_ER.ravel(), wide, False), num_ranks, (replicas_E, wide, False),
-        num_physical, column_E, per_rank,
+        tokens_E, table_ER, num_ranks, replicas_E, num_physical, column_E, per_rank
     )  # fmt: skip
     served_SD[:] = 0
     slots, num_home = num_physical // num_ranks, num_experts // num_ranks
     for expert in range(num_experts):
         if column_E[expert] > 0:
-            slot = table_ER[expert, column_E[expert]]
+            slot = get(table_ER, expert * num_ranks + column_E[expert])
             served_SD[slot // slots, slot % slots - num_home] = tokens_E[expert]
     age(served_SD > 0, idle_SD)
 
 
 @entry
 def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, before, before_idle,
-              content, idle, fetch, split, table, replicas, slots):  # fmt: skip
+              content, idle, fetch, split, table, replicas):  # fmt: skip
     """Everything by address; returns an Outcome, or -1 - s * D - d for a slot's wrong content."""
     tokens_FE = int32_at(tokens, F * E).reshape(F, E)
     content_SD, idle_SD = (
@@ -68,7 +67,7 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
     )
     fetch_SD = int32_at(fetch, S * D).reshape(S, D)
     table_ER, split_ER = int32_at(table, E * S).reshape(E, S), int32_at(split, E * S).reshape(E, S)
-    replicas_E, slot_P = int32_at(replicas, E), int32_at(slots, E + S * D)
+    replicas_E = int32_at(replicas, E)
     content_SD[:] = int32_at(before, S * D).reshape(S, D)
     idle_SD[:] = int32_at(before_idle, S * D).reshape(S, D)
     head_E, next_X = np.empty(E, np.int64), np.empty(S * D, np.int64)
@@ -76,15 +75,12 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
     if status < 0:
         return status
     tokens_E = tokens_FE.sum(0).astype(np.int32) if F > 1 else tokens_FE[0]
-    total, active = np.int64(0), np.int64(0)
-    for expert in range(E):
-        total += tokens_E[expert]
-        active += tokens_E[expert] > 0
+    total = tokens_E.sum()
     served_SD = np.empty((S, D), np.int32)
-    if total > 0 and not is_compute_bound(total, active, knee):
+    if total > 0 and not is_compute_bound(tokens_E, knee):
         fetch_SD[:] = -1
-        fill_tables(content_SD, table_ER, replicas_E, slot_P)
-        _serve_few(tokens_E, content_SD, idle_SD, table_ER, replicas_E, served_SD)
+        fill_tables(content_SD, table_ER, replicas_E)
+        _serve_few(tokens_E, content_SD, idle_SD, table, replicas, served_SD)
         fill_split(tokens_E, content_SD, served_SD, split_ER)
         return np.int64(_MEMORY_BOUND)
     move_3M = np.empty((3, S * D), np.int64)
@@ -96,7 +92,7 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
     fetches = place_moves(
         moves, move_3M, eviction, head_E, next_X, content_SD, idle_SD, fetch_SD, served_SD
     )
-    fill_tables(content_SD, table_ER, replicas_E, slot_P)
+    fill_tables(content_SD, table_ER, replicas_E)
     fill_split(tokens_E, content_SD, served_SD, split_ER)
     if total == 0:
         return np.int64(_EMPTY)
@@ -107,7 +103,7 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
 
 @entry
 def _count(ids, wide, pairs, top_k, valid, E, out):
-    count_pairs(ints_at(ids, pairs, wide), num_valid_pairs(valid, pairs, top_k), int32_at(out, E))
+    count_pairs(ints_at(ids, wide), num_valid_pairs(valid, pairs, top_k), int32_at(out, E))
 
 
 def count(
@@ -137,8 +133,8 @@ def schedule(
 
     Args:
         before: content_SD and idle_SD.
-        out: content_SD, idle_SD, fetch_SD, split_ER, logical_to_physical_ER, num_replicas_E and
-            physical_to_logical_P, int32.
+        out: content_SD, idle_SD, fetch_SD, split_ER, logical_to_physical_ER and num_replicas_E,
+            int32.
     """
     num_ranks, num_dynamic = before[0].shape
     return _schedule(

@@ -97,7 +97,7 @@ def age(needed_SD, idle_SD):
 
 
 @jit
-def fill_tables(content_SD, table_ER, replicas_E, slot_P):
+def fill_tables(content_SD, table_ER, replicas_E):
     """Writes the placement: home slots in column 0, dynamic slots behind them in rank order."""
     num_experts = len(replicas_E)
     num_ranks, num_dynamic = content_SD.shape
@@ -106,13 +106,11 @@ def fill_tables(content_SD, table_ER, replicas_E, slot_P):
     for expert in range(num_experts):
         slot = expert // num_home * (num_home + num_dynamic) + expert % num_home
         table_ER[expert, 0] = slot
-        slot_P[slot] = expert
         replicas_E[expert] = 1
     for rank in range(num_ranks):
         first = rank * (num_home + num_dynamic) + num_home
         for d in range(num_dynamic):
             expert = content_SD[rank, d]
-            slot_P[first + d] = expert
             if expert >= 0:
                 table_ER[expert, replicas_E[expert]] = first + d
                 replicas_E[expert] += 1

@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 
 from ..custom_op import register
-from ..tensor_checks import require_routing_buffers, unsupported_device
+from ..tensor_checks import (
+    require_dense,
+    require_integers,
+    require_routing_buffers,
+    unsupported_device,
+)
 from .layout import (
     Counter,
     Regime,
@@ -23,6 +28,8 @@ __all__ = [
     "activated_slice",
     "counters_size",
     "record",
+    "record_load",
+    "record_split",
     "tokens_slice",
 ]
 
@@ -111,3 +118,73 @@ def record(
         counters,
         int(regime),
     )
+
+
+def record_load(
+    physical_ids_TK: torch.Tensor,
+    *,
+    num_physical: int,
+    load_P: torch.Tensor,
+    record_enabled: torch.Tensor | None,
+) -> None:
+    """Adds one routed batch to ``load_P``, in place; no host sync. Arguments as for ``record``.
+
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or device.
+    """
+    require_routing_buffers(physical_ids_TK, 1, num_physical, load_P, record_enabled, None, None, 0)
+    if physical_ids_TK.is_cpu:
+        from .numba_cpu import record_load as backend
+    elif physical_ids_TK.is_cuda:
+        from .triton_gpu import record_load as backend
+    else:
+        raise unsupported_device("record_load", physical_ids_TK)
+    backend(physical_ids_TK, num_physical, load_P, record_enabled)
+
+
+def record_split(
+    split_ER: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    *,
+    num_physical: int,
+    num_ranks: int,
+    counters: torch.Tensor,
+    regime: int | None = None,
+) -> None:
+    """Adds a batch to ``counters`` from its split, where a rank sees only its own tokens.
+
+    Changes them in place, without a host sync.
+
+    Args:
+        split_ER: pairs of each expert for each replica, int32 [E, R] contiguous; zero where there
+            is no replica.
+        logical_to_physical_ER: slots, int32 or int64 [E, R or wider], last axis dense, -1 behind
+            the last replica.
+        num_physical: P. Slots of a rank are consecutive.
+        num_ranks: S, a divisor of P.
+        counters: int64 [counters_size(S)], see layout.py.
+        regime: how the batch was routed; None: compute-bound if an expert's pairs go to several
+            replicas.
+
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or device.
+    """
+    require_integers("logical_to_physical_ER", logical_to_physical_ER, dim=2)
+    num_experts, num_columns = logical_to_physical_ER.shape
+    device = logical_to_physical_ER.device
+    require_dense("split_ER", split_ER, torch.int32, at_least=0, device=device)
+    require_dense(
+        "counters", counters, torch.int64, at_least=counters_size(num_ranks), device=device
+    )
+    if split_ER.dim() != 2 or len(split_ER) != num_experts or split_ER.shape[1] > num_columns:
+        raise ValueError(
+            f"split_ER must be [{num_experts}, {num_columns} or fewer], as wide as "
+            f"logical_to_physical_ER, got {tuple(split_ER.shape)}."
+        )
+    if split_ER.is_cpu:
+        from .numba_cpu import record_split as backend
+    elif split_ER.is_cuda:
+        from .triton_gpu import record_split as backend
+    else:
+        raise unsupported_device("record_split", split_ER)
+    backend(split_ER, logical_to_physical_ER, num_physical, num_ranks, counters, regime)

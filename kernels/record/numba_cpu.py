@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from ..numba_memory import entry, get, int32_at, int64_at, ints_at, jit, num_valid_pairs, uint8_at
-from .layout import FIXED, Counter
+from .layout import FIXED, Counter, Regime
 
 _EMPTY = int(Counter.EMPTY_BATCHES)
 _MAX_ACTIVATED = int(Counter.MAX_ACTIVATED_SUM)
 _MAX_TOKENS = int(Counter.MAX_TOKENS_SUM)
 _PAIRS = int(Counter.PAIRS)
 _ACTIVATED = int(Counter.ACTIVATED_SUM)
+_MEMORY_BOUND, _COMPUTE_BOUND = int(Regime.MEMORY_BOUND), int(Regime.COMPUTE_BOUND)
 
 
 @jit
@@ -68,12 +69,41 @@ def add_physical(tokens_P, num_ranks, load, record, counters, regime):
 @entry
 def _record(ids, wide_ids, num_pairs, top_k, P, S, load, record, valid, counters, regime):
     tokens_P = np.zeros(P, np.int32)
-    physical_ids = ints_at(ids, num_pairs, wide_ids)
+    physical_ids = ints_at(ids, wide_ids)
     for i in range(num_valid_pairs(valid, num_pairs, top_k)):
         slot = get(physical_ids, i)
         if 0 <= slot < P:
             tokens_P[slot] += 1
     add_physical(tokens_P, S, load, record, counters, regime)
+
+
+@entry
+def _record_split(split, E, R, table, wide_table, stride, P, S, counters, regime):
+    tokens_P, is_spread = np.zeros(P, np.int32), False
+    split_ER, table_ER = int32_at(split, E * R).reshape(E, R), ints_at(table, wide_table)
+    for expert in range(E):
+        served = 0
+        for column in range(R):
+            slot = get(table_ER, expert * stride + column)
+            if not 0 <= slot < P:
+                break
+            tokens_P[slot] += split_ER[expert, column]
+            served += split_ER[expert, column] > 0
+        is_spread |= served > 1
+    if regime < 0:
+        regime = _COMPUTE_BOUND if is_spread else _MEMORY_BOUND
+    add_physical(tokens_P, S, 0, 0, counters, regime)
+
+
+@entry
+def _record_load(ids, wide_ids, num_pairs, P, load, record):
+    if not recording(load, record):
+        return
+    physical_ids, load_P = ints_at(ids, wide_ids), int32_at(load, P)
+    for i in range(num_pairs):
+        slot = get(physical_ids, i)
+        if 0 <= slot < P:
+            load_P[slot] += 1
 
 
 def record(
@@ -99,4 +129,43 @@ def record(
         0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
         counters.data_ptr(),
         int(regime),
+    )
+
+
+def record_load(
+    physical_ids_TK: torch.Tensor,
+    num_physical: int,
+    load_P: torch.Tensor,
+    record_enabled: torch.Tensor | None,
+) -> None:
+    """As ``kernels.record.record_load``, arguments already checked."""
+    _record_load(
+        physical_ids_TK.data_ptr(),
+        physical_ids_TK.dtype is torch.int64,
+        physical_ids_TK.numel(),
+        num_physical,
+        load_P.data_ptr(),
+        0 if record_enabled is None else record_enabled.data_ptr(),
+    )
+
+
+def record_split(
+    split_ER: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_physical: int,
+    num_ranks: int,
+    counters: torch.Tensor,
+    regime: int | None,
+) -> None:
+    """As ``kernels.record.record_split``, arguments already checked."""
+    _record_split(
+        split_ER.data_ptr(),
+        *split_ER.shape,
+        logical_to_physical_ER.data_ptr(),
+        logical_to_physical_ER.dtype is torch.int64,
+        logical_to_physical_ER.stride(0),
+        num_physical,
+        num_ranks,
+        counters.data_ptr(),
+        -1 if regime is None else regime,
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..limits import MAX_PHYSICAL, MAX_RANKS
 from .layout import FIXED as _FIXED
-from .layout import Counter
+from .layout import Counter, Regime, activated_slice, tokens_slice
 
 FIXED = tl.constexpr(_FIXED)
 EMPTY = tl.constexpr(int(Counter.EMPTY_BATCHES))
@@ -132,3 +132,50 @@ def record(
         BLOCK=BLOCK_PAIRS,
         num_warps=8,
     )
+
+
+def record_load(
+    physical_ids_TK: torch.Tensor,
+    num_physical: int,
+    load_P: torch.Tensor,
+    record_enabled: torch.Tensor | None,
+) -> None:
+    """As ``kernels.record.record_load``, arguments already checked; in torch operations."""
+    slots_N = physical_ids_TK.flatten().long()
+    counted_N = (slots_N >= 0) & (slots_N < num_physical)
+    if record_enabled is not None:
+        counted_N &= record_enabled.view(())
+    load_P.scatter_add_(0, slots_N.clamp(0, num_physical - 1), counted_N.to(load_P.dtype))
+
+
+def record_split(
+    split_ER: torch.Tensor,
+    logical_to_physical_ER: torch.Tensor,
+    num_physical: int,
+    num_ranks: int,
+    counters: torch.Tensor,
+    regime: int | None,
+) -> None:
+    """As ``kernels.record.record_split``, arguments already checked; in torch operations."""
+    table_ER = logical_to_physical_ER[:, : split_ER.shape[1]]
+    slots_ER = torch.where(table_ER < 0, num_physical, table_ER).long()
+    tokens_P = split_ER.new_zeros(num_physical + 1)
+    tokens_P.scatter_add_(0, slots_ER.flatten(), split_ER.flatten())
+    tokens_SP = tokens_P[:-1].view(num_ranks, -1)
+    tokens_S, activated_S = tokens_SP.sum(1), (tokens_SP > 0).sum(1)
+    is_empty = (tokens_S.sum() == 0).long()
+    if regime is None:
+        is_spread = ((split_ER > 0).sum(1) > 1).any().long()
+    else:
+        is_spread = (1 - is_empty) * int(regime == Regime.COMPUTE_BOUND)
+    batch = torch.zeros_like(counters)
+    batch[Counter.EMPTY_BATCHES] = is_empty
+    batch[Counter.COMPUTE_BOUND_BATCHES] = is_spread
+    batch[Counter.MEMORY_BOUND_BATCHES] = 1 - is_empty - is_spread
+    batch[Counter.MAX_ACTIVATED_SUM] = activated_S.max()
+    batch[Counter.MAX_TOKENS_SUM] = tokens_S.max()
+    batch[Counter.PAIRS] = tokens_S.sum()
+    batch[Counter.ACTIVATED_SUM] = activated_S.sum()
+    batch[activated_slice(num_ranks)] = activated_S
+    batch[tokens_slice(num_ranks)] = tokens_S
+    counters += batch

@@ -25,7 +25,7 @@ from vllm_balance.kernels.assign import assign
 from vllm_balance.routing import ROUTING, LayerTables
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.cpu import _all_gatherv, _reduce_scatterv
-from vllm_balance.types import Demand, Placement
+from vllm_balance.types import Placement
 
 WAYS = ("replicated", "after_gather", "all_reduce")
 POLICIES = {
@@ -272,7 +272,7 @@ def check_plan(policy, slots_GK: torch.Tensor, batches: Batches, where: str) -> 
     """What all ranks did together is what the policy planned for the global batch."""
     ids = batches.ids_GK[batches.ids_GK >= 0]
     tokens_E = torch.bincount(ids, minlength=batches.placement.num_logical).to(torch.int32)
-    split_ER = policy.plan(Demand(tokens_E=tokens_E), batches.placement).split_ER
+    split_ER = cases.planned(policy, tokens_E, batches.placement)
     planned_GK = assign(batches.ids_GK, split_ER, batches.placement.logical_to_physical_ER)
     assert torch.equal(slots_GK, planned_GK), where
 

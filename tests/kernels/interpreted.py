@@ -144,12 +144,40 @@ def check_route(seed: int, case: Case) -> None:
 
 def check_refusal() -> None:
     """A GPU's experts never run in turn: asked for, it is refused before a kernel starts."""
-    try:
-        triton_gpu.route(None, None, None, 2, 4, 4.0, 2.0, None, None, None, None, None)
-    except ValueError as error:
-        assert "free_tokens=2 describes ranks that compute their experts in turn" in str(error)
-    else:
-        raise AssertionError("free_tokens was taken")
+    for run, buffers in ((triton_gpu.route, 5), (triton_gpu.split, 1)):
+        try:
+            run(None, None, None, 2, 4, 4.0, 2.0, *[None] * buffers)
+        except ValueError as error:
+            assert "free_tokens=2 describes ranks that compute their experts in turn" in str(error)
+        else:
+            raise AssertionError("free_tokens was taken")
+
+
+def check_split(seed: int, case: Case) -> None:
+    """Also what its ``record_split`` counts."""
+    placement, buffers = case.placement, Buffers(seed, case)
+    knee = [0.0, 1.5, 4.0, float("inf")][seed % 4]
+    tokens_E = metro_reference.count(case.topk_ids_TK, placement.num_logical, case.num_valid_tokens)
+    even = metro_reference.is_compute_bound(tokens_E, knee)
+    table_ER, replicas_E = placement.logical_to_physical_ER, placement.num_replicas_E
+    expected_ER = metro_reference.split(
+        None if even else column_of(case, tokens_E), tokens_E, replicas_E.numpy(), table_ER.shape[1]
+    )
+    if buffers.wide:
+        table_ER = torch.nn.functional.pad(table_ER.long(), (0, 9), value=-1)[:, :-9]
+    split_ER = torch.full(table_ER.shape, POISON, dtype=torch.int32)
+    sizes = placement.num_ranks, placement.num_physical
+    triton_gpu.split(
+        torch.from_numpy(tokens_E).int(), table_ER, replicas_E, *sizes, knee, None, split_ER
+    )
+    assert (split_ER.numpy() == expected_ER).all(), seed
+    regime = Regime.COMPUTE_BOUND if even else Regime.MEMORY_BOUND
+    record_gpu.record_split(split_ER, table_ER, *sizes[::-1], buffers.counted, regime)
+    held_ER = case.table_ER >= 0
+    tokens_P = np.zeros(placement.num_physical, np.int64)
+    tokens_P[case.table_ER[held_ER]] = expected_ER[held_ER]
+    record_reference.add_batch(buffers.counters, tokens_P, placement.num_ranks, regime)
+    assert (buffers.counted.numpy() == buffers.counters).all(), seed
 
 
 def check_record(seed: int, case: Case) -> None:
@@ -168,6 +196,17 @@ def check_record(seed: int, case: Case) -> None:
         regime,
     )
     buffers.check(seed, slots_TK, regime)
+    if buffers.load is not None and buffers.valid is None:
+        before_P = buffers.load.clone()
+        record_gpu.record_load(
+            torch.from_numpy(slots_TK),
+            placement.num_physical,
+            buffers.load,
+            buffers.record_enabled,
+        )
+        slots_N = slots_TK[(slots_TK >= 0) & bool(buffers.flag or not buffers.has_flag)]
+        added_P = np.bincount(slots_N, minlength=len(before_P))
+        assert (buffers.load.numpy() == before_P.numpy() + added_P).all(), seed
 
 
 def check_assign(seed: int, case: Case) -> None:
@@ -275,6 +314,7 @@ def compare(kernel: str, number: int, first: int) -> None:
         check = {
             "choose": check_choose,
             "route": check_route,
+            "split": check_split,
             "record": check_record,
             "assign": check_assign,
         }[kernel]

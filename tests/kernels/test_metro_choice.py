@@ -226,10 +226,10 @@ def test_no_worse_than_the_paper_and_deterministic():
 def test_expert_without_slot_is_an_error():
     table = torch.tensor([[0, -1], [-1, -1]], dtype=torch.int32)
     placement = Placement(
-        physical_to_logical_P=torch.tensor([0, 0], dtype=torch.int32),
         logical_to_physical_ER=table,
         num_replicas_E=torch.tensor([1, 1], dtype=torch.int32),
         num_ranks=2,
+        num_physical=2,
     )
     with pytest.raises(ValueError, match="logical expert 1 has tokens but"):
         choose(torch.tensor([1, 1]), placement)

@@ -13,10 +13,18 @@ from vllm_balance.kernels.assign import assign, even_split
 from vllm_balance.kernels.assign import reference as assign_reference
 from vllm_balance.kernels.eplb_hash import map_and_record
 from vllm_balance.kernels.eplb_hash import reference as hash_reference
-from vllm_balance.kernels.metro import choose, route
+from vllm_balance.kernels.metro import choose, route, split
 from vllm_balance.kernels.metro import reference as metro_reference
-from vllm_balance.kernels.record import Counter, Regime, counters_size, record
+from vllm_balance.kernels.record import (
+    Counter,
+    Regime,
+    counters_size,
+    record,
+    record_load,
+    record_split,
+)
 from vllm_balance.kernels.record import reference as record_reference
+from vllm_balance.types import Placement
 
 POISON = -(2**30)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -135,6 +143,49 @@ def test_route(seed, knee, free):
     ).all()
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=SEEDS,
+    knee=st.sampled_from([0.0, 1.0, 2.5, 1e9, float("inf")]),
+    free=st.sampled_from([None, None, 0.0, 1.3, 3.0]),
+)
+def test_split_and_its_records_are_those_of_route(seed, knee, free):
+    """Counts alone: the slots that ``assign`` gives by the split, and the same counters."""
+    case = random_case(seed)
+    buffers, again = Buffers(case, seed), Buffers(case, seed)
+    num_experts, R = case.table_ER.shape
+    tokens_E = metro_reference.count(case.topk_ids_TK, num_experts, case.num_valid_tokens)
+    threshold = {"knee_tokens": knee, "free_tokens": free}
+    slots_TK = route(buffers.ids_TK, **threshold, **buffers.arguments())
+    width = min(buffers.table_ER.shape[1], case.placement.num_physical - num_experts + 1)
+    arguments = again.arguments()
+    placement = Placement(
+        logical_to_physical_ER=again.table_ER[:, :width],
+        num_replicas_E=arguments["num_replicas_E"],
+        num_ranks=case.placement.num_ranks,
+        num_physical=case.placement.num_physical,
+    )
+    split_ER = split(torch.from_numpy(tokens_E), placement, **threshold)
+    assert split_ER.dtype is torch.int32 and split_ER.shape == (num_experts, width)
+    assert (split_ER.sum(1).numpy() == tokens_E).all() and not split_ER[:, R:].any()
+    assigned_TK = assign(
+        again.ids_TK, split_ER, again.table_ER, num_valid_tokens=again.num_valid_tokens
+    )
+    assert torch.equal(assigned_TK, slots_TK)
+    regime = None
+    if buffers.counters[Counter.COMPUTE_BOUND_BATCHES] > again.counters[1]:
+        regime = Regime.COMPUTE_BOUND
+    record_split(
+        split_ER,
+        placement.logical_to_physical_ER,
+        num_physical=placement.num_physical,
+        num_ranks=placement.num_ranks,
+        counters=again.counters,
+        regime=regime,
+    )
+    assert torch.equal(again.counters, buffers.counters)
+
+
 @settings(max_examples=200, deadline=None)
 @given(seed=SEEDS)
 def test_record(seed):
@@ -149,6 +200,29 @@ def test_record(seed):
     record(torch.from_numpy(slots_TK), regime=regime, **arguments)
     assert (buffers.load_P.numpy() == load_P).all()
     assert (buffers.counters.numpy() == counters).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=SEEDS, flag=st.sampled_from([True, False, None]))
+def test_record_load(seed, flag):
+    """What ``record`` adds to the load, and no flag means true."""
+    case = random_case(seed)
+    buffers, again = Buffers(case, seed), Buffers(case, seed)
+    num_physical = case.placement.num_physical
+    slots_TK = np.random.default_rng(seed).integers(-2, num_physical, case.topk_ids_TK.shape)
+    enabled = None if flag is None else torch.tensor(flag)
+    sizes = {"num_physical": num_physical, "record_enabled": enabled}
+    record(
+        torch.from_numpy(slots_TK),
+        num_ranks=case.placement.num_ranks,
+        load_P=buffers.load_P,
+        num_valid_tokens=None,
+        counters=buffers.counters,
+        regime=Regime.MEMORY_BOUND,
+        **sizes,
+    )
+    record_load(torch.from_numpy(slots_TK), load_P=again.load_P, **sizes)
+    assert torch.equal(again.load_P, buffers.load_P)
 
 
 @settings(max_examples=300, deadline=None)
@@ -223,22 +297,49 @@ def test_even_split_favours_no_replica():
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=SEEDS, counted=st.booleans())
-def test_eplb_hash(seed, counted):
+@given(seed=SEEDS, only_first=st.booleans())
+def test_eplb_hash(seed, only_first):
+    """With one replica for each expert in the counts, the first one, counted as asked."""
     case = random_case(seed)
     buffers = Buffers(case, seed)
-    slots_TK = hash_reference.map_to_physical(case.topk_ids_TK, case.table_ER, case.num_replicas_E)
-    load_P, counters = buffers.expected(slots_TK, Regime.COMPUTE_BOUND)
-    if not counted:
-        counters, buffers_counters = buffers.counters.numpy().copy(), None
-    else:
-        buffers_counters = buffers.counters
-    arguments = {**buffers.arguments(), "counters": buffers_counters}
+    arguments, replicas_E = buffers.arguments(), case.num_replicas_E
+    regime = Regime.COMPUTE_BOUND
+    if only_first:
+        replicas_E, regime = np.ones_like(replicas_E), Regime.MEMORY_BOUND
+        ones_E = torch.ones_like(arguments["num_replicas_E"])
+        arguments |= {"num_replicas_E": ones_E, "regime": regime}
+    slots_TK = hash_reference.map_to_physical(case.topk_ids_TK, case.table_ER, replicas_E)
+    load_P, counters = buffers.expected(slots_TK, regime)
     out = map_and_record(buffers.ids_TK, **arguments)
     assert out.dtype == buffers.ids_TK.dtype
     assert (out.numpy() == slots_TK).all()
     assert (buffers.load_P.numpy() == load_P).all()
     assert (buffers.counters.numpy() == counters).all()
+
+
+def test_a_split_needs_a_slot_for_every_replica():
+    placement = Placement(
+        logical_to_physical_ER=torch.tensor([[0, -1], [-1, -1], [1, -1]]),
+        num_replicas_E=torch.tensor([1, 1, 2]),
+        num_ranks=2,
+        num_physical=2,
+    )
+    for knee in (0.0, float("inf")):
+        with pytest.raises(ValueError, match="logical expert 1 has tokens but"):
+            split(torch.tensor([1, 1, 0]), placement, knee)
+        with pytest.raises(ValueError, match="logical expert 2 has tokens but"):
+            split(torch.tensor([1, 0, 2]), placement, knee)
+        assert split(torch.tensor([3, 0, 0]), placement, knee).tolist() == [[3, 0], [0, 0], [0, 0]]
+
+
+def test_a_split_is_recorded_beside_its_map():
+    table_ER, counters = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(11, dtype=torch.int64)
+    sizes = {"num_physical": 4, "num_ranks": 2}
+    for shape, dtype in (((3, 3), torch.int32), ((2, 2), torch.int32), ((3, 2), torch.int64)):
+        with pytest.raises(ValueError, match="split_ER must be"):
+            record_split(torch.zeros(shape, dtype=dtype), table_ER, counters=counters, **sizes)
+    with pytest.raises(ValueError, match="counters must be"):
+        record_split(table_ER, table_ER, counters=counters[:9], **sizes)
 
 
 def small() -> Buffers:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-NUMBERS = {"choose": 150, "route": 70, "record": 100, "assign": 40, "eplb_hash": 30}
+NUMBERS = {"choose": 150, "route": 70, "split": 50, "record": 100, "assign": 40, "eplb_hash": 30}
 """Random cases of each kernel."""
 
 

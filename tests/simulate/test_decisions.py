@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cases import planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,6 @@ from vllm_balance.simulate.fetches import (
 from vllm_balance.simulate.run import decider_of
 from vllm_balance.simulate.traffic import Traffic, spread_layers
 from vllm_balance.traces import Trace
-from vllm_balance.types import Demand
 
 MODEL = models.load("qwen3-30b-a3b")
 SKEW = ReplaySettings(zipf=0.8, seed=3, rows=512)
@@ -220,7 +220,7 @@ def test_routing_and_planning_agree(name):
     for layer, tables in enumerate(made.tables_L):
         placement = tables.placement
         tokens_E = torch.bincount(ids_LTK[layer].flatten(), minlength=128).int()
-        split_ER = made.policy.plan(Demand(tokens_E=tokens_E), placement).split_ER
+        split_ER = planned(made.policy, tokens_E, placement)
         planned_P = np.zeros(placement.num_physical, np.int64)
         table_ER = placement.logical_to_physical_ER.numpy()
         np.add.at(planned_P, table_ER[table_ER >= 0], split_ER.numpy()[table_ER >= 0])

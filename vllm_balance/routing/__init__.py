@@ -11,7 +11,7 @@ from vllm_balance.routing.gem import GemRouting
 from vllm_balance.routing.harmoeny import HarmoenyRouting
 from vllm_balance.routing.harmoeny_paper import HarmoenyPaperRouting
 from vllm_balance.routing.metro import MetroRouting
-from vllm_balance.routing.policy import LayerTables, RoutingPolicy
+from vllm_balance.routing.policy import CountingPolicy, LayerTables, RoutingPolicy
 from vllm_balance.routing.shadow import ShadowRouting
 from vllm_balance.routing.static import StaticRouting
 
@@ -41,4 +41,12 @@ def make_policy(name: str, knee_tokens: float, free_tokens: float | None) -> Rou
     return ROUTING[name]()
 
 
-__all__ = ["FETCHING", "ROUTING", "FetchingPolicy", "LayerTables", "RoutingPolicy", "make_policy"]
+__all__ = [
+    "FETCHING",
+    "ROUTING",
+    "CountingPolicy",
+    "FetchingPolicy",
+    "LayerTables",
+    "RoutingPolicy",
+    "make_policy",
+]

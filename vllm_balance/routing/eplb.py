@@ -7,10 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from vllm_balance.kernels.assign import even_split
 from vllm_balance.kernels.record import Regime, record
 from vllm_balance.routing.policy import LayerTables
-from vllm_balance.types import Demand, Placement, Plan
 
 
 class EplbRouting:
@@ -18,11 +16,6 @@ class EplbRouting:
 
     name: ClassVar[str] = "eplb"
     counts_decide: ClassVar[bool] = False
-
-    def plan(self, demand: Demand, placement: Placement) -> Plan:
-        """The even split that the hash approximates."""
-        width = placement.logical_to_physical_ER.shape[1]
-        return Plan(split_ER=even_split(demand.tokens_E, placement.num_replicas_E, width))
 
     def route(
         self,

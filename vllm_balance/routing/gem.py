@@ -9,7 +9,6 @@ import torch
 from vllm_balance.routing.eplb import EplbRouting
 from vllm_balance.routing.first_copy import FirstCopyRouting
 from vllm_balance.routing.policy import LayerTables
-from vllm_balance.types import Demand, Placement, Plan
 
 _ONLY_COPY, _EVEN = FirstCopyRouting(), EplbRouting()
 
@@ -19,10 +18,6 @@ class GemRouting:
 
     name: ClassVar[str] = "gem"
     counts_decide: ClassVar[bool] = False
-
-    def plan(self, demand: Demand, placement: Placement) -> Plan:
-        """The even split; with one copy of each expert that is the only one."""
-        return _EVEN.plan(demand, placement)
 
     def route(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -12,23 +12,42 @@ from vllm_balance.types import Demand, Placement, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTables:
-    """Where one layer's experts live and where its routing is recorded.
+    """Where one layer's experts live and where its routing is recorded. All on one device.
 
-    The maps are vLLM's own tensors, changed in place when experts are rearranged.
+    The maps are vLLM's own tensors, changed in place when experts are rearranged. A balancer with
+    dynamic slots has maps of its own and takes only sizes, load and counters from here.
     """
 
     logical_to_physical_ER: torch.Tensor
-    """Slots of each logical expert, [E, R or wider], -1 behind the last replica."""
+    """Slots of each logical expert, int32 or int64 [E, R or wider], -1 behind the last replica."""
     num_replicas_E: torch.Tensor
-    """Slots of each logical expert, [E]."""
+    """Number of slots of each logical expert, int32 or int64 [E]."""
     num_ranks: int
+    """S, ranks of the expert-parallel group."""
     num_physical: int
+    """P, slots on all ranks, a multiple of S."""
     load_P: torch.Tensor | None
-    """vLLM's load per physical expert of this pass, int32 [P]; None without EPLB."""
+    """Pairs per slot are added here, int32 [P]: vLLM's load of this pass with its EPLB, what
+    `online` counts where that moves experts, None where nobody asks."""
     record_enabled: torch.Tensor | None
-    """bool, one element: whether vLLM wants the load of this pass."""
+    """bool, one element: whether ``load_P`` wants this pass; None: every pass."""
     counters: torch.Tensor
-    """int64, laid out by ``kernels/record/layout.py``."""
+    """int64 [counters_size(S)], laid out by ``kernels/record/layout.py``."""
+    placement: Placement = field(init=False, repr=False, compare=False)
+    """Views of the maps, as they are at any time; columns up to the most replicas possible."""
+    ones_E: torch.Tensor = field(init=False, repr=False, compare=False)
+    """Number of replicas if only the first of each expert counts, as ``num_replicas_E``."""
+
+    def __post_init__(self) -> None:
+        width = min(self.logical_to_physical_ER.shape[1], self.num_physical - self.num_logical + 1)
+        placement = Placement(
+            logical_to_physical_ER=self.logical_to_physical_ER[:, :width],
+            num_replicas_E=self.num_replicas_E,
+            num_ranks=self.num_ranks,
+            num_physical=self.num_physical,
+        )
+        object.__setattr__(self, "placement", placement)
+        object.__setattr__(self, "ones_E", torch.ones_like(self.num_replicas_E))
 
     @property
     def num_logical(self) -> int:
@@ -46,27 +65,6 @@ class LayerTables:
             "counters": self.counters,
         }
 
-    @property
-    def placement(self) -> Placement:
-        """The placement as it is now. No host sync; columns up to the most replicas possible."""
-        width = min(
-            self.logical_to_physical_ER.shape[1],
-            self.num_physical - self.num_logical + 1,
-        )
-        table_ER = self.logical_to_physical_ER[:, :width].to(torch.int32).contiguous()
-        experts_ER = torch.arange(table_ER.shape[0], dtype=torch.int32, device=table_ER.device)[
-            :, None
-        ].expand_as(table_ER)
-        content_P1 = table_ER.new_full((self.num_physical + 1,), -1)
-        slots_ER = torch.where(table_ER < 0, self.num_physical, table_ER).long()
-        content_P1.scatter_(0, slots_ER.flatten(), experts_ER.flatten())
-        return Placement(
-            physical_to_logical_P=content_P1[: self.num_physical],
-            logical_to_physical_ER=table_ER,
-            num_replicas_E=self.num_replicas_E.to(torch.int32),
-            num_ranks=self.num_ranks,
-        )
-
 
 class RoutingPolicy(Protocol):
     """Which replica serves which tokens. Pure and deterministic, the same on every rank."""
@@ -74,14 +72,6 @@ class RoutingPolicy(Protocol):
     name: ClassVar[str]
     counts_decide: ClassVar[bool]
     """Whether the choice depends on the token counts of the global batch."""
-
-    def plan(self, demand: Demand, placement: Placement) -> Plan:
-        """Tokens for each replica of each expert, without a host sync.
-
-        Called in serving for policies with `counts_decide` where ranks exchange counts and see
-        only their own tokens; of the others it says, for tests, what `route` must do.
-        """
-        ...
 
     def route(
         self,
@@ -94,4 +84,12 @@ class RoutingPolicy(Protocol):
         Adds the batch to ``tables.load_P`` and ``tables.counters``. Rows from
         ``num_valid_tokens`` (int32, one element, or None) on are padding and count nowhere.
         """
+        ...
+
+
+class CountingPolicy(RoutingPolicy, Protocol):
+    """A policy with `counts_decide`, which also decides where ranks see only their own tokens."""
+
+    def plan(self, demand: Demand, placement: Placement) -> Plan:
+        """Tokens for each replica of each expert, without a host sync: as `route` decides."""
         ...
