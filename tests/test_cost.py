@@ -1,5 +1,7 @@
 """Fitting finds the curve again, also under noise and outliers, and refuses what it cannot use."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from vllm_balance.cost import (
     PLAIN,
     CostModel,
     fit,
+    free_of,
     knee_of,
 )
 from vllm_balance.errors import BalancerError
@@ -45,6 +48,14 @@ def test_experts_in_turn_hide_nothing_behind_each_other():
     assert TURNS.further(np.array([0.5, 2.5, 10.0])).tolist() == [0, 0.5, 8]
     assert (TURNS.token_us, TURNS.knee_tokens) == (100, 4)
     assert knee_of([TURNS, TURNS.slowed(1.5)]) == pytest.approx(4)
+
+
+def test_free_tokens_are_those_of_ranks_that_all_compute_in_turn():
+    other = replace(TURNS, free_tokens=5)
+    assert free_of([TURNS]) == 2 and free_of([TURNS, other]) == 3.5
+    tiled = replace(TRUE, tile_us=1.0, tile_tokens=16)
+    for overlapping in (TRUE, tiled):
+        assert free_of([overlapping]) is None and free_of([TURNS, overlapping]) is None
 
 
 def test_a_slower_rank_takes_longer_everywhere():

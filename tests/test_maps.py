@@ -196,3 +196,17 @@ def test_a_map_for_something_else_is_refused_with_all_differences():
         )
     for part in ("instead of Mixtral", "2 ranks instead of 4", "no entry for layer 0"):
         assert part in str(error.value)
+
+
+def test_a_map_is_for_every_dtype():
+    served = SHAPE.model_copy(update={"dtype": "float32"})
+    placement_map().require(shape=served, num_ranks=2, layers=[1, 3])
+    with pytest.raises(BalancerError, match=r"not fit: hidden 64 instead of 128\. Make"):
+        placement_map().require(
+            shape=served.model_copy(update={"hidden": 128}), num_ranks=2, layers=[1, 3]
+        )
+
+
+def test_another_name_is_doubted_and_the_folder_of_a_download_is_not():
+    assert placement_map().doubt("m") is None and placement_map().doubt("org/m") is None
+    assert "was made for m, and org/n of the same shape" in placement_map().doubt("org/n")

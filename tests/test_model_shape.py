@@ -1,6 +1,7 @@
 """Shapes of models from their config.json."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,57 @@ def test_other_names_and_nested_text_models_are_read(tmp_path):
 def test_what_is_no_moe_model_is_refused(tmp_path, config):
     with pytest.raises(BalancerError, match=r"config\.json"):
         shape_of(tmp_path, config)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A model in Hugging Face's cache, as a download leaves it; its folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--tiny-moe"
+    snapshot = repository / "snapshots" / "0123abc"
+    for folder in ("refs", "blobs", "snapshots/0123abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    (repository / "blobs" / "77").write_text(json.dumps(QWEN))
+    (snapshot / "config.json").symlink_to("../../blobs/77")
+    return snapshot
+
+
+def test_a_model_is_found_by_its_name_on_hugging_face(cached):
+    shape = model_shape.from_config("org/tiny-moe")
+    assert (shape.name, shape.num_experts) == ("org/tiny-moe", 128)
+    for same in (Path("org/tiny-moe"), cached, cached / "config.json"):
+        assert model_shape.from_config(same) == shape
+
+
+def test_a_folder_goes_before_a_name(cached, tmp_path, monkeypatch):
+    (tmp_path / "org" / "tiny-moe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    shape_of(Path("org/tiny-moe"), QWEN | {"num_experts": 4})
+    found = model_shape.from_config("org/tiny-moe")
+    assert (found.name, found.num_experts) == ("tiny-moe", 4)
+
+
+@pytest.mark.parametrize("name", ["org/other", "org/a/b", "..x", "/lost/model"])
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for(cached, name):
+    with pytest.raises(BalancerError) as refused:
+        model_shape.from_config(name)
+    said = str(refused.value)
+    assert f"The model {name} cannot be read: there is no such folder or file" in said
+    assert "Hugging Face's cache (nothing is downloaded)" in said and "hf download" in said
+
+
+def test_moe_layers_of_a_file(tmp_path):
+    for config, layers in (
+        (QWEN, tuple(range(48))),
+        (QWEN | {"num_hidden_layers": 4, "first_k_dense_replace": 1}, (1, 2, 3)),
+        ({"text_config": QWEN | {"num_hidden_layers": 3, "mlp_only_layers": [1]}}, (0, 2)),
+    ):
+        shape_of(tmp_path, config)
+        assert model_shape.layers_of(tmp_path) == layers
+    shape_of(tmp_path, QWEN | {"mlp_only_layers": 5})
+    with pytest.raises(BalancerError, match="which layers are MoE layers"):
+        model_shape.layers_of(tmp_path)
 
 
 def test_files_that_are_missing_or_no_json_are_refused(tmp_path):

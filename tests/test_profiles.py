@@ -5,15 +5,18 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from json_places import WRONG, beside, keys, places, put, without
 
 from vllm_balance import documents, profiles
-from vllm_balance.cost import CostModel, Fit
+from vllm_balance.cost import CostModel, Fit, free_of, knee_of
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
+from vllm_balance.placement import Cluster
+from vllm_balance.placement.gem import coefficients
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 
 SHAPE = ModelShape(
@@ -27,11 +30,13 @@ SHAPE = ModelShape(
     dtype="bfloat16",
 )
 VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0"}
+IN_TURN = CostModel(a_us=1, b_us=2, c_us=0, beta_us=0, tile_us=4, tile_tokens=1, free_tokens=2)
+"""The form that the profile of a CPU has."""
 
 
 def profile(num_ranks: int = 2) -> Profile:
     fit = Fit(
-        model=CostModel(a_us=1, b_us=2, c_us=3, beta_us=4),
+        model=IN_TURN,
         residual_us_N=(0.5,),
         r2=0.9,
         median_relative_error=0.01,
@@ -41,7 +46,7 @@ def profile(num_ranks: int = 2) -> Profile:
             rank=rank,
             place=f"core {rank}",
             curve=Curve.of(fit),
-            points=[Point(tokens_E=[1, 2], time_us=9.5, repeats=3)],
+            points=[Point(tokens_E=[1, 2], time_us=9.5, repeats=3, rounds_us=[9.5, 9.9])],
         )
         for rank in range(num_ranks)
     ]
@@ -76,7 +81,7 @@ def test_what_is_written_comes_back(tmp_path):
     documents.write(tmp_path / "p.json", profile())
     found = profiles.load(tmp_path / "p.json")
     assert found == profile()
-    assert found.costs == (CostModel(a_us=1, b_us=2, c_us=3, beta_us=4),) * 2
+    assert found.costs == (IN_TURN,) * 2
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
 
@@ -88,10 +93,20 @@ def test_a_truncated_file_is_refused(tmp_path_factory, length):
         profiles.load(file)
 
 
+TILE = ("ranks", 0, "curve", "tile_tokens")
+FREE = ("ranks", 1, "curve", "free_tokens")
+
+
 @given(
     st.sampled_from(list(places(json.loads(TEXT)))),
-    st.sampled_from(WRONG),
+    st.sampled_from([*WRONG, 0, 1, 2**31, 2**31 + 1]),
 )
+@example(TILE, 10**400)
+@example(TILE, 2**31)
+@example(FREE, 10**400)
+@example(FREE, 2**31)
+@example(("ranks", 0, "points", 0, "rounds_us", 1), 0)
+@example(("ranks", 0, "points", 0, "rounds_us", 1), -1)
 def test_a_wrong_value_anywhere_is_refused_or_meant(tmp_path_factory, path, new):
     """A changed file is refused with our error, or is again a profile with all its promises."""
     file = tmp_path_factory.getbasetemp() / "wrong.json"
@@ -100,10 +115,21 @@ def test_a_wrong_value_anywhere_is_refused_or_meant(tmp_path_factory, path, new)
         found = profiles.load(file)
     except BalancerError:
         return
-    costs = [v for cost in found.costs for v in (cost.a_us, cost.b_us, cost.c_us, cost.beta_us)]
-    assert all(math.isfinite(value) and value >= 0 for value in costs)
+    assert_usable(found)
     assert profiles.load(file).model_dump_json() == found.model_dump_json()
     assert {rank.rank for rank in found.ranks} == {0, 1}
+
+
+def assert_usable(found: Profile) -> None:
+    """What placements, METRO and HarMoEny do with a profile."""
+    counts_E = np.array([0, 1, 2, 3, 100])
+    for cost in found.costs:
+        assert cost.knee_tokens >= 0 and math.isfinite(cost.token_us)
+        assert math.isfinite(cost.of_experts(counts_E))
+        assert (cost.further(counts_E) >= 0).all() and cost.slowed(1.5).free == cost.free
+    assert np.isfinite(coefficients(Cluster(costs=found.costs))).all()
+    assert knee_of(found.costs) > 0 and (free_of(found.costs) or 0) >= 0
+    assert all(time_us > 0 for rank in found.ranks for p in rank.points for time_us in p.rounds_us)
 
 
 @given(st.binary(max_size=200))
@@ -132,7 +158,8 @@ def test_an_older_file_is_of_one_core_and_one_round(tmp_path):
             del point["rounds_us"]
     file.write_text(json.dumps(value))
     found = profiles.load(file)
-    assert found == profile() and found.cores_per_rank == 1
+    assert found.cores_per_rank == 1 and found.costs == profile().costs
+    assert all(point.rounds_us == [] for rank in found.ranks for point in rank.points)
 
 
 @pytest.mark.parametrize("path", REQUIRED)

@@ -83,10 +83,12 @@ class PlacementMap(Document):
     def require(self, *, shape: ModelShape, num_ranks: int, layers: Iterable[int]) -> None:
         """Returns if the map is for this model, this many ranks and has all these layers.
 
+        The dtype is not compared: which experts a token uses hardly depends on it.
+
         Raises:
             BalancerError: with everything that differs, and what to do.
         """
-        wrong = self.shape.differences(shape)
+        wrong = self.shape.differences(shape.model_copy(update={"dtype": self.shape.dtype}))
         if self.num_ranks != num_ranks:
             wrong.append(f"{self.num_ranks} ranks instead of {num_ranks}")
         missing = sorted(set(layers) - {layer.index for layer in self.layers})
@@ -97,6 +99,18 @@ class PlacementMap(Document):
                 f"The placement map ({self.policy}, {self.created:%Y-%m-%d}) does not fit: "
                 f"{'; '.join(wrong)}. Make one for this deployment with `vllm-balance place`."
             )
+
+    def doubt(self, name: str) -> str | None:
+        """What to say if the model of this name and shape may be another one; None if there is no
+        doubt. Of names the last part counts, so that a folder is what it was downloaded from.
+        """
+        if Path(self.shape.name).name == Path(name).name:
+            return None
+        return (
+            f"The placement map was made for {self.shape.name}, and {name} of the same shape is "
+            f"served. If that is another model, it uses its experts differently: make a map from "
+            f"a trace of it."
+        )
 
     def placement_LP(self, layers: Iterable[int]) -> np.ndarray:
         """Expert of each slot of these layers, int32 [L, P]. They must be there (`require`)."""

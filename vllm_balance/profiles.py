@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import AwareDatetime, Field, model_validator
@@ -17,6 +17,8 @@ from vllm_balance.model_shape import ModelShape
 
 BOUND_VERSIONS = ("vllm", "torch")
 """Packages whose kernels were measured: another version is another profile."""
+MAX_TOKENS = 2**31
+"""Of an expert, in anything that a profile says."""
 
 
 class Units(Document):
@@ -34,13 +36,13 @@ class Point(Document):
     time_us: float = Field(gt=0)
     """Median over the repeats, in the fastest of the rounds."""
     repeats: int = Field(ge=1)
-    rounds_us: list[float] = Field(default=[])
+    rounds_us: list[Annotated[float, Field(gt=0)]] = Field(default=[])
     """Median over the repeats in every round: what a rank's speed follows from. Empty: of one."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
-        if min(self.tokens_E) < 1 or max(self.tokens_E) > 2**31:
-            raise ValueError("tokens_E must be between 1 and 2**31 per activated expert")
+        if min(self.tokens_E) < 1 or max(self.tokens_E) > MAX_TOKENS:
+            raise ValueError(f"tokens_E must be between 1 and {MAX_TOKENS} per activated expert")
         return self
 
 
@@ -52,8 +54,8 @@ class Curve(Document):
     c_us: float = Field(ge=0)
     beta_us: float = Field(ge=0)
     tile_us: float = Field(ge=0)
-    tile_tokens: int | None = Field(ge=1)
-    free_tokens: int | None = Field(ge=1)
+    tile_tokens: int | None = Field(ge=1, le=MAX_TOKENS)
+    free_tokens: int | None = Field(ge=1, le=MAX_TOKENS)
     knee_tokens: float | None = Field(ge=0)
     """Tokens of an expert that compute as long as its weights stream; null: they cost nothing."""
     r2: float = Field(le=1)

@@ -1,6 +1,7 @@
 """A placement map in the settings: what it sets up, and every refusal before weights are loaded."""
 
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_balance import maps, plugin
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import LayerMap
-from vllm_balance.model_shape import from_config
+from vllm_balance.model_shape import from_config, moe_layers
 from vllm_balance.seams import announcements
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.settings_files import initial_placement, moe_layers
+from vllm_balance.seams.settings_files import initial_placement, read_shape
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,26 @@ def test_which_layers_are_moe():
     assert moe_layers(Text(first_k_dense_replace=1)) == (1, 2, 3, 4, 5)
     assert moe_layers(Text(decoder_sparse_step=2, mlp_only_layers=[3])) == (1, 5)
     assert moe_layers(Text(moe_layers=[1, 3])) == (1, 3)
+
+
+def test_a_model_is_called_alike_by_its_name_and_by_its_folder_in_the_cache(
+    moe_model, write, tmp_path, monkeypatch
+):
+    """Without a network vLLM replaces the name by the folder; a map knows the model by either."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    shutil.copytree(moe_model, repository / "snapshots" / "0123abc")
+    said = []
+    logger = SimpleNamespace(warning=lambda *line: said.append(line), info=lambda *line: None)
+    monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
+    shape = from_config("org/tiny")
+    assert shape.name == "org/tiny"
+    config = configured("org/tiny", "gem", map=write(shape=shape))
+    assert "snapshots" in config.model_config.model
+    assert read_shape(config.model_config) == shape and said == []
 
 
 def test_a_map_of_another_model_of_the_same_shape_is_warned_about(moe_model, write, monkeypatch):

@@ -1,19 +1,26 @@
 """A profile in the settings: the knee that it sets, and foreign ones refused."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_balance import documents, plugin
+from vllm_balance import commands, documents, plugin, traces
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import from_config
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams import settings_files
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.device import device_name
-from vllm_balance.seams.settings_files import measured_costs, require_profiled_cores
+from vllm_balance.seams.device import device_name, served_dtype
+from vllm_balance.seams.settings_files import (
+    initial_placement,
+    measured_costs,
+    require_profiled_cores,
+)
 from vllm_balance.seams.versions import kernel_versions
 
 BETA_US = 0.5
@@ -24,8 +31,8 @@ def registered(untouched_vllm):
     plugin.register()
 
 
-def curve(b_us: float) -> Curve:
-    return Curve(
+def curve(b_us: float, **changes) -> Curve:
+    fields = dict(
         a_us=1.0,
         b_us=b_us,
         c_us=0.0,
@@ -38,6 +45,18 @@ def curve(b_us: float) -> Curve:
         median_relative_error=0.0,
         residual_us=[0.0],
     )
+    return Curve(**fields | changes)
+
+
+def in_turn(b_us: float, free_tokens: int) -> Curve:
+    """The form that a CPU has: a token beyond the free ones takes BETA_US."""
+    changes = {"tile_us": BETA_US, "tile_tokens": 1, "free_tokens": free_tokens}
+    return curve(b_us, beta_us=0.0, **changes)
+
+
+def rank(number: int, found: Curve) -> RankProfile:
+    point = Point(tokens_E=[1], time_us=1.0, repeats=1)
+    return RankProfile(rank=number, place=f"core {number}", curve=found, points=[point])
 
 
 @pytest.fixture
@@ -51,15 +70,7 @@ def write(moe_model, tmp_path):
             "device": device_name(from_config(Path(moe_model)).dtype),
             "versions": kernel_versions(),
             "shape": from_config(Path(moe_model)),
-            "ranks": [
-                RankProfile(
-                    rank=rank,
-                    place=f"core {rank}",
-                    curve=curve(b_us),
-                    points=[Point(tokens_E=[1], time_us=1.0, repeats=1)],
-                )
-                for rank, b_us in enumerate((4.0, 6.0))
-            ],
+            "ranks": [rank(0, curve(4.0)), rank(1, curve(6.0))],
         }
         documents.write(tmp_path / "profile.json", Profile(**fields | changes))
         return str(tmp_path / "profile.json")
@@ -70,9 +81,12 @@ def write(moe_model, tmp_path):
 ALL_REDUCE = {"exchange": "all_reduce"}
 
 
-def configured(model: str, name: str = "metro", parallel: str = "tensor", **settings):
+def configured(
+    model: str, name: str = "metro", parallel: str = "tensor", dtype: str = "auto", **settings
+):
     return EngineArgs(
         model=model,
+        dtype=dtype,
         skip_tokenizer_init=True,
         max_model_len=64,
         **{f"{parallel}_parallel_size": 2},
@@ -94,6 +108,57 @@ def test_the_measured_knee_replaces_the_default(moe_model, write):
     assert settings_of(config).knee_tokens == 10.0
     costs = measured_costs(settings_of(config), config)
     assert [cost.knee_tokens for cost in costs] == [8.0, 12.0]
+
+
+def test_ranks_that_compute_in_turn_set_knee_and_free_tokens(moe_model, write):
+    """Both are means over the ranks; a rank whose experts overlap has no free tokens."""
+    asked = write(ranks=[rank(0, in_turn(4.0, 1)), rank(1, in_turn(6.0, 4))])
+    found = settings_of(configured(moe_model, profile=asked))
+    assert (found.knee_tokens, found.free_tokens) == (10.0, 2.5)
+    mixed = write(ranks=[rank(0, in_turn(4.0, 1)), rank(1, curve(6.0))])
+    found = settings_of(configured(moe_model, profile=mixed))
+    assert (found.knee_tokens, found.free_tokens) == (10.0, None)
+    named = settings_of(configured(moe_model, profile=asked, knee_tokens=3.0))
+    assert (named.knee_tokens, named.free_tokens) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "asked", "served"),
+    [
+        ("bfloat16", "float32", "float32"),
+        ("bfloat16", "auto", "bfloat16"),
+        ("float32", "auto", "bfloat16"),
+    ],
+)
+def test_a_server_takes_the_profile_and_the_map_made_from_it(
+    moe_model, write, tmp_path, of_model, asked, served
+):
+    """Whatever the checkpoint's dtype: `profile`, `place` and the server with one `--dtype`."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((Path(moe_model) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": of_model}))
+    dtype = served_dtype(asked, from_config(folder).dtype)
+    assert dtype == served
+    shape = from_config(folder).model_copy(update={"dtype": dtype})
+    files = {"profile": write(shape=shape, device=device_name(dtype))}
+    files["map"] = str(tmp_path / "map.json")
+    topk_ids_TLK = np.random.default_rng(0).permuted(np.tile(np.arange(8), (400, 2, 1)), axis=2)
+    trace = traces.Trace(
+        name="t",
+        num_experts=8,
+        top_k=2,
+        layer_index_L=np.arange(2),
+        topk_ids_TLK=topk_ids_TLK[..., :2].astype(np.uint8),
+        request_id_T=np.arange(400) // 20,
+    )
+    traces.save(tmp_path / "t.npz", trace)
+    arguments = ["place", "--profile", files["profile"], "--trace", str(tmp_path / "t.npz")]
+    arguments += ["--steps", "4", "--batch", "32", "-o", files["map"]]
+    placed = CliRunner().invoke(commands.app, arguments)
+    assert placed.exit_code == 0, placed.output
+    config = configured(str(folder), "gem", dtype=asked, **files)
+    assert initial_placement(settings_of(config), config).origin == "gem map"
 
 
 def test_an_explicit_knee_wins(moe_model, write):

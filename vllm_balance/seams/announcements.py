@@ -17,14 +17,8 @@ def warn_of_another_name(found: PlacementMap, vllm_config: Any) -> None:
     """Models of one shape use their experts differently; a name may be that of a folder only."""
     from vllm.logger import init_logger
 
-    served = read_shape(vllm_config.model_config).name
-    if found.shape.name != served:
-        init_logger(f"vllm.{__name__}").warning(
-            "The placement map was made for %s, and %s of the same shape is served. If that is "
-            "another model, it uses its experts differently: make a map from a trace of it.",
-            found.shape.name,
-            served,
-        )
+    if (doubt := found.doubt(read_shape(vllm_config.model_config).name)) is not None:
+        init_logger(f"vllm.{__name__}").warning("%s", doubt)
 
 
 def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
@@ -69,7 +63,7 @@ def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) 
     per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
     init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
-        "per rank); the host store of all experts takes %.2f GiB, %.2f GiB are free.",
+        "per rank); the host store of all experts takes about %.2f GiB, %.2f GiB are free.",
         config.name,
         deployment.num_experts,
         deployment.num_ranks,

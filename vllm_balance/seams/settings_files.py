@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,9 @@ from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.initial_placement import InitialPlacement
 from vllm_balance.maps import PlacementMap
-from vllm_balance.model_shape import ModelShape, from_mapping
+from vllm_balance.model_shape import ModelShape, from_mapping, moe_layers, name_of
 from vllm_balance.seams.device import device_name, unprofiled_device
 from vllm_balance.seams.versions import kernel_versions
-
-_FIRST_MOE_LAYER = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_EVERY_NTH = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
-_KIND_OF_LAYER: dict[str, Callable[[Any], bool]] = {
-    "mlp_layer_types": lambda kind: kind == "sparse",
-    "hybrid_override_pattern": lambda kind: kind == "E",
-    "moe_layer_freq": bool,
-}
-"""Key of a configuration with an entry for each layer -> whether the entry says MoE."""
 
 
 def read_map(config: BalancerConfig) -> PlacementMap | None:
@@ -142,40 +132,6 @@ def read_shape(model_config: Any) -> ModelShape:
     """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
     return from_mapping(
         model_config.hf_config.to_dict(),
-        name=Path(model_config.model).name,
+        name=name_of(model_config.model),
         where=str(model_config.model),
     )
-
-
-def moe_layers(text: Any) -> tuple[int, ...]:
-    """Indices of the MoE layers, by what the configurations of models say about dense ones."""
-    named = _named_layers(text)
-    if named is not None:
-        return named
-    first = max(_number(text, key) or 0 for key in _FIRST_MOE_LAYER)
-    dense = set(getattr(text, "mlp_only_layers", None) or ())
-    step = max(_number(text, key) or 1 for key in _EVERY_NTH)
-    from_first = _number(text, "moe_layer_freq") or 1
-    return tuple(
-        layer
-        for layer in range(first, text.num_hidden_layers)
-        if layer not in dense and (layer + 1) % step == 0 and layer % from_first == 0
-    )
-
-
-def _named_layers(text: Any) -> tuple[int, ...] | None:
-    """The MoE layers where a configuration says of each layer what it is; None if it does not."""
-    if listed := getattr(text, "moe_layers", None):
-        return tuple(listed)
-    if listed := getattr(text, "moe_layers_enum", None):
-        return tuple(int(layer) for layer in str(listed).split(","))
-    for key, is_moe in _KIND_OF_LAYER.items():
-        kinds = getattr(text, key, None)
-        if isinstance(kinds, str | list | tuple) and kinds:
-            return tuple(layer for layer, kind in enumerate(kinds) if is_moe(kind))
-    return None
-
-
-def _number(text: Any, key: str) -> int | None:
-    value = getattr(text, key, None)
-    return value if isinstance(value, int) else None
