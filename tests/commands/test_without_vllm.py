@@ -33,7 +33,7 @@ def run(*arguments):
     return CliRunner().invoke(commands.app, arguments, env={"COLUMNS": "200"})
 
 
-for command in ("doctor", "profile", "place", "plan", "report", "trace"):
+for command in ("doctor", "profile", "place", "plan", "report", "trace", "map"):
     assert run(command, "--help").exit_code == 0, command
 missing = "vLLM is not installed. In the repository, on GPUs: pip install '.[cuda]'. On CPUs: `make"
 found = run("doctor")

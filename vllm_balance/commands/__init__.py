@@ -7,6 +7,7 @@ import sys
 import typer
 
 from vllm_balance.commands.doctor import doctor
+from vllm_balance.commands.map import map_info
 from vllm_balance.commands.place import place
 from vllm_balance.commands.plan import plan
 from vllm_balance.commands.profile import profile
@@ -33,6 +34,16 @@ trace.command()(info)
 @trace.callback()
 def _trace_commands() -> None:
     """Recorded routing."""
+
+
+placement_map = typer.Typer(help="Placement maps.", no_args_is_help=True)
+app.add_typer(placement_map, name="map")
+placement_map.command("info")(map_info)
+
+
+@placement_map.callback()
+def _map_commands() -> None:
+    """Placement maps."""
 
 
 def main() -> None:

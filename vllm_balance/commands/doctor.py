@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_balance.commands import installed
+from vllm_balance.commands.trace import say
 from vllm_balance.seams import Place, Seam
 
 
@@ -205,23 +206,28 @@ def _version(package: str) -> str:
 
 
 def _print(findings: Findings) -> None:
-    console = Console()
     versions = ", ".join(f"{name} {found}" for name, found in findings.packages.items())
-    console.print(f"vLLM {findings.vllm} on {findings.platform}; {versions}")
+    say(f"vLLM {findings.vllm} on {findings.platform}; {versions}")
     table = Table(title="Places of vLLM that --moe-balancer wraps or calls")
     table.add_column("place", overflow="fold")
     table.add_column("why", overflow="fold")
     table.add_column("state", overflow="fold")
     for seam in findings.seams:
         colour = "red" if seam.is_problem else "green"
-        table.add_row(seam.target, seam.why, f"[{colour}]{escape(seam.state)}[/]")
-    console.print(table)
+        table.add_row(escape(seam.target), escape(seam.why), f"[{colour}]{escape(seam.state)}[/]")
+    Console().print(table)
     for problem in findings.problems:
-        console.print(f"[red]{escape(problem)}[/]")
+        _say_in("red", problem)
     if findings.problems or any(seam.is_problem for seam in findings.seams):
         return
     if findings.untested is None:
-        console.print("[green]--moe-balancer can be used.[/]")
+        _say_in("green", "--moe-balancer can be used.")
     else:
-        said = f"--moe-balancer can be used, but it is untested here: {findings.untested}."
-        console.print(f"[yellow]{escape(said)}[/]")
+        _say_in(
+            "yellow",
+            f"--moe-balancer can be used, but it is untested here: {findings.untested}.",
+        )
+
+
+def _say_in(colour: str, line: str) -> None:
+    Console().print(line, style=colour, markup=False, soft_wrap=True)

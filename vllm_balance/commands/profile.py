@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,8 +20,10 @@ from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands import pictures
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.commands.rank_curves import curves, fastest
-from vllm_balance.cost import CostModel
+from vllm_balance.commands.profile_check import check_profile
+from vllm_balance.commands.rank_curves import ROUNDS, curves, fastest
+from vllm_balance.commands.trace import say
+from vllm_balance.cost import GROUPED, CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
@@ -35,26 +38,52 @@ MAX_EXPERTS = 64
 """Of one rank that are held in memory if nothing else is asked for."""
 MAX_TOKENS = 6144
 """Pairs of the largest sample on one rank."""
-ROUNDS = (3, 6)
-"""Times that every batch is measured, far apart: at least, and at most if SECONDS leave time."""
+TILED = 16
+"""Experts of the samples on both sides of where a grouped kernel may begin another tile."""
 SECONDS = 70.0
 """After which no round is begun beyond the least."""
 GOOD_FIT = 0.08
 """Median relative error from which on a profile comes with a warning."""
-TOLERANCE = 0.10
-"""Median deviation up to which a stored profile still holds."""
+DEFAULT_OUTPUT = Path("profile.json")
 
 
 def profile(
-    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks measured at once.")] = 2,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's folder, its config.json, or its name on Hugging Face if it was "
+            "downloaded.",
+        ),
+    ],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks measured at once.", show_default="2")
+    ] = None,
     cores_per_rank: Annotated[
-        int, typer.Option(min=1, help="Cores that each rank computes with, as it will serve.")
-    ] = 1,
-    output: Annotated[Path, typer.Option("-o", "--output")] = Path("profile.json"),
+        int | None,
+        typer.Option(
+            min=1, help="Cores that each rank computes with, as it will serve.", show_default="1"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The profile to write, a new file.",
+            show_default=str(DEFAULT_OUTPUT),
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file of --output if there is one.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. profile.png.")] = None,
     check: Annotated[
-        Path | None, typer.Option(help="Measure nothing new: does this profile still hold?")
+        Path | None,
+        typer.Option(
+            help="Instead of a new profile: does this one still hold? A few of its points are "
+            "measured again, on its ranks and cores; exit status 1 if it does not hold."
+        ),
     ] = None,
     experts: Annotated[
         int | None,
@@ -66,18 +95,50 @@ def profile(
         str, typer.Option(help="What the experts are served in: the --dtype of `vllm serve`.")
     ] = "auto",
 ) -> None:
-    """Measure vLLM's expert kernel on every rank, fit the curves and save them."""
+    """Measure vLLM's expert kernel on every rank, fit the curves and save them.
+
+    With --check exit status 1 if the profile no longer holds; 2 if something is refused.
+    """
     require_vllm("profile")
     shape = model_shape.from_config(model)
     if check is not None:
+        new_only = {
+            "--ranks": ranks, "--cores-per-rank": cores_per_rank, "--output": output,
+            "--force": force or None, "--plot": plot, "--experts": experts,
+        }  # fmt: skip
+        _refuse_beside_check([name for name, value in new_only.items() if value is not None])
         stored = profiles.load(check)
         same = stored.shape.dtype if dtype == "auto" else served_dtype(dtype, shape.dtype)
-        _check(stored, shape.model_copy(update={"dtype": same}))
+        shape = shape.model_copy(update={"dtype": same})
+        stored.require(shape=shape, device=device_name(same), versions=kernel_versions())
+        check_profile(stored, cores_of(len(stored.ranks), stored.cores_per_rank))
         return
-    shape = shape.model_copy(update={"dtype": served_dtype(dtype, shape.dtype)})
-    documents.require_writable(output)
+    output = output or DEFAULT_OUTPUT
+    _require_new(output, force)
     if plot is not None:
         pictures.require_drawable(plot)
+    shape = shape.model_copy(update={"dtype": served_dtype(dtype, shape.dtype)})
+    begun = time.monotonic()
+    measured = measure_ranks(shape, ranks or 2, cores_per_rank or 1, experts)
+    documents.write(output, measured)
+    _print(measured)
+    say(f"Measured in {time.monotonic() - begun:.0f} s. Wrote {output}.")
+    if plot is not None:
+        pictures.draw_profile(measured, plot)
+        say(f"Wrote {plot}.")
+
+
+def measure_ranks(
+    shape: ModelShape, ranks: int, cores_per_rank: int, experts: int | None
+) -> Profile:
+    """Measures all ranks at once and fits their curves.
+
+    Args:
+        experts: held by each rank; None: its share, at most MAX_EXPERTS.
+
+    Raises:
+        BalancerError: too few cores, more experts than samples have tokens for, or a rank died.
+    """
     cores_S, isa = cores_of(ranks, cores_per_rank), kernel_isa(shape.dtype)
     if experts is not None and experts * COARSE[1] > MAX_TOKENS:
         raise BalancerError(
@@ -86,10 +147,9 @@ def profile(
             f"{MAX_TOKENS // COARSE[1]}."
         )
     local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
-    begun = time.monotonic()
     with probing(shape, isa, cores_S, local) as probe:
         points_RSN = sample(probe, local)
-    measured = Profile(
+    return Profile(
         units=Units(),
         created=datetime.now(UTC),
         device=device_name(shape.dtype),
@@ -98,12 +158,26 @@ def profile(
         cores_per_rank=cores_per_rank,
         ranks=ranks_of(points_RSN, [_place(cores) for cores in cores_S]),
     )
-    documents.write(output, measured)
-    _print(measured)
-    Console().print(f"Measured in {time.monotonic() - begun:.0f} s. Wrote {output}.")
-    if plot is not None:
-        pictures.draw_profile(measured, plot)
-        Console().print(f"Wrote {plot}.")
+
+
+def _refuse_beside_check(given: Sequence[str]) -> None:
+    if given:
+        raise BalancerError(
+            f"--check was given together with {', '.join(given)}. It measures on the ranks, cores "
+            f"and experts of the profile and writes nothing: leave {', '.join(given)} out, or "
+            f"leave --check out to measure a new profile."
+        )
+
+
+def _require_new(output: Path, force: bool) -> None:
+    """Raises BalancerError if no profile can be written there, or one would be lost."""
+    documents.require_writable(output)
+    if output.exists() and not force:
+        raise BalancerError(
+            f"The profile was to be written to {output}, and there is a file: servers and maps may "
+            f"refer to it. Name a new one with --output, or replace it with --force; `--check "
+            f"{output}` tells whether it still holds."
+        )
 
 
 def cores_of(ranks: int, each: int = 1) -> list[list[int]]:
@@ -165,18 +239,24 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
 
 
 def grid(local: int, knee: float) -> list[list[int]]:
-    """Batches, as tokens of each activated expert, around a knee; none above MAX_TOKENS."""
+    """Batches, as tokens of each activated expert, around a knee and on both sides of tiles; each
+    once, none of the first samples, none above MAX_TOKENS.
+    """
     around = sorted({max(1, round(knee * factor)) for factor in AROUND_KNEE} - set(COARSE))
     batches = [[n] * local for n in around]
     for activated in sorted({max(1, local // 2), max(1, local // 4), max(1, local // 16)}):
         counts = sorted({1, *(max(1, round(knee * factor)) for factor in (0.5, 1.0, 2.0, 8.0))})
         batches += [[n] * activated for n in counts]
+    for tile in (tile for tile, _ in GROUPED if tile):
+        batches += [[n] * min(local, TILED) for n in (tile, tile + 1)]
     for mean in sorted({max(2.0, knee / 2), max(3.0, 2 * knee), max(4.0, 4 * knee)}):
         for activated in {local, max(1, local // 2)}:
             weight = 1 / np.arange(1, activated + 1)
             tokens = np.maximum(1, np.round(mean * activated * weight / weight.sum()))
             batches.append(tokens.astype(int).tolist())
-    return [batch for batch in batches if sum(batch) <= MAX_TOKENS]
+    known = {(n,) * local for n in COARSE}
+    new = [batch for batch in dict.fromkeys(map(tuple, batches)) if batch not in known]
+    return [list(batch) for batch in new if sum(batch) <= MAX_TOKENS]
 
 
 def _knee(points: Sequence[Point]) -> float:
@@ -200,7 +280,7 @@ def ranks_of(
 
 
 def _print(measured: Profile) -> None:
-    table = Table(title=f"{measured.shape.name} on {measured.device}")
+    table = Table(title=escape(f"{measured.shape.name} on {measured.device}"))
     headings = ("rank", "form", "fixed us", "us per expert", "us per token", "knee")
     for heading in (*headings, "median error", "R2"):
         table.add_column(heading, justify="right")
@@ -220,8 +300,10 @@ def _print(measured: Profile) -> None:
     worst = max(rank.curve.median_relative_error for rank in measured.ranks)
     if worst > GOOD_FIT:
         Console().print(
-            f"[yellow]A median error of {worst:.0%} is more than {GOOD_FIT:.0%}: something else "
-            f"probably ran on these cores. Measure again on a quiet machine.[/]"
+            f"A median error of {worst:.0%} is more than {GOOD_FIT:.0%}: something else probably "
+            f"ran on these cores. Measure again on a quiet machine.",
+            style="yellow",
+            soft_wrap=True,
         )
 
 
@@ -232,54 +314,3 @@ def form_of(model: CostModel) -> str:
     if model.tile_tokens == 1:
         return f"in turn, {model.free} tokens free"
     return f"together, tiles of {model.tile_tokens}"
-
-
-def _check(stored: Profile, shape: ModelShape) -> None:
-    """Measures a few stored points again; exit status 1 if they have moved."""
-    isa, ranks = kernel_isa(shape.dtype), len(stored.ranks)
-    stored.require(shape=shape, device=device_name(shape.dtype), versions=kernel_versions())
-    points = stored.ranks[0].points
-    local = max(len(point.tokens_E) for point in points)
-    chosen = sorted(range(len(points)), key=lambda i: points[i].time_us)[
-        :: max(1, len(points) // 6)
-    ]
-    with probing(shape, isa, cores_of(ranks, stored.cores_per_rank), local) as probe:
-        time_us_NS = measure_again(probe, [points[i].tokens_E for i in chosen])
-    ratio_S = deviations(stored, chosen, time_us_NS)
-    for rank, ratio in enumerate(ratio_S):
-        Console().print(f"rank {rank}: {ratio - 1:+.1%} against the profile")
-    if max(abs(ratio - 1) for ratio in ratio_S) > TOLERANCE:
-        Console().print("[red]The profile no longer holds: measure it anew.[/]")
-        raise typer.Exit(1)
-    Console().print(f"[green]The profile still holds (within {TOLERANCE:.0%}).[/]")
-
-
-def measure_again(probe: Probe, batches: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Time of each batch on each rank, [N, S] us: the fastest of as many rounds as a profile has at
-    least, as its points are.
-
-    Args:
-        batches: tokens of each activated expert, for each batch.
-    """
-    rounds = [[probe.measure(tokens_E) for tokens_E in batches] for _ in range(ROUNDS[0])]
-    return [
-        [min(timing.time_us for timing in timings_R) for timings_R in zip(*timings_RS, strict=True)]
-        for timings_RS in zip(*rounds, strict=True)
-    ]
-
-
-def deviations(
-    stored: Profile, chosen: Sequence[int], time_us_NS: Sequence[Sequence[float]]
-) -> list[float]:
-    """Median of new over stored time of the chosen points, for each rank."""
-    return [
-        float(
-            np.median(
-                [
-                    times_S[rank.rank] / rank.points[i].time_us
-                    for i, times_S in zip(chosen, time_us_NS, strict=True)
-                ]
-            )
-        )
-        for rank in stored.ranks
-    ]

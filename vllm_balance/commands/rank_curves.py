@@ -18,6 +18,8 @@ from vllm_balance.cost import Fit, describe, fit
 from vllm_balance.profiles import Point
 
 Array = np.ndarray[Any, np.dtype[Any]]
+ROUNDS = (3, 6)
+"""Times that every batch is measured, far apart: at least, and at most if there is time."""
 CERTAIN = 0.95
 """Confidence with which a rank must be slower or faster than the mean to count as such."""
 OWN_CURVE = 0.5

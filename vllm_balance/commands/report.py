@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from vllm_balance import documents, skew_table
 from vllm_balance.commands.report_plots import panels
+from vllm_balance.commands.trace import say
 from vllm_balance.errors import BalancerError
 from vllm_balance.measured_tables import tables
 from vllm_balance.measurement import Measurement, is_results, newest, read_measurements
@@ -29,7 +29,7 @@ def report(
             f"`python -m bench.run configs/runs/decode.toml`; its rows are in bench/results."
         )
     documents.write_text(output, render(runs))
-    Console().print(f"Wrote {output}: {', '.join(rows[0].run for rows in runs)}.")
+    say(f"Wrote {output}: {', '.join(rows[0].run for rows in runs)}.")
 
 
 def render(runs: list[list[Measurement]]) -> str:

@@ -1,0 +1,107 @@
+"""``vllm-balance profile --check``: whether a stored profile still describes the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.commands.rank_curves import ROUNDS
+from vllm_balance.commands.trace import say
+from vllm_balance.profiles import Profile
+from vllm_balance.seams.device import kernel_isa
+
+POINTS = 6
+"""Stored points that are measured again, or a few more: fast, slow and between."""
+BETWEEN_RANKS = 0.05
+"""How much time one rank may have gained on another."""
+TOGETHER = 0.10
+"""How much faster or slower all ranks together may have become."""
+
+
+def check_profile(stored: Profile, cores_S: Sequence[Sequence[int]]) -> None:
+    """Measures a few stored points again and prints how the ranks have moved.
+
+    Args:
+        cores_S: the cores of each rank.
+
+    Raises:
+        BalancerError: a rank died.
+        typer.Exit: status 1 if the profile no longer holds.
+    """
+    points = stored.ranks[0].points
+    local = max(len(point.tokens_E) for point in points)
+    by_time = sorted(range(len(points)), key=lambda i: points[i].time_us)
+    chosen = by_time[:: max(1, len(points) // POINTS)]
+    with probing(stored.shape, kernel_isa(stored.shape.dtype), cores_S, local) as probe:
+        time_us_NS = measure_again(probe, [points[i].tokens_E for i in chosen])
+    ratio_S = deviations(stored, chosen, time_us_NS)
+    for rank, ratio in enumerate(ratio_S):
+        say(f"rank {rank}: {ratio - 1:+.1%} against the profile")
+    problem = moved(ratio_S)
+    style = "green" if problem is None else "red"
+    holds = f"The profile still holds: between ranks within {BETWEEN_RANKS:.0%}, all together "
+    said = problem or f"{holds}within {TOGETHER:.0%}."
+    Console().print(said, style=style, markup=False, soft_wrap=True)
+    if problem is not None:
+        raise typer.Exit(1)
+
+
+def moved(ratio_S: Sequence[float]) -> str | None:
+    """Why a profile no longer holds, or None.
+
+    Placements go by the ratios between ranks, which a rank that became slow changes and a machine
+    that is slower today does not; what is derived from a rank's own times needs both.
+
+    Args:
+        ratio_S: new over stored time of each rank.
+    """
+    slow, fast = int(np.argmax(ratio_S)), int(np.argmin(ratio_S))
+    between = ratio_S[slow] / ratio_S[fast] - 1
+    if between > BETWEEN_RANKS:
+        return (
+            f"Rank {slow} has become {between:.1%} slower against rank {fast}, and placements go "
+            f"by such ratios: measure the profile anew, and make maps from it anew."
+        )
+    together = float(np.mean(ratio_S)) - 1
+    if abs(together) > TOGETHER:
+        changed = f"{abs(together):.0%} {'slower' if together > 0 else 'faster'}"
+        return (
+            f"The machine as a whole is {changed} than in the profile. The ratios between ranks "
+            f"hold, so maps made from it stay good; for its times measure it anew."
+        )
+    return None
+
+
+def measure_again(probe: Probe, batches: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Time of each batch on each rank, [N, S] us: the fastest of as many rounds as a profile has at
+    least, as its points are.
+
+    Args:
+        batches: tokens of each activated expert, for each batch.
+    """
+    rounds = [[probe.measure(tokens_E) for tokens_E in batches] for _ in range(ROUNDS[0])]
+    return [
+        [min(timing.time_us for timing in timings_R) for timings_R in zip(*timings_RS, strict=True)]
+        for timings_RS in zip(*rounds, strict=True)
+    ]
+
+
+def deviations(
+    stored: Profile, chosen: Sequence[int], time_us_NS: Sequence[Sequence[float]]
+) -> list[float]:
+    """Median of new over stored time of the chosen points, for each rank."""
+    return [
+        float(
+            np.median(
+                [
+                    times_S[rank.rank] / rank.points[i].time_us
+                    for i, times_S in zip(chosen, time_us_NS, strict=True)
+                ]
+            )
+        )
+        for rank in stored.ranks
+    ]
