@@ -169,7 +169,7 @@ def ahead_of(following: SlotBalancer) -> SlotBalancer:
         rank=0,
         num_ranks=1,
         all_reduce=first.summed,
-        min_pairs=2.0 * E,
+        knee_tokens=2.0,
     )
     return first
 

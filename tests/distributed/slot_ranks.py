@@ -6,6 +6,7 @@ Weights are real rows, filled from a store that the ranks share, so that a slot 
 expert, or with half of one, gives wrong tokens. Every batch is compared with the dense layer.
 """
 
+import copy
 import json
 import sys
 import time
@@ -90,13 +91,13 @@ class Model:
         first = self.balancers[0]
         first.following = self.balancers[1]
         first.look_ahead = LookAhead(
-            gate=lambda rows: rows @ torch.ones(HIDDEN, NUM_EXPERTS).double(),
+            gate=gate,
             top_k=TOP_K,
             num_experts=NUM_EXPERTS,
             rank=rank,
             num_ranks=world_size,
             all_reduce=first.summed,
-            min_pairs=30.0,
+            knee_tokens=1.0,
         )
 
     def running(self, run: RunCopy, copies: str) -> Prefetch:
@@ -182,10 +183,24 @@ def share(mine, world_size: int) -> list:
     return found
 
 
-def sequence(world_size: int) -> list:
-    """Batches whose hot experts change, so that two slots are never enough for long.
+def gate(rows_NH: torch.Tensor) -> torch.Tensor:
+    """The router of the second layer: logits [N, E] of hidden states."""
+    generator = torch.Generator().manual_seed(7)
+    return rows_NH @ torch.randn(HIDDEN, NUM_EXPERTS, generator=generator, dtype=torch.float64)
 
-    The last but one has no tokens on any rank, the last as many for every expert.
+
+def of_the_gate(batches: ranks.Batches) -> ranks.Batches:
+    """The same tokens in the second layer, where its router decides."""
+    found = copy.copy(batches)
+    found.ids_GK = gate(batches.hidden_GD).topk(TOP_K, dim=1).indices
+    return found
+
+
+def sequence(world_size: int) -> list[tuple[ranks.Batches, ranks.Batches]]:
+    """Batches in the two layers, whose hot experts change, so that two slots are never enough for
+    long. The second layer's are what its router says of the first one's inputs.
+
+    The last but one has no tokens on any rank, the last as many for every expert of both layers.
     """
     rng = np.random.default_rng(world_size)
     found = []
@@ -201,11 +216,15 @@ def sequence(world_size: int) -> list:
         if kind == 4:
             ids[0][:] = -1
             ids[-1] = np.full_like(ids[-1], number)
-        found.append(ranks.Batches(f"batch {number}", ids, None))
+        batches = ranks.Batches(f"batch {number}", ids, None)
+        num_home = NUM_EXPERTS // world_size
+        hot = rng.integers(world_size) * num_home + rng.permutation(num_home)[:3]
+        batches.hidden_GD += gate(torch.eye(HIDDEN).double())[:, hot].sum(1)
+        found.append((batches, of_the_gate(batches)))
     nothing = np.empty((0, TOP_K), np.int32)
     even = np.arange(20 * TOP_K, dtype=np.int32).reshape(20, TOP_K) % NUM_EXPERTS
-    found.append(ranks.Batches("no tokens", [nothing] * world_size, None))
-    found.append(ranks.Batches("even", [even] * world_size, None))
+    for name, ids in (("no tokens", nothing), ("even", even)):
+        found.append((ranks.Batches(name, [ids] * world_size, None),) * 2)
     return found
 
 
@@ -219,8 +238,8 @@ def main() -> None:
                 link = ranks.Communicator(rank, world_size)
                 model = Model(policy, way, copies, rank, world_size, link)
                 slots = []
-                for batches in sequence(world_size):
-                    for index in range(2):
+                for of_layer in sequence(world_size):
+                    for index, batches in enumerate(of_layer):
                         where = f"{policy}, {way}, {copies}, {batches.name}, layer {index}"
                         slots.append(model.run(index, batches, where))
                 model.prefetch.close()
@@ -233,6 +252,7 @@ def main() -> None:
                     "collectives": link.calls,
                     "fetches": sum(layer["fetches"] for layer in status),
                     "early_fetches": sum(layer["early_fetches"] for layer in status),
+                    "early_hits": sum(layer["early_hits"] for layer in status),
                     "evictions": sum(layer["evictions"] for layer in status),
                 }
     Path(sys.argv[4]).write_text(json.dumps(findings))

@@ -11,8 +11,6 @@ from gloo import run_ranks
 
 POLICIES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
 WAYS = ("replicated", "after_gather", "all_reduce")
-COPIES = {2: ("async", "slow", "sync"), 4: ("async", "slow")}
-"""By the number of ranks."""
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
@@ -21,8 +19,14 @@ def findings(request, tmp_path_factory) -> list[dict]:
     return run_ranks(script, request.param, tmp_path_factory.mktemp("slots"))
 
 
+def copies_of(findings) -> list[str]:
+    """How copies ran."""
+    return sorted({case.split(" | ")[2] for case in findings[0]})
+
+
 def test_every_policy_way_and_copy_was_run(findings):
-    copies = COPIES[len(findings)]
+    copies = copies_of(findings)
+    assert {"async", "slow"} <= {*copies} and ("sync" in copies or len(findings) > 2)
     cases = {f"{p} | {w} | {c}" for p in POLICIES for w in WAYS for c in copies}
     assert all(found.keys() == cases for found in findings)
 
@@ -36,7 +40,7 @@ def test_all_ranks_decide_the_same(findings, what):
 def test_how_a_copy_runs_changes_no_decision(findings):
     for policy in POLICIES:
         for way in WAYS:
-            cases = [f"{policy} | {way} | {copies}" for copies in COPIES[len(findings)]]
+            cases = [f"{policy} | {way} | {copies}" for copies in copies_of(findings)]
             assert all(findings[0][case] == findings[0][cases[0]] for case in cases)
 
 
@@ -50,11 +54,11 @@ def test_the_way_of_exchange_changes_no_decision(findings, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_batches_without_tokens_and_even_ones_were_met(findings, policy):
-    """Both once per layer. Without a tolerance no policy tells even batches from others."""
+    """Both in each layer. Without a tolerance no policy tells even batches from others."""
     for way in WAYS:
         found = findings[0][f"{policy} | {way} | async"]
         assert [empty for _, _, empty in found["batches"]] == [1, 1]
-        assert found["balanced"] == (2 if policy == "harmoeny" else 0)
+        assert found["balanced"] >= 2 if policy == "harmoeny" else found["balanced"] == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -62,6 +66,14 @@ def test_the_slots_thrashed(findings, policy):
     """Otherwise the comparison with the dense layer says nothing about fetched weights."""
     for way in WAYS:
         ranks = [found[f"{policy} | {way} | async"] for found in findings]
-        assert sum(rank["fetches"] for rank in ranks) > 4
+        assert sum(rank["fetches"] + rank["early_fetches"] for rank in ranks) > 4
         assert sum(rank["evictions"] for rank in ranks) > 2
-    assert sum(found["harmoeny | replicated | async"]["early_fetches"] for found in findings) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_guesses_came_true(findings, policy):
+    """The router is asked on the same inputs before and in the second layer."""
+    for way in WAYS:
+        ranks = [found[f"{policy} | {way} | async"] for found in findings]
+        assert sum(rank["early_fetches"] for rank in ranks) > 2
+        assert sum(rank["early_hits"] for rank in ranks) > 2

@@ -120,26 +120,47 @@ def test_a_hot_expert_is_fetched_once_and_a_wrong_guess_is_wasted_bytes(fetch_to
     status = rank.slots.status()
     assert (status["fetches"], status["early_fetches"], status["early_hits"]) == (1, 1, 1)
     assert status["wasted_bytes"] == 0
-    # The guesses bring experts 2 and 3 in place of 0 and 1, which were computed with.
+    # A guess brings expert 2 in place of 0, which was computed with.
     follow(one_hot(2), is_guess=True)
-    follow(one_hot(3), is_guess=True)
-    follow(one_hot(2, tokens=10), is_guess=False)
-    assert rank.rows[4:] == [2, 3]
-    assert rank.slots.status()["wasted_bytes"] == 0, "both may still be of use"
-    # Experts 0 and 1 overwrite them unused; from then on each fetch is for the batch itself.
-    for expert in (0, 1, 2, 3) * 2:
+    follow(one_hot(2, tokens=10))
+    assert rank.rows[4:] == [2, 1]
+    assert rank.slots.status()["wasted_bytes"] == 0, "it may still be of use"
+    # Expert 0 overwrites it unused; from then on each fetch is for the batch itself.
+    for expert in (0, 2, 3) * 3:
         follow(one_hot(expert))
     status = rank.slots.status()
-    assert (status["fetches"], status["early_fetches"]) == (1 + 8, 1 + 2)
-    assert status["wasted_bytes"] == 2 * BYTES
+    assert (status["fetches"], status["early_fetches"]) == (1 + 9, 1 + 1)
+    assert status["wasted_bytes"] == BYTES
     rank.slots.reset()
     assert not any(Counter(rank.slots.status()).values())
     assert sum(expert >= 0 for expert in rank.rows[4:]) == 2, "slots stay as they are"
 
 
+def test_a_guess_is_no_batch_for_what_is_least_recently_used():
+    """Rank 1 used expert 0 in the last batch and expert 1 in the one before. A guess that needs
+    expert 1 again makes neither older or younger: what comes next overwrites expert 1."""
+    rules = Rules(threshold_tokens=5, fetch_tokens=5)
+    rank = ranks_of(8, 2, 2)[1]
+
+    def follow(expert: int, *, is_guess: bool = False) -> None:
+        plan = schedule(one_hot(expert), rank.slots.state, rules)
+        rank.slots.follow(plan, is_guess=is_guess)
+
+    follow(1)
+    follow(0)
+    assert rank.rows[4:] == [1, 0]
+    before_SD = rank.slots.state.idle_SD
+    for _ in range(3):
+        follow(1, is_guess=True)
+    assert torch.equal(rank.slots.state.idle_SD, before_SD)
+    follow(2, is_guess=True)
+    assert rank.rows[4:] == [2, 0]
+    assert rank.slots.state.idle_SD[1].tolist() == [0, 0], "fetched just now, used just now"
+
+
 def test_a_slot_is_never_overwritten_while_its_layer_computes():
     rank = ranks_of(8, 2, 2)[1]
-    plan = schedule(one_hot(0), rank.slots.state, Rules(threshold_tokens=5))
+    plan = schedule(one_hot(0), rank.slots.state, Rules(threshold_tokens=5, fetch_tokens=5))
     with rank.slots.computing(), pytest.raises(RuntimeError, match="while it computes"):
         rank.slots.follow(plan)
     assert rank.copies == 0

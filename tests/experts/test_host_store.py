@@ -75,7 +75,7 @@ shared = SharedMemory.open(
     Address(machine=machine, pid=pid, descriptor=descriptor, size_bytes=size))
 assert shared.bytes_N[7] == 77
 shared.bytes_N[8] = 88
-shared.seal()
+shared.close_file()
 print("opened", flush=True)
 input()
 assert shared.bytes_N[9] == 99
@@ -96,7 +96,7 @@ def test_another_process_sees_the_memory_and_keeps_it_after_the_owner_closed_its
     )
     assert child.stdout.readline() == "opened\n"
     assert shared.bytes_N[8] == 88
-    shared.seal()
+    shared.close_file()
     shared.bytes_N[9] = 99
     assert child.communicate("\n", timeout=60)[0] == "kept\n"
     assert child.returncode == 0
@@ -116,7 +116,7 @@ from vllm_balance.experts.shared_memory import Address, SharedMemory, machine
 pid, descriptor = map(int, sys.argv[1:])
 shared = SharedMemory.open(
     Address(machine=machine(), pid=pid, descriptor=descriptor, size_bytes=1 << 24))
-shared.seal()
+shared.close_file()
 assert shared.bytes_N[-1] == 77
 print("mapped", flush=True)
 time.sleep(60)

@@ -1,8 +1,13 @@
 """The guess for the next layer: the same on all ranks, scaled to the batch, none in decode."""
 
+import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_balance.experts.look_ahead import MAX_ROWS, LookAhead
+from vllm_balance.kernels.rebalance import Rules, count, schedule
+from vllm_balance.types import DynamicSlots, Outcome
 
 E, K, D = 8, 2, 8
 
@@ -15,7 +20,7 @@ def ahead(rank: int = 0, num_ranks: int = 2, all_reduce=lambda t: t, **changes) 
         "rank": rank,
         "num_ranks": num_ranks,
         "all_reduce": all_reduce,
-        "min_pairs": 16.0,
+        "knee_tokens": 8.0,
     }
     return LookAhead(**(settings | changes))
 
@@ -49,4 +54,21 @@ def test_few_tokens_ask_nobody():
         raise AssertionError
 
     assert ahead(gate=never, all_reduce=never).guess(torch.zeros(8, D)) is None
-    assert ahead(min_pairs=15).guess(torch.zeros(8, D)) is not None
+    assert ahead(knee_tokens=7.9).guess(torch.zeros(8, D)) is not None
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_batch_that_asks_nobody_is_memory_bound_and_no_larger_bound_would_do(seed):
+    """Whatever its experts are. One token more, all on the same two experts, may be a prefill."""
+    rng = np.random.default_rng(seed)
+    knee, q = int(rng.integers(1, 50)), int(rng.integers(1, 50))
+    rules = Rules(threshold_tokens=q, fetch_tokens=q, knee_tokens=float(knee))
+    slots = DynamicSlots.empty(num_logical=E, num_ranks=2, num_dynamic=2)
+
+    def outcome(num_tokens: int, choices: int) -> Outcome:
+        ids_TK = rng.random((num_tokens, choices)).argsort(1)[:, :K].copy()
+        return schedule(count(torch.from_numpy(ids_TK), E)[None], slots, rules).outcome
+
+    for choices in (K, E):
+        assert outcome(knee, choices) is Outcome.MEMORY_BOUND
+    assert outcome(knee + 1, K) is not Outcome.MEMORY_BOUND

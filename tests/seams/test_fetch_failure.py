@@ -70,7 +70,7 @@ def test_a_process_goes_on_while_copies_end_well_and_after_other_errors(said):
 def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     shared = SimpleNamespace(
         prefetch=SyncPrefetch(broken),
-        rules=lambda knee_tokens, costs: Rules(threshold_tokens=4),
+        rules=lambda knee_tokens, costs: Rules(threshold_tokens=4, fetch_tokens=4),
         connect=lambda layers, knee_tokens: None,
     )
     monkeypatch.setattr("vllm_balance.seams.worker.ModelSlots", lambda *arguments: shared)
@@ -79,7 +79,8 @@ def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     worker.balancer_config = BalancerConfig(name="harmoeny")
     worker.worker_balancer = WorkerBalancer(balancer="harmoeny", rank=0)
     parallel = SimpleNamespace(distributed_executor_backend=executor)
-    worker._bind_slots(SimpleNamespace(parallel_config=parallel), [], (4.0, 2.0))
+    worker._knee = 4.0, 2.0
+    worker._bind_slots(SimpleNamespace(parallel_config=parallel), [])
     assert isinstance(shared.prefetch, EndingPrefetch) == ends
 
 

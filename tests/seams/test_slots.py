@@ -67,6 +67,32 @@ def test_a_copy_brings_the_expert_of_its_layer_with_all_its_tensors(group, prefe
     shared.prefetch.close()
 
 
+@pytest.mark.parametrize(("prefetch", "kind"), [("async", "stream"), ("sync", SyncPrefetch)])
+def test_a_device_copies_from_pinned_memory_however_copies_run(group, monkeypatch, prefetch, kind):
+    shared = model_slots(group, [runner(0)], prefetch=prefetch)
+    pinned = []
+
+    def register(address, size_bytes, flags):
+        pinned.append((address, size_bytes))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(slots, "StreamPrefetch", lambda run: "stream")
+    shared._on_cpu = False
+    found = shared._make_prefetch()
+    assert found == kind or isinstance(found, kind)
+    assert [size_bytes for _, size_bytes in pinned] == [shared.store.size_bytes]
+
+
+def test_the_size_of_the_store_is_said_where_it_is_known(group, monkeypatch):
+    said = []
+    monkeypatch.setattr(slots, "_say", said.append)
+    shared = model_slots(group, [runner(0), runner(1)])
+    (text,) = said
+    assert "host store of 2 layers with 4 experts takes" in text
+    assert f"takes {shared.store.size_bytes:,} bytes" in text
+
+
 def test_layers_with_experts_of_different_sizes_are_refused(group):
     with pytest.raises(BalancerError, match="experts of different sizes"):
         model_slots(group, [runner(0), runner(1, hidden=16)])
@@ -100,7 +126,7 @@ def test_a_layer_asks_the_router_of_the_next(group):
     runners = [runner(0), runner(1, gate=lambda rows: (gate(rows), None))]
     shared = model_slots(group, runners, look_ahead="router")
     layers = [layer(), layer()]
-    shared.connect(layers, 2.0)
+    shared.connect(layers, 4.0)
     assert layers[0].following is layers[1] and not hasattr(layers[1], "following")
     assert layers[0].look_ahead.all_reduce is layers[0].summed, "a guess is counted"
     guess = layers[0].look_ahead.guess(torch.randn(50, 8))

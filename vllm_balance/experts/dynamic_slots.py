@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class LayerSlots:
         """Takes over the state after a schedule and starts this rank's fetches.
 
         Args:
-            is_guess: the counts were predicted; a batch with the true ones follows.
+            is_guess: the counts were predicted; a batch with the true ones follows, so slots are
+                fetched into and grow no older.
 
         Raises:
             RuntimeError: the layer's experts are being computed at this moment.
@@ -51,7 +52,7 @@ class LayerSlots:
         fetch_D = schedule.plan.fetch_SD[self.rank].tolist()
         fetched = {slot: expert for slot, expert in enumerate(fetch_D) if expert >= 0}
         held_D = self.state.content_SD[self.rank].tolist()
-        self.state = schedule.slots
+        self.state = self._guessed(schedule) if is_guess else schedule.slots
         self._count_fetches(fetched, held_D, is_guess)
         if not is_guess:
             self.outcomes[schedule.outcome] += 1
@@ -103,6 +104,13 @@ class LayerSlots:
             **{name: self.counted[name] for name in COUNTERS},
             **{f"{outcome.name.lower()}_schedules": self.outcomes[outcome] for outcome in Outcome},
         }
+
+    def _guessed(self, schedule: Schedule) -> DynamicSlots:
+        """The slots with what a guess fetches: only a batch makes the others older or used."""
+        fetch_SD = schedule.plan.fetch_SD
+        assert fetch_SD is not None
+        idle_SD = torch.where(fetch_SD >= 0, 0, self.state.idle_SD)
+        return replace(self.state, content_SD=schedule.slots.content_SD, idle_SD=idle_SD)
 
     def _count_fetches(self, fetched: dict[int, int], held_D: list[int], is_guess: bool) -> None:
         counted = self.counted

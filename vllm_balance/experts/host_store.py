@@ -90,7 +90,7 @@ class HostStore:
         if memory is None:
             memory = SharedMemory.open(offers[0][2])
         machine.share(None)  # Every rank has opened it: the first may close its file.
-        memory.seal()
+        memory.close_file()
         return cls(memory, layout, (num_layers, num_experts))
 
     def write(self, layer: int, expert: int, slot: int, tensors: Sequence[torch.Tensor]) -> None:

@@ -27,8 +27,10 @@ class LookAhead:
     rank: int
     num_ranks: int
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
-    min_pairs: float
-    """Batches with fewer (token, choice) pairs are memory-bound whatever they ask for."""
+    knee_tokens: float
+    """Batches with at most this many tokens are memory-bound whatever they ask for: a token is at
+    most once on an expert, so none has more, and no mean can be above it. Of larger ones the
+    schedule of the guess decides (``kernels.rebalance.Rules.knee_tokens``)."""
 
     def guess(self, hidden_states_GD: torch.Tensor) -> torch.Tensor | None:
         """Pairs of each expert in the next layer, int32 [1, E]; None for a memory-bound batch.
@@ -36,7 +38,7 @@ class LookAhead:
         A collective, except where it returns None, which depends on the number of rows only.
         """
         num_tokens = hidden_states_GD.shape[0]
-        if num_tokens * self.top_k <= self.min_pairs:
+        if num_tokens <= self.knee_tokens:
             return None
         stride = max(self.num_ranks, -(-num_tokens // MAX_ROWS))
         rows_ND = hidden_states_GD[self.rank % stride :: stride]

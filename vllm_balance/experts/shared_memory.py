@@ -92,7 +92,7 @@ class SharedMemory:
             size_bytes=self.size_bytes,
         )
 
-    def seal(self) -> None:
+    def close_file(self) -> None:
         """Closes the file; the mapping stays. Call it when every process has opened its own."""
         os.close(self._descriptor)
         self._descriptor = -1

@@ -63,6 +63,10 @@ class ModelSlots:
     def rules(self, knee_tokens: float, costs: Sequence[CostModel] | None = None) -> Rules:
         """What the schedules decide by, the same on every rank; a collective, and logged.
 
+        `threshold_tokens` stands for the measured q in both its meanings: the fewest tokens that
+        an expert is fetched for, and the time of a fetch. So a small one forces fetches that do
+        not pay.
+
         Args:
             costs: curve of each rank from a profile, whose time of a token is taken instead of
                 measuring it.
@@ -78,8 +82,6 @@ class ModelSlots:
 
     def _derived_threshold(self, costs: Sequence[CostModel] | None) -> int:
         """q from the speeds of this device, means over the ranks."""
-        from vllm.logger import init_logger
-
         first, layout = self._runners[0].moe_config, self.store.layout
         slot = first.num_logical_experts // self._group.world_size
 
@@ -97,9 +99,7 @@ class ModelSlots:
         of_ranks = from_all_ranks(self._group, own)
         speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
         cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
-        init_logger(f"vllm.{__name__}").info(
-            "MoE balancer %s: %s (means over the ranks).", self._config.name, cost
-        )
+        _say(f"MoE balancer {self._config.name}: {cost} (means over the ranks).")
         return cost.threshold_tokens
 
     def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:
@@ -138,16 +138,21 @@ class ModelSlots:
             for slot in range(num_home):
                 store.write(layer, first + slot, slot, tensors)
         machine.share(None)  # From here on every expert is there.
+        if machine.rank == 0:
+            _say(
+                f"MoE balancer {self._config.name}: the host store of {len(self._runners)} layers "
+                f"with {num_experts} experts takes {store.size_bytes:,} bytes "
+                f"({store.size_bytes / 2**30:.2f} GiB)."
+            )
         return store
 
     def _make_prefetch(self) -> Prefetch:
         run = self._copy
+        if not self._on_cpu:
+            self.store.pin()  # From pageable memory a copy would wait in the driver's own buffer.
         if self._config.prefetch == "sync":
             return SyncPrefetch(run)
-        if self._on_cpu:
-            return ThreadPrefetch(run)
-        self.store.pin()
-        return StreamPrefetch(run)
+        return ThreadPrefetch(run) if self._on_cpu else StreamPrefetch(run)
 
     def _copy(self, copy: Copy) -> None:
         self.store.read(copy.layer, copy.expert, copy.slot, self._tensors_L[copy.layer])
@@ -161,8 +166,14 @@ class ModelSlots:
             rank=layer.rank,
             num_ranks=layer.tables.num_ranks,
             all_reduce=layer.summed,
-            min_pairs=knee_tokens * runner.moe_config.num_logical_experts,
+            knee_tokens=knee_tokens,
         )
+
+
+def _say(text: str) -> None:
+    from vllm.logger import init_logger
+
+    init_logger(f"vllm.{__name__}").info("%s", text)
 
 
 def _logits(gate: Any, hidden_states_TD: torch.Tensor) -> torch.Tensor:
