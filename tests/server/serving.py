@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -143,6 +144,11 @@ class Server:
         assert 200 not in outcomes
         _, alive = psutil.wait_procs(descendants(self.process.pid), timeout=DIES_WITHIN_S)
         assert alive == []
+
+    def assert_ends_well(self) -> None:
+        """Ends the server as its operator does."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=DIES_WITHIN_S) == 0, self.tail()
 
     def count_in_log(self, text: str) -> int:
         return self.log.read_text(errors="replace").count(text)

@@ -17,13 +17,21 @@ def _build_and_serve(original: Callable[..., Any]) -> Callable[..., Any]:
     async def build_and_serve(
         engine_client: Any, *args: Any, **kwargs: Any
     ) -> Coroutine[Any, Any, None]:
+        resources, end_engines = engine_client.engine_core.resources, engine_client.shutdown
+        was_dead: list[bool] = []
+
+        def shut_engines_down(*args: Any, **kwargs: Any) -> None:
+            was_dead.append(resources.engine_dead)
+            end_engines(*args, **kwargs)
+
+        # vLLM marks engines that it shuts down as dead: on a signal while it serves, else behind.
+        engine_client.shutdown = shut_engines_down
         shutdown = await original(engine_client, *args, **kwargs)
-        # Asked here, as the caller shuts the engines down before it awaits the shutdown.
-        died = engine_client.engine_core.resources.engine_dead
+        was_dead.append(resources.engine_dead)
 
         async def shut_down() -> None:
             await shutdown
-            if died:
+            if was_dead[0]:
                 raise SystemExit(1)
 
         return shut_down()
