@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from bench.load import Answered
+from vllm_balance.measurement import schedules
 
 Ranks = list[dict[str, Any]]
 """The status of every rank, by rank."""
 SHARED = ("decisions", "max_activated_sum", "max_tokens_sum", "pairs", "activated_per_rank")
 
 
-def require_trustworthy(name: str, ranks: Ranks, *, min_steps: int) -> None:
+def require_trustworthy(
+    name: str, ranks: Ranks, *, min_steps: int, is_skewed_prefill: bool = False
+) -> None:
     """Returns if all ranks decided the same, in every layer of at least ``min_steps`` steps.
+
+    Args:
+        is_skewed_prefill: the load is what a balancer that fetches is for, so it must not have
+            taken all of it for decode.
 
     Raises:
         RuntimeError: otherwise; the numbers would mean nothing.
@@ -30,6 +37,14 @@ def require_trustworthy(name: str, ranks: Ranks, *, min_steps: int) -> None:
             f"{name}: the policy ran {first['decisions']} times for {first['pairs']} pairs, but "
             f"this load takes at least {min_steps} steps of {first['num_layers']} layers; no "
             f"number from this run."
+        )
+    found = schedules(first)
+    with_tokens = sum(found.values()) - found.get("empty", 0)
+    if is_skewed_prefill and found and found["memory_bound"] == with_tokens:
+        raise RuntimeError(
+            f"{name}: all {with_tokens} schedules took this skewed prefill for memory-bound and "
+            f"moved nothing, so the row would be of a policy that did not run. Send longer prompts "
+            f"or lower `knee_tokens`."
         )
 
 

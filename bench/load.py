@@ -57,6 +57,14 @@ class Load(BaseModel):
             return None
         return self.model_copy(update={"max_tokens": self.warm_tokens, "slo_tpot_ms": None})
 
+    def is_skewed_prefill(self, replay: dict[str, Any]) -> bool:
+        """Whether it is of first tokens that go to a few hot experts.
+
+        Args:
+            replay: the run file's own, which a load may replace.
+        """
+        return self.max_tokens == 1 and "hot" in (self.replay or replay)
+
     @property
     def at_once(self) -> int:
         """Requests in flight while there are enough."""

@@ -103,7 +103,12 @@ def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[st
     server.reset()
     answered = send(load, server.url, model, seed)
     ranks = server.status(per_layer=True)
-    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
+    counters.require_trustworthy(
+        server.arm.name,
+        ranks,
+        min_steps=load.min_steps,
+        is_skewed_prefill=load.is_skewed_prefill(server.arm.settings["replay"]),
+    )
     return {
         **timed(load, answered),
         **counters.counted(ranks),

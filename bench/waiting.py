@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from vllm_balance.types import Outcome
+
+SCHEDULES = tuple(f"{outcome.name.lower()}_schedules" for outcome in Outcome)
 FETCHED = ("fetches", "early_fetches", "early_hits", "hits", "wasted_bytes", "evictions")
+FETCHED += SCHEDULES
 
 
 def shares(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fields of a row: shares of time that ranks wait, the spread of batches, and fetches.
+    """Fields of a row: shares of time that ranks wait, the spread of batches, fetches, schedules.
 
     The time of each batch is there for the last ones only (`RECENT_BATCHES` of
     `vllm_balance/experts/local_pairs.py`), waiting for fetches and the time of all batches together

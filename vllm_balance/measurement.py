@@ -7,7 +7,7 @@ read them. Everything was measured; predictions have a format of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +162,8 @@ class Measurement(Document):
     batch_time_spread: float | None = None
     """Standard deviation over mean of the time that the slowest rank's experts take for a batch."""
     fetching: dict[str, int] | None = None
-    """What all ranks fetched, where a balancer fetches; see docs/harmoeny.md."""
+    """What all ranks fetched, and their schedules by outcome, where a balancer fetches; see
+    docs/harmoeny.md. Rows that are older than the schedules lack them."""
     experts_us_per_rank: list[float]
     """In the experts' kernel during the load; 0 where it cannot be timed."""
     experts_us_per_layer: float
@@ -176,6 +177,15 @@ class Measurement(Document):
     """Resident memory of all processes of the server, shared pages counted in each."""
     samples: list[Sample]
     layers: list[LayerHeat]
+
+    @property
+    def moved_share(self) -> float | None:
+        """Of all batches with tokens, in all layers, those whose tokens moved between ranks; None
+        where nothing fetches, and in rows that do not say."""
+        counted = schedules(self.fetching or {})
+        with_tokens = sum(counted.values()) - counted.get("empty", 0)
+        moved = counted.get("held", 0) + counted.get("fetched", 0)
+        return moved / with_tokens if with_tokens else None
 
     @property
     def load_name(self) -> str:
@@ -192,6 +202,12 @@ class Measurement(Document):
     def key(self) -> Key:
         """Which measurement of its run it is."""
         return self.case, self.arm, self.position, self.slow, self.load, self.repeat
+
+
+def schedules(counted: Mapping[str, Any]) -> dict[str, int]:
+    """Schedules by outcome, e.g. `held`, out of a balancer's counters; empty if it has none."""
+    end = "_schedules"
+    return {name.removesuffix(end): counted[name] for name in counted if name.endswith(end)}
 
 
 def parse(line: str | bytes) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 
 from vllm_balance.measured_tables import MeasuredTable, Value, median, table_of
@@ -20,6 +21,7 @@ HEADINGS = (
     "waiting, share of rank time",
     "of it for fetches",
     "batch time, sd / mean",
+    "batches that moved tokens",
     "fetches per batch",
     "deciding, share of MoE",
 )
@@ -61,6 +63,7 @@ def _numbers(
         f"{median(here, lambda row: row.waiting_share or 0.0):.1%}",
         f"{median(here, lambda row: row.fetch_wait_share or 0.0):.2%}",
         f"{median(here, lambda row: row.batch_time_spread or 0.0):.1%}",
+        _moved(here),
         f"{median(here, _fetches):.1f}",
         f"{median(here, lambda row: row.decide_share):.2%}",
     ]
@@ -77,6 +80,12 @@ def _of(rows: Iterable[Measurement], load: str, arm: str) -> list[Measurement]:
 def _fetches(row: Measurement) -> float:
     fetched = row.fetching or {}
     return (fetched.get("fetches", 0) + fetched.get("early_fetches", 0)) / row.steps
+
+
+def _moved(here: list[Measurement]) -> str:
+    """Of batches and layers together; rows of an age agree on whether they say."""
+    shares = [row.moved_share for row in here if row.moved_share is not None]
+    return f"{statistics.median(shares):.0%}" if shares else "-"
 
 
 def _speed(row: Measurement) -> float:

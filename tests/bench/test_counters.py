@@ -73,6 +73,30 @@ def test_as_many_steps_as_the_load_takes_are_enough():
     require_trustworthy("metro", [status(), status(experts_us=1.0)], min_steps=10)
 
 
+def fetching(**schedules):
+    names = ("empty", "memory_bound", "balanced", "unpaid", "held", "fetched")
+    return status(**{f"{name}_schedules": schedules.get(name, 0) for name in names})
+
+
+def test_a_skewed_prefill_that_was_taken_for_decode_gives_no_number():
+    ranks = [fetching(memory_bound=18, empty=2)] * 2
+    with pytest.raises(RuntimeError, match="harmoeny: all 18 schedules took this skewed prefill"):
+        require_trustworthy("harmoeny", ranks, min_steps=1, is_skewed_prefill=True)
+    require_trustworthy("harmoeny", ranks, min_steps=1)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [fetching(memory_bound=19, fetched=1)] * 2,
+        [fetching(memory_bound=19, unpaid=1)] * 2,
+        [status()] * 2,
+    ],
+)
+def test_a_policy_that_looked_at_a_skewed_prefill_is_trusted(ranks):
+    require_trustworthy("harmoeny", ranks, min_steps=1, is_skewed_prefill=True)
+
+
 def test_samples_are_what_happened_between_two_looks():
     looks = [(1.0, [status(4)]), (2.0, [status(4)]), (3.004, [status(20)])]
     found = samples(Answered(client={}, looks=looks))

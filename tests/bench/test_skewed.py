@@ -4,8 +4,10 @@ import pytest
 from measured import latency, row
 
 from bench import waiting
+from bench.load import Load
 from bench.starts import arm_of, plan
 from vllm_balance import skew_table
+from vllm_balance.measurement import parse
 
 
 def rank(times_LB, fetch_us=0.0, **counted) -> dict:
@@ -60,7 +62,9 @@ def test_every_arm_is_compared_with_static_and_the_bound():
         return row(arm, load=load, steps=4.0, waiting_share=0.25, **times, **changes)
 
     rows = [cell("even", "static", 100), cell("hot", "static", 50)]
+    schedules = {"memory_bound": 4, "unpaid": 2, "held": 3, "fetched": 1, "empty": 9}
     fetching = FETCHED | {"fetches": 6, "early_fetches": 2}
+    fetching |= {f"{name}_schedules": number for name, number in schedules.items()}
     rows += [cell("hot", "harmoeny", speed, fetching=fetching) for speed in (80, 90, 97)]
     body = skew_table.table(rows).body
     assert [line[:5] for line in body] == [
@@ -68,7 +72,24 @@ def test_every_arm_is_compared_with_static_and_the_bound():
         ["hot", "static", "50", "50.0%", "+0.0%"],
         ["hot", "harmoeny", "90", "90.0%", "+80.0%"],
     ]
-    assert body[2][5:8] == ["1111", "-44.4%", "25.0%"] and body[2][10] == "2.0"
+    assert body[2][5:8] == ["1111", "-44.4%", "25.0%"] and body[2][10:12] == ["40%", "2.0"]
+    assert body[1][10] == "-"
+
+
+def test_rows_from_before_schedules_were_counted_are_shown_as_they_are():
+    older = {"fetches": 6, "early_fetches": 2, "hits": 0}
+    (line,) = skew_table.table([row("harmoeny", load="hot", steps=4.0, fetching=older)]).body
+    assert line[10:12] == ["-", "2.0"]
+    assert parse(row("harmoeny", fetching=older).model_dump_json()).moved_share is None
+
+
+def test_a_load_of_first_tokens_on_hot_experts_is_a_skewed_prefill():
+    hot, even = {"hot": {"experts": 1, "fraction": 0.9}}, {"zipf": 0.0}
+    load = Load(requests=1, prompt_tokens=8, max_tokens=1)
+    assert load.is_skewed_prefill(hot) and not load.is_skewed_prefill(even)
+    assert not load.model_copy(update={"max_tokens": 2}).is_skewed_prefill(hot)
+    assert not load.model_copy(update={"replay": even}).is_skewed_prefill(hot)
+    assert load.model_copy(update={"replay": hot}).is_skewed_prefill(even)
 
 
 def test_an_interrupted_run_has_no_bound_and_no_base():
