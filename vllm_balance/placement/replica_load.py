@@ -104,11 +104,18 @@ def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S7, split, limi
 
 
 @compiled
-def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
-    """Score after changes of even shares, up to rounding; inf as soon as it passes limit."""
+def changed_score(problem, change_M4, pair, limit, kept, load_S3):
+    """Score after changes of even shares, up to rounding; inf as soon as it passes limit.
+
+    `pair` are the two ranks of a swap, (-1, -1) if more may change; `remember` fills `kept`.
+    """
     tokens_NE, _, coefficient_S7, _ = problem
+    load_NS3, time_NS, _, left_N, gain_SN = kept
+    s, t = pair
     score = 0.0
     for n in range(len(tokens_NE)):
+        if s >= 0 and score + left_N[n] - gain_SN[s, n] - gain_SN[t, n] >= limit:
+            return np.inf
         for rank, _, _, _ in change_M4:
             load_S3[rank] = load_NS3[n, rank]
         for rank, e, replicas, sign in change_M4:
@@ -116,9 +123,9 @@ def changed_score(problem, change_M4, load_NS3, time_NS, limit, load_S3):
                 tokens = tokens_NE[n, e] / replicas
                 add(load_S3, rank, tokens, coefficient_S7[rank], sign)
         slowest = 0.0
-        for s in range(len(coefficient_S7)):
-            time = time_NS[n, s]
-            if time > slowest and not (change_M4[:, 0] == s).any():
+        for other in range(len(coefficient_S7)):
+            time = time_NS[n, other]
+            if time > slowest and not (change_M4[:, 0] == other).any():
                 slowest = time
         for rank, _, _, _ in change_M4:
             load_3 = load_S3[rank]

@@ -19,14 +19,16 @@ from vllm_balance.placement.replica_load import (
     replica_score,
     step_time,
 )
-from vllm_balance.placement.swap_search import compiled, rank_time
+from vllm_balance.placement.swap_search import compiled, look_ahead, rank_time
 
 
 @compiled
-def remember(problem, room, load_NS3, time_NS, is_slowest_S):
-    """Keeps loads and times of the current placement; marks ranks that are slowest in some step."""
+def remember(problem, room, kept, is_slowest_S):
+    """Keeps loads and times of the current placement, and what swaps could gain at most; marks
+    ranks that are slowest in some step."""
     tokens_NE, heaviest_NE, coefficient_S7, split = problem
     slots_EP, num_replicas_E, load_S3 = room
+    load_NS3, time_NS, top_N3, left_N, gain_SN = kept
     is_slowest_S[:] = False
     for n in range(len(tokens_NE)):
         slowest = step_time(
@@ -37,6 +39,7 @@ def remember(problem, room, load_NS3, time_NS, is_slowest_S):
             load_3 = load_S3[s]
             time_NS[n, s] = rank_time(coefficient_S7[s], load_3[0], load_3[1], load_3[2])
             is_slowest_S[s] |= time_NS[n, s] >= slowest
+    look_ahead(time_NS, top_N3, left_N, gain_SN)
 
 
 @compiled
@@ -101,11 +104,12 @@ def make(content_P, p, q, expert):
 def attempt(problem, content_P, move, limit, room, kept, change_M4):
     """Makes a move if it lowers the score below limit; returns the new score, else inf."""
     tokens_NE, heaviest_NE, coefficient_S7, split = problem
-    load_NS3, time_NS = kept
     p, q, expert = move
     if split == EVEN:
         m = changes(content_P, room, p, q, expert, change_M4)
-        guess = changed_score(problem, change_M4[:m], load_NS3, time_NS, limit, room[2])
+        slots_per_rank = len(content_P) // len(coefficient_S7)
+        pair = (p // slots_per_rank, q // slots_per_rank) if q >= 0 else (-1, -1)
+        guess = changed_score(problem, change_M4[:m], pair, limit, kept, room[2])
         if guess >= limit:
             return np.inf
     old = make(content_P, p, q, expert)
@@ -132,11 +136,17 @@ def descend_replicas(tokens_NE, content_P, coefficient_S7, split, trials, scores
     slots_EP = np.empty((num_experts, num_slots), np.int64)
     room = (slots_EP, np.empty(num_experts, np.int64), np.empty((num_ranks, 3)))
     problem = (tokens_NE, heaviest_NE, coefficient_S7, split)
-    kept = (np.empty((num_steps, num_ranks, 3)), np.empty((num_steps, num_ranks)))
+    kept = (
+        np.empty((num_steps, num_ranks, 3)),
+        np.empty((num_steps, num_ranks)),
+        np.empty((num_steps, 3), np.int64),
+        np.empty(num_steps + 1),
+        np.empty((num_ranks, num_steps + 1)),
+    )
     change_M4 = np.empty((2 * num_slots + 8, 4), np.int64)
     is_slowest_S = np.empty(num_ranks, np.bool_)
     score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S7, split, np.inf, room)
-    remember(problem, room, kept[0], kept[1], is_slowest_S)
+    remember(problem, room, kept, is_slowest_S)
     if len(scores):
         scores[0] = score
     made, tried, idle, p = 0, 0, 0, 0
@@ -151,7 +161,7 @@ def descend_replicas(tokens_NE, content_P, coefficient_S7, split, trials, scores
             limit = score * (1.0 - 1e-9)
             trial = attempt(problem, content_P, (p, q, expert), limit, room, kept, change_M4)
             if trial < limit:
-                remember(problem, room, kept[0], kept[1], is_slowest_S)
+                remember(problem, room, kept, is_slowest_S)
                 score, idle, made = trial, 0, made + 1
                 if made < len(scores):
                     scores[made] = score

@@ -76,7 +76,7 @@ def fill(tokens_NI, rank_of_I, state, top_N3):
             time_NS[n, s] = rank_time(
                 coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
-    return look_ahead(state, top_N3)
+    return look_ahead(time_NS, top_N3, state[5], state[6])
 
 
 @compiled
@@ -94,13 +94,12 @@ def exchange(tokens_NI, rank_of_I, i, j, state, top_N3):
                 coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
     rank_of_I[i], rank_of_I[j] = rank_of_I[j], rank_of_I[i]
-    return look_ahead(state, top_N3)
+    return look_ahead(time_NS, top_N3, state[5], state[6])
 
 
 @compiled
-def look_ahead(state, top_N3):
-    """Fills left_N, gain_SN and top_N3 from the times and returns the score."""
-    time_NS, left_N, gain_SN = state[4:]
+def look_ahead(time_NS, top_N3, left_N, gain_SN):
+    """Fills top_N3, left_N and gain_SN from the times and returns the score."""
     top_three(time_NS, top_N3)
     left_N[-1], gain_SN[:, -1] = 0.0, 0.0
     for n in range(len(time_NS) - 1, -1, -1):
