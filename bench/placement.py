@@ -23,7 +23,7 @@ from rich.console import Console
 from bench import markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
-from vllm_balance.cost import CostModel
+from vllm_balance.cost import AMX_KNEE, CostModel
 from vllm_balance.placement import PLACEMENT, Cluster, lower_bound_L, score_L
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.recording import Phase
@@ -32,12 +32,15 @@ RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
 PAGE = ROOT / "docs" / "placement.md"
 COSTS = {
     "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
-    "cpu-amx": CostModel(a_us=300, b_us=630, c_us=300, beta_us=17),
-}
-"""tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core, shape of
-Qwen3-30B-A3B (docs/log.md)."""
+    "cpu-amx": CostModel(
+        a_us=300, b_us=630, c_us=0, beta_us=0,
+        tile_us=630 / AMX_KNEE[0], tile_tokens=1, free_tokens=int(AMX_KNEE[1]),
+    ),
+}  # fmt: skip
+"""tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core computes
+experts of Qwen3-30B-A3B in turn (docs/log.md)."""
 BATCHES = {"decode": 256, "prefill": 2048}
-"""Tokens of a batch; fewer where a half of a trace has fewer."""
+"""Tokens of a batch; at most those of a half of the trace, in prefill half of them."""
 RANKS = (4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
 STEPS = 32
@@ -67,10 +70,10 @@ def run(
 
 def score_trace(trace: traces.Trace) -> Iterator[Row]:
     """One row per cost model, kind of batch, number of ranks and slowness of one of them."""
-    first, second = trace.split(SEED)
     for kind in BATCHES:
         if kind == "prefill" and trace.topk_ids_TLK is None:
             continue
+        first, second = _of_kind(trace, kind).split(SEED)
         batch = _num_tokens(kind, (first, second))
         fit = _batches(first, kind, batch, SEED)
         held_out = _batches(second, kind, batch, SEED + 1)
@@ -97,10 +100,13 @@ def grow() -> Iterator[Row]:
     """Search times of GEM for layers from a seeded skew; the compiler has run before."""
     for policy, layers, experts, num_ranks, steps, redundant in (
         ("gem", 32, 128, 8, 16, 0),
-        ("gem", 32, 128, 8, 64, 0),
+        ("gem", 32, 128, 8, 128, 0),
+        ("gem", 32, 128, 8, 256, 0),
         ("gem", 58, 256, 16, 16, 0),
         ("gem", 58, 256, 64, 16, 0),
         ("gem_r", 32, 128, 8, 16, 32),
+        ("gem_r", 32, 128, 8, 128, 32),
+        ("gem_r", 32, 128, 8, 256, 32),
     ):
         random = np.random.default_rng(SEED)
         weight_LE = random.permuted(np.tile(np.arange(1, experts + 1) ** -0.8, (layers, 1)), axis=1)
@@ -123,11 +129,17 @@ def grow() -> Iterator[Row]:
         }
 
 
-def _num_tokens(kind: str, parts: Sequence[traces.Trace]) -> int:
-    """Tokens of a batch: as BATCHES says, or all that a part of the trace has."""
+def _of_kind(trace: traces.Trace, kind: str) -> traces.Trace:
+    """The tokens of prompts alone for prefill, the generated ones for decode; all if none are."""
     phase = Phase.DECODE if kind == "decode" else Phase.PREFILL
-    had = [len(part.tokens_of(phase)) for part in parts if part.topk_ids_TLK is not None]
-    return min([BATCHES[kind], *had])
+    return trace.of_phase(phase) if phase in trace.phases() else trace
+
+
+def _num_tokens(kind: str, parts: Sequence[traces.Trace]) -> int:
+    """Tokens of a batch: as BATCHES says, or what a part of the trace has; half of that in prefill,
+    where all batches would be the same one."""
+    had = [part.num_tokens for part in parts if part.topk_ids_TLK is not None]
+    return min([BATCHES[kind], *(n if kind == "decode" else n // 2 for n in had)])
 
 
 def _batches(part: traces.Trace, kind: str, batch: int, seed: int) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Which rows a trace gives: placements are fitted on one half of it and scored on the other."""
 
 import numpy as np
+import pytest
 
 from bench import placement
 from vllm_balance.traces import Trace
 
 
 def test_a_trace_of_one_batch_is_scored_in_batches_of_half_of_it(monkeypatch):
-    """64 tokens of 128 experts, which divide over 64 ranks too."""
+    """64 tokens of 128 experts, which divide over 64 ranks too. Batches of prefill are half as
+    large: of 32 tokens all would be the same one."""
     drawn = []
 
     def scores(fit, held_out, cluster):
@@ -23,8 +25,38 @@ def test_a_trace_of_one_batch_is_scored_in_batches_of_half_of_it(monkeypatch):
     )
     rows = list(placement.score_trace(trace))
     assert {row["ranks"] for row in rows} == {4, 8, 16, 64}
-    assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 32), ("prefill", 32)}
-    assert all((fit.sum(2) == 32 * 8).all() for fit in drawn)
+    assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 32), ("prefill", 16)}
+    assert {int(pairs) for fit in drawn for pairs in np.unique(fit.sum(2))} == {32 * 8, 16 * 8}
+
+
+def test_batches_of_prefill_hold_prompts_alone_on_both_halves(monkeypatch):
+    """A trace without requests, prompts first: its second half has none. Experts 0 to 3 are of
+    prompts, 4 to 7 of generated tokens."""
+    drawn = {"decode": [], "prefill": []}
+
+    def batches(part, kind, batch, seed):
+        drawn[kind].append(part.topk_ids_TLK)
+        return np.ones((2, 1, 8), int)
+
+    monkeypatch.setattr(placement, "_batches", batches)
+    monkeypatch.setattr(placement, "_scores", lambda *_: {})
+    phase_T = np.repeat([0, 1], [40, 60])
+    ids_TLK = (4 * phase_T + np.arange(100) % 4)[:, None, None]
+    trace = Trace(name="t", num_experts=8, top_k=1, layer_index_L=np.arange(1),
+                  topk_ids_TLK=ids_TLK, phase_T=phase_T)  # fmt: skip
+    rows = list(placement.score_trace(trace))
+    assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 30), ("prefill", 10)}
+    assert [len(ids) for ids in drawn["prefill"]] == [20, 20]
+    assert all((ids < 4).all() for ids in drawn["prefill"])
+    assert all((ids >= 4).all() for ids in drawn["decode"])
+
+
+def test_the_cpu_computes_its_experts_in_turn():
+    """An expert of 20 tokens costs its streaming, one of 63 as much again as arithmetic."""
+    cost = placement.COSTS["cpu-amx"]
+    assert cost.knee_tokens == pytest.approx(43) and cost.free == 20
+    times = [cost.of_experts(np.array([tokens, 1])) for tokens in (1, 20, 63)]
+    assert times == pytest.approx([1560, 1560, 2190])
 
 
 def test_counts_are_thinned_to_whole_batches(monkeypatch):
