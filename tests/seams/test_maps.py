@@ -15,7 +15,8 @@ from vllm_balance.maps import LayerMap
 from vllm_balance.model_shape import from_config, moe_layers
 from vllm_balance.seams import announcements
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.settings_files import initial_placement, read_shape
+from vllm_balance.seams.model_config import read_shape
+from vllm_balance.seams.settings_files import initial_placement
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_balance.model_shape import moe_layers
 from vllm_balance.seams.read_deployment import _expert_weights
-from vllm_balance.seams.settings_files import moe_layers
 
 FAMILIES = {
     "qwen3_moe": ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, (1, 5)),

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_balance.config import BalancerConfig
 from vllm_balance.deployment import Deployment
 from vllm_balance.maps import PlacementMap
-from vllm_balance.seams.settings_files import read_shape
+from vllm_balance.seams.model_config import read_shape
 
 CHOOSING = ("metro", "first_copy")
 """Balancers whose only means are copies of experts."""

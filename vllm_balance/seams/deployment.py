@@ -31,12 +31,12 @@ from vllm_balance.seams.combinations import (
     mapped_pairs,
     way_of,
 )
+from vllm_balance.seams.model_config import num_ranks
 from vllm_balance.seams.read_deployment import read_deployment
 from vllm_balance.seams.server import install_in_api_server
 from vllm_balance.seams.settings_files import (
     absolute,
     measured_costs,
-    num_ranks,
     placement_of,
     read_map,
 )

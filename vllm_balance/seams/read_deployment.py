@@ -8,7 +8,7 @@ from typing import Any
 from vllm_balance.deployment import Deployment
 from vllm_balance.model_shape import NAMES, moe_layers
 from vllm_balance.seams.host_memory import available_bytes
-from vllm_balance.seams.settings_files import num_ranks
+from vllm_balance.seams.model_config import num_ranks
 
 _UNDER_EIGHT_BITS = re.compile(r"fp[46]|int4|awq|deepseek_v4|bits?\W+[2-6]\b")
 """How quantisation methods and checkpoints say that weights have fewer than eight bits."""

@@ -13,8 +13,9 @@ from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.initial_placement import InitialPlacement
 from vllm_balance.maps import PlacementMap
-from vllm_balance.model_shape import ModelShape, from_mapping, moe_layers, name_of
+from vllm_balance.model_shape import moe_layers
 from vllm_balance.seams.device import device_name, unprofiled_device
+from vllm_balance.seams.model_config import num_ranks, read_shape
 from vllm_balance.seams.versions import kernel_versions
 
 
@@ -120,18 +121,3 @@ def require_profiled_cores(config: BalancerConfig, num_threads: int) -> None:
             f"`vllm-balance profile --cores-per-rank {num_threads}`, or bind each rank to "
             f"{profiled} cores with VLLM_CPU_OMP_THREADS_BIND."
         )
-
-
-def num_ranks(vllm_config: Any) -> int:
-    """Expert-parallel ranks."""
-    parallel = vllm_config.parallel_config
-    return int(parallel.tensor_parallel_size * parallel.data_parallel_size)
-
-
-def read_shape(model_config: Any) -> ModelShape:
-    """The shape of the model in a ``ModelConfig``, as profiles and maps name it."""
-    return from_mapping(
-        model_config.hf_config.to_dict(),
-        name=name_of(model_config.model),
-        where=str(model_config.model),
-    )
