@@ -53,6 +53,12 @@ def int64_at(address, size):
 
 
 @jit
+def float32_at(address, size):
+    """Array [size] of float32 over the memory at ``address``."""
+    return carray(_pointer(address), (size,), np.float32)
+
+
+@jit
 def uint8_at(address, size):
     """Array [size] of uint8 (one per torch.bool) over the memory at ``address``."""
     return carray(_pointer(address), (size,), np.uint8)

@@ -15,9 +15,9 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import (
     LocalPairExperts,
     PairBuffers,
-    extended_map,
     select_local_pairs,
 )
+from vllm_balance.kernels.local_pairs import select
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 HIDDEN = 6
@@ -76,12 +76,16 @@ def batches(draw):
     return torch.tensor(ids, dtype=torch.int64).view(tokens, choices), torch.tensor(expert_map)
 
 
-@given(batches(), st.sampled_from([torch.int32, torch.int64]))
-def test_selected_pairs_are_exactly_the_local_ones(batch, dtype):
+@given(batches(), st.sampled_from([torch.int32, torch.int64]), st.booleans())
+def test_selected_pairs_are_exactly_the_local_ones(batch, dtype, is_strided):
     ids_TK, map_P = batch
     ids_TK = ids_TK.to(dtype)
     weights_TK = torch.rand(ids_TK.shape)
-    pairs = select_local_pairs(ids_TK, weights_TK, extended_map(map_P.to(torch.int32)))
+    if is_strided:
+        ids_TK, weights_TK = (
+            rows_TK.repeat(1, 2)[:, : rows_TK.shape[1]] for rows_TK in (ids_TK, weights_TK)
+        )
+    pairs = select_local_pairs(ids_TK, weights_TK, map_P.to(torch.int32))
     expected = [
         (token, int(map_P[slot]), float(weights_TK[token, choice]))
         for token, row in enumerate(ids_TK.tolist())
@@ -97,6 +101,27 @@ def test_selected_pairs_are_exactly_the_local_ones(batch, dtype):
     assert list(found) == expected
     firsts = [sum(token < t for token, _, _ in expected) for t in range(len(ids_TK))]
     assert pairs.first_T.tolist() == firsts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk_ids_TK": torch.zeros(4, 2)}, "the slots must be int32 or int64"),
+        ({"topk_ids_TK": torch.zeros(2, 4, dtype=torch.int32).T}, "must be dense"),
+        ({"topk_weights_TK": torch.zeros(4, 3)}, r"\[T, K\] alike"),
+        ({"topk_weights_TK": torch.zeros(4, 2).double()}, "weights must be a contiguous"),
+        ({"local_P": torch.zeros(3, dtype=torch.int64)}, "local_P must be a contiguous"),
+        ({"topk_ids_TK": torch.zeros(4, 2, dtype=torch.int32, device="meta")}, "got meta"),
+    ],
+)
+def test_tensors_that_the_kernel_cannot_take_are_errors(change, message):
+    arguments = {
+        "topk_ids_TK": torch.zeros(4, 2, dtype=torch.int32),
+        "topk_weights_TK": torch.zeros(4, 2),
+        "local_P": torch.zeros(3, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        select(**(arguments | change))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ CHECK = """
 import sys
 import torch
 before = set(sys.modules)
-from vllm_balance.kernels import assign, eplb_hash, metro, rebalance, record
+from vllm_balance.kernels import assign, eplb_hash, local_pairs, metro, rebalance, record
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not loaded & {"numba", "triton", "scipy", "vllm"}, loaded
 expert = torch.zeros(1, 1, dtype=torch.int32)

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import embedding_bag
 
+from vllm_balance.kernels.local_pairs import select
+
 PairKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(output [N, D], hidden states [N, D], weights float32 [N, 1], local ids int32 [N, 1]) -> None."""
 
@@ -52,24 +54,18 @@ class LocalPairs:
     """First pair of each token, [T] int64."""
 
 
-def extended_map(expert_map_P: torch.Tensor) -> torch.Tensor:
-    """Local id of each physical expert and one -1 behind, so that id -1 stays foreign, [P + 1]."""
-    return torch.cat([expert_map_P, expert_map_P.new_full((1,), -1)])
-
-
 def select_local_pairs(
-    topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, extended_map_P1: torch.Tensor
+    topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, local_P: torch.Tensor
 ) -> LocalPairs:
     """The pairs this rank computes; ids are physical, -1 marks a choice that nobody computes."""
-    local_TK = extended_map_P1[topk_ids_TK.long()]
-    is_local_TK = local_TK >= 0
-    token_N, _ = is_local_TK.nonzero(as_tuple=True)
-    num_pairs_T = is_local_TK.sum(1)
+    token_N, expert_N, weight_N, first_T = select(
+        topk_ids_TK.contiguous(), topk_weights_TK.float().contiguous(), local_P
+    )
     return LocalPairs(
         token_N=token_N,
-        expert_N1=local_TK[is_local_TK].to(torch.int32).unsqueeze(1),
-        weight_N1=topk_weights_TK[is_local_TK].float().unsqueeze(1),
-        first_T=num_pairs_T.cumsum(0) - num_pairs_T,
+        expert_N1=expert_N.unsqueeze(1),
+        weight_N1=weight_N.unsqueeze(1),
+        first_T=first_T,
     )
 
 
@@ -77,6 +73,7 @@ class PairBuffers:
     """Inputs and outputs of a rank's pairs, for all its layers: one computes at a time."""
 
     def __init__(self) -> None:
+        self._places_N = torch.arange(0)
         self._inputs_ND: torch.Tensor | None = None
         self._outputs_ND: torch.Tensor | None = None
 
@@ -95,12 +92,18 @@ class PairBuffers:
             outputs_ND = self._outputs_ND = like.new_empty(shape)
         return inputs_ND[:num_pairs], outputs_ND[:num_pairs]
 
+    def places(self, num_pairs: int) -> torch.Tensor:
+        """0 to num_pairs - 1, int64 [num_pairs]."""
+        if self._places_N.shape[0] < num_pairs:
+            self._places_N = torch.arange(num_pairs)
+        return self._places_N[:num_pairs]
+
 
 class LocalPairExperts:
     """Runs a kernel on the local pairs of a batch and sums them per token."""
 
     def __init__(self, expert_map_P: torch.Tensor, buffers: PairBuffers | None = None) -> None:
-        self._extended_map_P1 = extended_map(expert_map_P)
+        self._local_P = expert_map_P.to(torch.int32).contiguous()
         self._buffers = PairBuffers() if buffers is None else buffers
         self.arrivals: Arrivals | None = None
         """What tells experts that are still on their way; None: all are always there."""
@@ -129,7 +132,7 @@ class LocalPairExperts:
         if self.before is not None:
             self.before(hidden_states_TD)
         start = time.perf_counter_ns()
-        pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._extended_map_P1)
+        pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._local_P)
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
             output_TD.zero_()
@@ -139,7 +142,7 @@ class LocalPairExperts:
         kernel_ns_before = self.kernel_ns
         if self.arrivals is None:
             away_ns = self._compute(hidden_states_TD, pairs, None, 0, num_pairs, kernel)
-            row_N = torch.arange(num_pairs)
+            row_N = self._buffers.places(num_pairs)
         else:
             row_N, away_ns = self._as_they_arrive(hidden_states_TD, pairs, kernel, self.arrivals)
         output_TD.copy_(embedding_bag(row_N, outputs_ND, pairs.first_T, mode="sum"))
@@ -168,7 +171,7 @@ class LocalPairExperts:
                 away_ns += self._compute(
                     hidden_states_TD, pairs, order_N, num_present, num_pairs, kernel
                 )
-        row_N = torch.arange(num_pairs) if order_N is None else order_N.argsort()
+        row_N = self._buffers.places(num_pairs) if order_N is None else order_N.argsort()
         return row_N, away_ns
 
     def _compute(
