@@ -38,6 +38,12 @@ def _moves(method, tokens_FE, tokens_E, num_dynamic, q, cost, tolerance, head_E,
 
 
 @jit
+def _is_memory_bound(tokens_E, knee, q):
+    """Whether neither the mean nor any one expert has tokens that a copy would pay for."""
+    return not is_compute_bound(tokens_E, knee) and np.float64(tokens_E.max()) < knee + q
+
+
+@jit
 def _serve_few(tokens_E, content_SD, idle_SD, table, replicas, served_SD):
     """The memory-bound regime: METRO's choice among the replicas that are there (addresses)."""
     num_experts, num_ranks = len(tokens_E), len(content_SD)
@@ -77,7 +83,7 @@ def _schedule(tokens, F, E, S, D, method, q, cost, knee, tolerance, eviction, be
     tokens_E = tokens_FE.sum(0).astype(np.int32) if F > 1 else tokens_FE[0]
     total = tokens_E.sum()
     served_SD = np.empty((S, D), np.int32)
-    if total > 0 and not is_compute_bound(tokens_E, knee):
+    if total > 0 and _is_memory_bound(tokens_E, knee, q):
         fetch_SD[:] = -1
         fill_tables(content_SD, table_ER, replicas_E)
         _serve_few(tokens_E, content_SD, idle_SD, table, replicas, served_SD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..metro.reference import is_compute_bound
 from .rules import Eviction
 
 Move = tuple[int, int, int]
@@ -45,6 +46,12 @@ def keep_what_fits(moved_FES: np.ndarray, num_dynamic: int) -> list[Move]:
         foreign.sort(key=lambda e: (-moved_ES[e, rank], e))
         moves += [(e, rank, int(moved_ES[e, rank])) for e in foreign[:num_dynamic]]
     return [move for move in moves if move[2]]
+
+
+def is_memory_bound(tokens_E: np.ndarray, knee_tokens: float, q: int) -> bool:
+    """Whether the replicas that are there serve the batch: few tokens per active expert on
+    average, and no expert with enough for streaming it once more and for its copy."""
+    return not is_compute_bound(tokens_E, knee_tokens) and int(tokens_E.max()) < knee_tokens + q
 
 
 class Filling:
@@ -186,6 +193,7 @@ def spread(tokens_E: np.ndarray, content_SD: np.ndarray, q: int, *, always: bool
             continue
         base, rest = divmod(tokens, num_ranks)
         share_S = [base + ((s - expert - base) % num_ranks < rest) for s in range(num_ranks)]
+        others = [rank for rank in others if share_S[rank]]
         after_S = load_S + share_S
         after_S[home] -= tokens
         after_S[[rank for rank in others if expert not in content_SD[rank]]] += q

@@ -37,10 +37,17 @@ class Rules:
 
     threshold_tokens: int
     """q: fewest tokens that an expert is fetched for; computing them takes as long as the fetch."""
-    fetch_tokens: int = 0
+    fetch_tokens: int
     """Time that a fetch adds to the receiving rank; 0 if it is hidden behind computation."""
     knee_tokens: float = 0.0
-    """Batches with at most this many tokens per active expert are memory-bound: no fetch."""
+    """Tokens of an expert that take as long to compute as its weights to stream. A batch is
+    memory-bound, and nothing is fetched for it, if its active experts have at most this many on
+    average and none has ``knee_tokens + threshold_tokens``: one more copy of an expert pays only
+    if there are tokens for streaming it once more and for fetching it. By the mean alone a prefill
+    with its tokens on few of many experts would pass for decode. A decode batch stays below while
+    it has fewer tokens than that, as each is on an expert at most once. On GPUs q is thousands of
+    tokens, so that the rank of an expert with more is compute-bound by itself; on CPUs experts run
+    one after the other, and nothing hides the one with most."""
     tolerance: float = 0.02
     """Excess of the busiest rank over the mean that is left alone, as a share of the mean."""
     eviction: Eviction = Eviction.LRU

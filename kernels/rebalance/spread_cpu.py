@@ -16,6 +16,7 @@ def spread(tokens_E, num_ranks, num_dynamic, q, always, head_E, next_X, move_3M)
     Experts are tried from the hottest down (lower one first among equals). One is spread if every
     other rank has a dynamic slot left and either ``always`` or the modelled time of the slowest
     rank falls: tokens + q per expert it does not hold. The first that lowers nothing ends it.
+    Of an expert with fewer tokens than ranks only those that get one take a copy.
     """
     num_experts = len(tokens_E)
     num_home = num_experts // num_ranks
@@ -40,19 +41,20 @@ def spread(tokens_E, num_ranks, num_dynamic, q, always, head_E, next_X, move_3M)
         after_S[:] = load_S
         after_S[home] -= tokens
         for rank in range(num_ranks):
-            after_S[rank] += even_share(expert, tokens, num_ranks, rank)
-            after_S[rank] += 0 if rank == home else q
+            share = even_share(expert, tokens, num_ranks, rank)
+            after_S[rank] += share + (q if rank != home and share > 0 else 0)
         x = head_E[expert]
         while x >= 0:
-            after_S[x // num_dynamic] -= q
+            rank = x // num_dynamic
+            after_S[rank] -= q if even_share(expert, tokens, num_ranks, rank) > 0 else 0
             x = next_X[x]
         if not always and after_S.max() >= load_S.max():
             break
         load_S[:] = after_S
         for rank in range(num_ranks):
-            if rank != home:
-                move_3M[0, moves], move_3M[1, moves] = expert, rank
-                move_3M[2, moves] = even_share(expert, tokens, num_ranks, rank)
+            share = even_share(expert, tokens, num_ranks, rank)
+            if rank != home and share > 0:
+                move_3M[0, moves], move_3M[1, moves], move_3M[2, moves] = expert, rank, share
                 used_S[rank] += 1
                 moves += 1
     return moves

@@ -29,6 +29,16 @@ def loads(found: Schedule) -> list[int]:
     return tokens_P.view(placement.num_ranks, -1).sum(1).int().tolist()
 
 
+def ends(found: Schedule, rules: Rules) -> list[int]:
+    """When each rank ends, in tokens: its own and what its fetches add."""
+    assert found.plan.fetch_SD is not None
+    fetches_S = (found.plan.fetch_SD >= 0).sum(1).tolist()
+    return [
+        load + rules.fetch_tokens * fetches
+        for load, fetches in zip(loads(found), fetches_S, strict=True)
+    ]
+
+
 def one_source(*tokens: int) -> torch.Tensor:
     return torch.tensor([tokens], dtype=torch.int32)
 
@@ -41,7 +51,7 @@ def held(num_logical: int, *content: list[int]) -> DynamicSlots:
 
 
 def test_one_hot_expert_is_shared_and_stays():
-    rules = Rules(threshold_tokens=10)
+    rules = Rules(threshold_tokens=10, fetch_tokens=0)
     first = schedule(one_source(900, 0, 50, 50), held(4, [-1], [-1]), rules)
     assert first.outcome is Outcome.FETCHED
     assert first.plan.fetch_SD.tolist() == [[-1], [0]]
@@ -73,7 +83,7 @@ def test_algorithm_2_takes_from_the_source_with_most_tokens_on_the_rank():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_tokens_and_one_token(method):
-    slots, rules = held(4, [2], [-1]), Rules(threshold_tokens=1)
+    slots, rules = held(4, [2], [-1]), Rules(threshold_tokens=1, fetch_tokens=0)
     empty = schedule(one_source(0, 0, 0, 0), slots, rules, method)
     assert empty.outcome is Outcome.EMPTY
     assert not empty.plan.split_ER.any() and (empty.plan.fetch_SD == -1).all()
@@ -84,20 +94,20 @@ def test_no_tokens_and_one_token(method):
 
 def test_even_batches_and_unpaid_moves_step_aside():
     slots = held(4, [-1], [-1])
-    even = schedule(one_source(50, 51, 50, 50), slots, Rules(threshold_tokens=1))
+    even = schedule(one_source(50, 51, 50, 50), slots, Rules(threshold_tokens=1, fetch_tokens=0))
     assert even.outcome is Outcome.BALANCED
-    small = schedule(one_source(60, 60, 30, 0), slots, Rules(threshold_tokens=61))
+    small = schedule(one_source(60, 60, 30, 0), slots, Rules(threshold_tokens=61, fetch_tokens=0))
     assert small.outcome is Outcome.UNPAID
     assert loads(small) == [120, 30]
-    paid = schedule(one_source(60, 60, 30, 0), slots, Rules(threshold_tokens=30))
+    paid = schedule(one_source(60, 60, 30, 0), slots, Rules(threshold_tokens=30, fetch_tokens=0))
     assert loads(paid) == [75, 75]
-    late = schedule(one_source(30, 30, 0, 0), slots, Rules(threshold_tokens=30))
+    late = schedule(one_source(30, 30, 0, 0), slots, Rules(threshold_tokens=30, fetch_tokens=0))
     assert late.outcome is Outcome.UNPAID, "the idle rank would end when the other does"
 
 
 def test_replicas_that_are_there_even_out_what_is_not_worth_a_fetch():
     """3 % above the mean: less than twice the tolerance, so nothing is fetched for it."""
-    rules, tokens_FE = Rules(threshold_tokens=10), one_source(1000, 1060, 1000, 940)
+    rules, tokens_FE = Rules(threshold_tokens=10, fetch_tokens=0), one_source(1000, 1060, 1000, 940)
     assert schedule(tokens_FE, held(4, [-1], [-1]), rules).outcome is Outcome.UNPAID
     there = schedule(tokens_FE, held(4, [-1], [1]), rules)
     assert there.outcome is Outcome.HELD and loads(there) == [2000, 2000]
@@ -113,7 +123,7 @@ def test_a_fetch_that_costs_the_receiver_time_moves_less():
 def test_a_rank_with_little_to_do_waits_for_its_first_fetch():
     """A fetch takes 200: rank 1 has 100 of its own, so it cannot start before 200. Both end at
     600; what it holds next time needs no wait."""
-    rules = Rules(threshold_tokens=200, tolerance=0.0)
+    rules = Rules(threshold_tokens=200, fetch_tokens=0, tolerance=0.0)
     first = schedule(one_source(1000, 0, 100, 0), held(4, [-1], [-1]), rules)
     assert loads(first) == [600, 500]
     assert loads(schedule(one_source(1000, 0, 100, 0), first.slots, rules)) == [550, 550]
@@ -121,7 +131,9 @@ def test_a_rank_with_little_to_do_waits_for_its_first_fetch():
 
 def test_small_held_experts_do_not_block_the_slot_of_a_large_one():
     """The slot of rank 1 holds expert 1 with 20 tokens; expert 0 has 900."""
-    found = schedule(one_source(900, 20, 40, 40), held(4, [-1], [1]), Rules(threshold_tokens=10))
+    found = schedule(
+        one_source(900, 20, 40, 40), held(4, [-1], [1]), Rules(threshold_tokens=10, fetch_tokens=0)
+    )
     assert found.plan.fetch_SD.tolist() == [[-1], [0]]
     assert loads(found) == [500, 500]
 
@@ -143,16 +155,67 @@ def test_tokens_are_divided_further_only_while_that_needs_no_more_fetches(fetch_
     assert moves == [(0, 2, 600), (1, 3, 550)]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prefill_on_few_of_many_experts_is_no_decode(method):
+    """1,000 tokens of a top-1 model, 900 of them on one of 32 experts: 31 per active expert, fewer
+    than the knee, and still the one with 900 is worth a copy."""
+    rules = Rules(threshold_tokens=40, fetch_tokens=40, knee_tokens=43.0)
+    tokens_FE = one_source(900, *([3] * 24), *([4] * 7))
+    slots = DynamicSlots.empty(num_logical=32, num_ranks=2, num_dynamic=8)
+    found = schedule(tokens_FE, slots, rules, method)
+    assert found.outcome is Outcome.FETCHED and 0 in found.plan.fetch_SD[1].tolist()
+    assert max(loads(found)) < 600
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("hot", [0, 8])
+def test_a_decode_batch_moves_nothing_however_skewed_it_is(method, hot):
+    """32 tokens of a top-8 model, even or all on the same eight experts of one rank."""
+    rng = np.random.default_rng(0)
+    ids_TK = np.tile(np.arange(hot), (32, 1)) if hot else rng.random((32, 64)).argsort(1)[:, :8]
+    tokens_FE = count(torch.from_numpy(ids_TK.copy()), 64)[None]
+    slots = DynamicSlots.empty(num_logical=64, num_ranks=2, num_dynamic=8)
+    rules = Rules(threshold_tokens=1, fetch_tokens=1, knee_tokens=43.0)
+    found = schedule(tokens_FE, slots, rules, method)
+    assert found.outcome is Outcome.MEMORY_BOUND and (found.plan.fetch_SD == -1).all()
+    assert loads(found) == tokens_FE.view(2, -1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("hottest", "few"), [(49, True), (50, False)])
+def test_one_expert_worth_streaming_twice_and_a_copy_makes_a_batch_compute_bound(
+    method, hottest, few
+):
+    """Knee 43 and q 7: the mean of 1 and 49, or of 1 and 50, is below the knee."""
+    rules = Rules(threshold_tokens=7, fetch_tokens=7, knee_tokens=43.0)
+    found = schedule(one_source(hottest, 0, 1, 0), held(4, [-1], [-1]), rules, method)
+    assert (found.outcome is Outcome.MEMORY_BOUND) == few
+    assert (found.outcome is Outcome.FETCHED) != few
+
+
+def test_a_held_replica_takes_a_part_of_one_hot_expert_and_all_of_one_with_few():
+    """Rank 1 holds expert 0: where few tokens decide, one replica serves all of an expert's."""
+    rules = Rules(threshold_tokens=40, fetch_tokens=40, knee_tokens=43.0)
+    slots = held(32, [-1] * 2, [0, -1])
+    hot = schedule(one_source(900, *([3] * 31)), slots, rules)
+    assert hot.outcome is Outcome.HELD and loads(hot) == [497, 496]
+    few = schedule(one_source(80, *([3] * 31)), slots, rules)
+    assert few.outcome is Outcome.MEMORY_BOUND
+    assert sorted(few.plan.split_ER[0, :2].tolist()) == [0, 80]
+
+
 def test_memory_bound_batches_use_what_is_there_and_fetch_nothing():
     """Six active experts, four of them on rank 0; one is on rank 1 too, so both serve three."""
     slots = held(8, [-1], [2])
     tokens_FE = one_source(1, 2, 1, 1, 1, 1, 0, 0)
-    found = schedule(tokens_FE, slots, Rules(threshold_tokens=1, knee_tokens=4.0))
+    found = schedule(tokens_FE, slots, Rules(threshold_tokens=1, fetch_tokens=0, knee_tokens=4.0))
     assert found.outcome is Outcome.MEMORY_BOUND
     assert found.plan.split_ER[2].tolist() == [0, 1]
     assert loads(found) == [4, 3]
     assert torch.equal(found.slots.content_SD, slots.content_SD)
-    many = schedule(40 * tokens_FE, slots, Rules(threshold_tokens=1, knee_tokens=4.0))
+    many = schedule(
+        40 * tokens_FE, slots, Rules(threshold_tokens=1, fetch_tokens=0, knee_tokens=4.0)
+    )
     assert many.outcome is not Outcome.MEMORY_BOUND
 
 
@@ -164,10 +227,12 @@ def test_eviction_rules():
         idle_SD=torch.tensor([[0, 0], [1, 7]], dtype=torch.int32),
     )
     tokens_FE = one_source(900, 0, 0, 0, 0, 0)
-    lru = schedule(tokens_FE, slots, Rules(threshold_tokens=1))
+    lru = schedule(tokens_FE, slots, Rules(threshold_tokens=1, fetch_tokens=0))
     assert lru.slots.content_SD.tolist() == [[-1, -1], [1, 0]]
     assert lru.slots.idle_SD.tolist() == [[1, 1], [2, 0]]
-    first = schedule(tokens_FE, slots, Rules(threshold_tokens=1, eviction=Eviction.FIRST))
+    first = schedule(
+        tokens_FE, slots, Rules(threshold_tokens=1, fetch_tokens=0, eviction=Eviction.FIRST)
+    )
     assert first.slots.content_SD.tolist() == [[-1, -1], [0, 2]]
 
 
@@ -175,7 +240,9 @@ def test_eviction_rules():
 def test_a_wrong_content_is_refused(content):
     """No such expert, at home on that rank, or there twice."""
     with pytest.raises(ValueError, match="dynamic slot"):
-        schedule(one_source(1, 1, 1, 1), held(4, *content), Rules(threshold_tokens=1))
+        schedule(
+            one_source(1, 1, 1, 1), held(4, *content), Rules(threshold_tokens=1, fetch_tokens=0)
+        )
 
 
 def test_wrong_arguments_are_refused():
@@ -183,23 +250,26 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="do not divide"):
         DynamicSlots.empty(num_logical=5, num_ranks=2, num_dynamic=1)
     with pytest.raises(ValueError, match="Copy them to the host"):
-        schedule(one_source(1, 2, 3), slots, Rules(threshold_tokens=1))
+        schedule(one_source(1, 2, 3), slots, Rules(threshold_tokens=1, fetch_tokens=0))
     with pytest.raises(ValueError, match="int32"):
-        schedule(one_source(1, 1, 1, 1).long(), slots, Rules(threshold_tokens=1))
+        schedule(one_source(1, 1, 1, 1).long(), slots, Rules(threshold_tokens=1, fetch_tokens=0))
     with pytest.raises(ValueError, match="threshold"):
-        Rules(threshold_tokens=0)
+        Rules(threshold_tokens=0, fetch_tokens=0)
 
 
-def test_real_prefill_counts_end_near_the_mean():
-    """64 experts, 8 ranks, Zipf 0.8: at most 5 % above the mean with two slots per rank."""
+@pytest.mark.parametrize("fetch_tokens", [0, 32])
+def test_real_prefill_counts_end_near_the_mean(fetch_tokens):
+    """64 experts, 8 ranks, Zipf 0.8: at most 5 % above the mean with two slots per rank, and the
+    time of the fetches within that."""
     rng = np.random.default_rng(0)
     ids_TK = draw_topk(4096, 6, popularity(64, 0.8, rng), rng)
     tokens_FE = torch.bincount(torch.from_numpy(ids_TK).flatten(), minlength=64)[None].int()
     slots = DynamicSlots.empty(num_logical=64, num_ranks=8, num_dynamic=2)
-    found = schedule(tokens_FE, slots, Rules(threshold_tokens=32))
+    rules = Rules(threshold_tokens=32, fetch_tokens=fetch_tokens)
+    found = schedule(tokens_FE, slots, rules)
     mean = int(tokens_FE.sum()) / 8
     assert tokens_FE.view(8, -1).sum(1).max() > 1.3 * mean
-    assert max(loads(found)) < 1.05 * mean
+    assert max(ends(found, rules)) < 1.05 * mean
 
 
 def least_peak(tokens_E: np.ndarray, num_ranks: int, num_dynamic: int) -> float:
@@ -228,20 +298,22 @@ def least_peak(tokens_E: np.ndarray, num_ranks: int, num_dynamic: int) -> float:
     ("ranks", "experts", "slots", "bound"),
     [(2, 6, 1, 1), (2, 6, 2, 1), (3, 6, 2, 1), (3, 6, 1, 1.5)],
 )
+@pytest.mark.parametrize("fetch_tokens", [0, 1])
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=8)
-def test_tiny_cases_reach_the_optimum(ranks, experts, slots, bound, seed):
+def test_tiny_cases_reach_the_optimum(fetch_tokens, ranks, experts, slots, bound, seed):
     """With two slots, or two ranks. With one slot on three ranks an overloaded rank would have to
     take another's tokens and give more of its own: that is not tried, and costs up to a half.
-    One token more, as a fetch takes as long as one."""
+    One token more for each fetch of a rank, as a fetch takes as long as one."""
     rng = np.random.default_rng(seed)
     weight_E = rng.pareto(1.0, experts) + 0.05
     tokens_E = rng.multinomial(1000, weight_E / weight_E.sum()).astype(np.int32)
-    rules = Rules(threshold_tokens=1, tolerance=0.0)
+    rules = Rules(threshold_tokens=1, fetch_tokens=fetch_tokens, tolerance=0.0)
     empty = DynamicSlots.empty(num_logical=experts, num_ranks=ranks, num_dynamic=slots)
     found = schedule(torch.from_numpy(tokens_E)[None], empty, rules)
     least = np.ceil(least_peak(tokens_E, ranks, slots) - 1e-6)
-    assert max(loads(found)) <= bound * least + 1
+    assert max(ends(found, rules)) <= bound * least + max(1, fetch_tokens * slots)
+    assert max(ends(found, rules)) <= tokens_E.reshape(ranks, -1).sum(1).max()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -79,11 +79,12 @@ def test_ranks_that_see_their_own_tokens_agree_with_the_whole_batch(name, seed, 
 
 def test_harmoeny_evens_out_what_static_leaves_and_shadow_needs_a_reason():
     tokens_E = torch.tensor([600, 0, 0, 0, 100, 100, 100, 100], dtype=torch.int32)
-    demand, rules = Demand(tokens_E=tokens_E), Rules(threshold_tokens=50)
+    demand, rules = Demand(tokens_E=tokens_E), Rules(threshold_tokens=50, fetch_tokens=0)
     slots = DynamicSlots.empty(num_logical=8, num_ranks=2, num_dynamic=1)
     found = FETCHING["harmoeny"](rules).schedule(demand, slots)
     assert found.plan.split_ER[0].tolist() == [500, 100] and found.outcome is Outcome.FETCHED
-    shadowed = FETCHING["shadow"](Rules(threshold_tokens=10)).schedule(demand, slots)
+    rarely = Rules(threshold_tokens=10, fetch_tokens=0)
+    shadowed = FETCHING["shadow"](rarely).schedule(demand, slots)
     assert shadowed.plan.fetch_SD.tolist() == [[-1], [-1]], "half of 600 and 400 are more than 600"
     even = FETCHING["even_split"](rules).schedule(demand, slots)
     assert even.plan.fetch_SD.tolist() == [[4], [0]]
