@@ -149,6 +149,10 @@ def test_all_wrong_values_are_named_at_once():
             {"name": "metro", "free_tokens": 2},
             "`free_tokens` is 2: Value error, it needs `knee_tok",
         ),
+        *(
+            ({"name": name, "knee_tokens": 40, "free_tokens": 20}, "decides by `knee_tokens` and")
+            for name in FETCHES
+        ),
         ({"name": "metro", "exchange": "sometimes"}, "`exchange` is 'sometimes'"),
         ({"name": "metro", "replay": {}}, "exactly one of zipf, hot and trace"),
     ],

@@ -74,10 +74,12 @@ class BalancerConfig(BaseModel):
     """Steps between two placements by vLLM's EPLB; the first comes after a quarter of it."""
     knee_tokens: float | None = Field(default=None, gt=0)
     """Tokens of an expert that take as long to compute as its weights to stream. Above this mean
-    per active expert a batch counts as compute-bound, so that metro spreads tokens evenly."""
+    per active expert a batch counts as compute-bound, so that metro spreads tokens evenly. For
+    balancers that fetch one expert with `knee_tokens` + q makes it compute-bound too."""
     free_tokens: float | None = Field(default=None, ge=0)
     """Where ranks compute their experts in turn (CPU): tokens of an expert that streaming its
-    weights hides. With it metro spreads tokens if the slowest rank then ends sooner."""
+    weights hides. With it metro spreads tokens if the slowest rank then ends sooner; balancers that
+    fetch have no use for it."""
     exchange: Literal["auto", "after_gather", "all_reduce"] = "auto"
     """How data-parallel ranks learn the global counts; see docs/configuration.md."""
     record: RecordSettings | None = None
@@ -87,8 +89,9 @@ class BalancerConfig(BaseModel):
     dynamic_slots: int | None = Field(default=None, ge=2)
     """Slots per rank and layer that hold fetched experts; balancers that fetch only."""
     threshold_tokens: int | None = Field(default=None, ge=1)
-    """q, the fewest tokens that an expert is fetched for. Default: derived at start from the
-    measured speeds of this device."""
+    """q, the fewest tokens that an expert is fetched for, and the time of a fetch. Default: derived
+    at start from the measured speeds of this device; a smaller number makes fetches look cheaper
+    than they are."""
     prefetch: Literal["async", "sync"] | None = None
     """Whether experts are fetched beside the computation (the default) or before it."""
     look_ahead: Literal["router", "off"] | None = None
@@ -106,6 +109,11 @@ class BalancerConfig(BaseModel):
     def _beside_a_knee(cls, free_tokens: float | None, info: ValidationInfo) -> float | None:
         if free_tokens is not None and info.data.get("knee_tokens") is None:
             raise ValueError("it needs `knee_tokens` beside it; omit both for the defaults")
+        if free_tokens is not None and info.data.get("name") in FETCHES:
+            raise ValueError(
+                "with it metro compares two ways to serve a batch; a balancer that fetches decides "
+                "by `knee_tokens` and `threshold_tokens`. Omit it"
+            )
         return free_tokens
 
     @property

@@ -120,6 +120,8 @@ def test_ranks_that_compute_in_turn_set_knee_and_free_tokens(moe_model, write):
     assert (found.knee_tokens, found.free_tokens) == (10.0, None)
     named = settings_of(configured(moe_model, profile=asked, knee_tokens=3.0))
     assert (named.knee_tokens, named.free_tokens) == (3.0, None)
+    fetching = settings_of(configured(moe_model, profile=asked, name="harmoeny"))
+    assert (fetching.knee_tokens, fetching.free_tokens) == (10.0, None)
 
 
 @pytest.mark.parametrize(

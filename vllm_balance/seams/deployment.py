@@ -111,7 +111,8 @@ def _settled(config: BalancerConfig, vllm_config: Any, redundant: int) -> dict[s
     settled |= absolute(config)
     costs = measured_costs(config, vllm_config)
     if costs is not None and config.knee_tokens is None:
-        settled["knee_tokens"], settled["free_tokens"] = knee_of(costs), free_of(costs)
+        settled["knee_tokens"] = knee_of(costs)
+        settled["free_tokens"] = None if config.fetches else free_of(costs)
     if config.record is not None:
         settled["record"]["file"] = str(_checked_recording(config.record, parallel))
         settled["record"]["run"] = config.record.run or uuid.uuid4().hex

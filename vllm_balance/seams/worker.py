@@ -158,11 +158,12 @@ class BalancedWorker(RecordingWorker):
             return own
         found = from_all_ranks(group, own)
         if len(set(found)) > 1:
+            fetches = self.balancer_config.fetches
+            names = "`knee_tokens`" if fetches else "`knee_tokens` and `free_tokens`"
             raise BalancerError(
-                f"Ranks must route a batch alike, and their processors suggest different "
-                f"`knee_tokens` and `free_tokens`: "
+                f"Ranks must route a batch alike, and their processors suggest different {names}: "
                 f"{', '.join(f'rank {rank}: {pair}' for rank, pair in enumerate(found))}. "
-                f"Set both in --moe-balancer-config."
+                f"Set {names} in --moe-balancer-config."
             )
         return own
 
@@ -221,10 +222,9 @@ class BalancedWorker(RecordingWorker):
         if len({checksum for checksum, _ in found}) > 1:
             problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
         if problems:
-            remedy = "Use --moe-balancer static" if placement.origin == VLLMS_OWN else "Omit `map`"
             raise BalancerError(
                 f"The initial placement ({placement.origin}) did not arrive: "
-                f"{'; '.join(problems)}. {remedy} for this model or load format."
+                f"{'; '.join(problems)}. {placement.remedy} for this model or load format."
             )
         if placement.origin == VLLMS_OWN:
             return VLLMS_OWN
@@ -318,11 +318,13 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
 
 
 def knee_and_free(config: BalancerConfig, dtype: torch.dtype) -> KneeAndFree:
-    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device."""
+    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device; balancers that
+    fetch take the knee alone."""
     from vllm.platforms import current_platform
 
     if config.knee_tokens is not None:
         return config.knee_tokens, config.free_tokens
     if not current_platform.is_cpu():
         return GPU_KNEE_TOKENS, None
-    return AMX_KNEE if has_amx_kernel(str(dtype).removeprefix("torch.")) else CPU_KNEE
+    knee, free = AMX_KNEE if has_amx_kernel(str(dtype).removeprefix("torch.")) else CPU_KNEE
+    return knee, None if config.fetches else free
