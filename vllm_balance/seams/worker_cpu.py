@@ -44,8 +44,10 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
         if self.parallel_config.enable_eplb:
             self._attach_eplb()
         model = self.model_runner.get_model()
+        # Before it is measured how fast experts are copied and computed.
+        huge_page_share = _use_huge_pages(model)
         self.bind(self.vllm_config, model)
-        self.worker_balancer.huge_page_share = _use_huge_pages(model)
+        self.worker_balancer.huge_page_share = huge_page_share
 
     def _attach_eplb(self) -> None:
         """What GPUModelRunner.load_model does for EPLB and CPUModelRunner.load_model leaves out.
