@@ -15,6 +15,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 VLLMS_OWN = "vLLM's own"
+HOME = "home experts"
+"""That of balancers that fetch: dynamic slots start empty."""
 EVERY_LAYER = -1
 """Index of a row that holds for every layer."""
 
@@ -65,6 +67,15 @@ class InitialPlacement:
         """vLLM's own, in every layer: the experts in order, the first ones again behind them."""
         slots_P = np.arange(num_experts + redundant) % num_experts
         return cls.of(VLLMS_OWN, (EVERY_LAYER,), slots_P[None])
+
+    @property
+    def remedy(self) -> str:
+        """What to do where weights cannot be loaded by it, the start of a sentence."""
+        remedies = {
+            VLLMS_OWN: "Use --moe-balancer static",
+            HOME: "Use a --moe-balancer that fetches no experts",
+        }
+        return remedies.get(self.origin, "Omit `map`")
 
     @property
     def num_physical(self) -> int:

@@ -41,7 +41,7 @@ class PlacedLoading:
                 return bool(original(layer, **call, return_success=True))
             raise BalancerError(
                 f"An initial placement of experts was asked for, and {layer.layer_name} cannot "
-                f"take one: {problem}. Omit `map` for this model."
+                f"take one: {problem}. {self.placement.remedy} for this model."
             )
         logical = call["expert_id"]
         if logical >= layer.moe_config.num_logical_experts:

@@ -11,7 +11,7 @@ from vllm_balance import maps, profiles
 from vllm_balance.config import BalancerConfig
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
-from vllm_balance.initial_placement import InitialPlacement
+from vllm_balance.initial_placement import HOME, InitialPlacement
 from vllm_balance.maps import PlacementMap
 from vllm_balance.model_shape import moe_layers
 from vllm_balance.seams.device import device_name, unprofiled_device
@@ -58,7 +58,7 @@ def home_placement(vllm_config: Any, num_slots: int) -> InitialPlacement:
     home_SE = np.arange(num_experts).reshape(ranks, -1)
     empty_SD = np.full((ranks, num_slots // ranks), -1)
     slots_P = np.concatenate([home_SE, empty_SD], axis=1).ravel()
-    return InitialPlacement.of("home experts", layers, np.tile(slots_P, (len(layers), 1)))
+    return InitialPlacement.of(HOME, layers, np.tile(slots_P, (len(layers), 1)))
 
 
 def placement_of(found: PlacementMap, vllm_config: Any, redundant: int) -> InitialPlacement:
