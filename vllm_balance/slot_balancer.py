@@ -64,7 +64,7 @@ class SlotBalancer(LayerBalancer):
         demand = Demand(tokens_E=counts_FE.sum(0, dtype=torch.int32), tokens_SE=counts_FE)
         return self.policy.schedule(demand, self.dynamic.state)
 
-    def before_experts(self, hidden_states_GD: torch.Tensor) -> None:
+    def before_experts(self, hidden_states_GH: torch.Tensor) -> None:
         """Lets the next layer fetch what it will probably need, while this one computes.
 
         A collective if the batch is large enough. The hidden states are those of all ranks.
@@ -73,7 +73,7 @@ class SlotBalancer(LayerBalancer):
             return
         start, next_slots = time.perf_counter_ns(), self.following.dynamic
         before_ns = next_slots.waiting_ns
-        counts_FE = self.look_ahead.guess(hidden_states_GD)
+        counts_FE = self.look_ahead.guess(hidden_states_GH)
         if counts_FE is not None:
             next_slots.follow(self.following._schedule(counts_FE), is_guess=True)
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)

@@ -2,15 +2,25 @@
 
 Axis letters, used as name suffixes everywhere in this package:
 
-====  ==========================================================
-T     tokens on this rank                G  tokens on all ranks
-K     choices per token (top-k)          E  logical experts
-P     physical experts (slots)           R  replicas of one expert, padded with -1
-S     ranks                              L  MoE layers
-D     dynamic slots, in kernels hidden   F  source ranks, in kernels inner size of an expert
-X     rank and dynamic slot together     N  steps, rows, pairs or points, as the docstring says
-M     moves, or starts of a search       I  items of a search
-====  ==========================================================
+====  ======================================================
+T     tokens on this rank, or of a trace
+G     tokens on all ranks
+K     choices per token (top-k)
+E     logical experts
+P     physical experts (slots)
+R     replicas of one expert, padded with -1; in the simulator requests
+S     ranks
+L     MoE layers
+D     dynamic slots of a rank
+F     source ranks of a batch's tokens
+X     rank and dynamic slot together, or values of each rank
+H     hidden size; hot experts of a replay
+I     inner size of an expert; items of a search
+N     steps, rows, pairs or points, as the docstring says
+M     moves, starts, parts or simulated steps, likewise
+C     requests running at a time; in GPU kernels ranks held at a time; cold experts of a replay
+B     bytes, or a block: tokens of a batch, pairs of a GPU kernel
+====  ======================================================
 
 A digit is that length: load_S3 has three numbers for each rank.
 """

@@ -50,11 +50,11 @@ class Group:
         dist.barrier()
 
 
-def eplb_state(group: Group, weights_LED: torch.Tensor) -> SimpleNamespace:
+def eplb_state(group: Group, weights_LEH: torch.Tensor) -> SimpleNamespace:
     """vLLM's EplbModelState with every expert at its linear place; its communicator is real."""
     slots = EXPERTS // group.world_size
     first = group.rank_in_group * slots
-    weights = [[weights_ED[first : first + slots].clone()] for weights_ED in weights_LED]
+    weights = [[weights_EH[first : first + slots].clone()] for weights_EH in weights_LEH]
     buffer = [torch.empty_like(weight) for weight in weights[0]]
     state = SimpleNamespace(
         physical_to_logical_map=torch.zeros((LAYERS, EXPERTS), dtype=torch.int64),
@@ -93,26 +93,26 @@ def layer_of(row: int, state: SimpleNamespace, group: Group) -> LayerBalancer:
     )
 
 
-def expert(rows_ND: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(rows_ND * weight_D)
+def expert(rows_NH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(rows_NH * weight_H)
 
 
-def output(layer: LayerBalancer, weight_PD: torch.Tensor, batch) -> torch.Tensor:
+def output(layer: LayerBalancer, weight_PH: torch.Tensor, batch) -> torch.Tensor:
     """This layer's output over all ranks: routed, computed from the weights held here, summed."""
-    rows_TD, ids_TK, weights_TK = batch
+    rows_TH, ids_TK, weights_TK = batch
 
     def kernel(out, inputs, weight_N1, local_N1) -> None:
-        out.copy_(expert(inputs, weight_PD[local_N1.flatten().long()]) * weight_N1)
+        out.copy_(expert(inputs, weight_PH[local_N1.flatten().long()]) * weight_N1)
 
-    out_TD = torch.full_like(rows_TD, torch.nan)
-    layer.experts(out_TD, rows_TD, weights_TK, layer.in_router(ids_TK, None), kernel)
-    dist.all_reduce(out_TD)
-    return out_TD
+    out_TH = torch.full_like(rows_TH, torch.nan)
+    layer.experts(out_TH, rows_TH, weights_TK, layer.in_router(ids_TK, None), kernel)
+    dist.all_reduce(out_TH)
+    return out_TH
 
 
-def dense(weights_ED: torch.Tensor, batch) -> torch.Tensor:
-    rows_TD, ids_TK, weights_TK = batch
-    return (expert(rows_TD[:, None], weights_ED[ids_TK]) * weights_TK[..., None]).sum(1)
+def dense(weights_EH: torch.Tensor, batch) -> torch.Tensor:
+    rows_TH, ids_TK, weights_TK = batch
+    return (expert(rows_TH[:, None], weights_EH[ids_TK]) * weights_TK[..., None]).sum(1)
 
 
 def batch_of(step: int, busy: tuple[list[int], list[int]]):
@@ -139,8 +139,8 @@ def pretend_to_take(cost: CostModel, layers, load_LP, clock_us_L, group: Group) 
 
 
 def run(group: Group, *, settings: dict, busy: tuple, slowness: tuple[float, ...]) -> dict:
-    weights_LED = torch.randn((LAYERS, EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1))
-    state = eplb_state(group, weights_LED)
+    weights_LEH = torch.randn((LAYERS, EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1))
+    state = eplb_state(group, weights_LEH)
     layers = [layer_of(row, state, group) for row in range(LAYERS)]
     load_LP = torch.zeros((LAYERS, EXPERTS), dtype=torch.int32)
     for layer, load_P in zip(layers, load_LP, strict=True):
@@ -168,9 +168,9 @@ def run(group: Group, *, settings: dict, busy: tuple, slowness: tuple[float, ...
     for step in range(STEPS):
         batch = batch_of(step, busy)
         for row, layer in enumerate(layers):
-            held_PD = state.model.expert_weights[row][0]
-            expected = dense(weights_LED[row], batch)
-            torch.testing.assert_close(output(layer, held_PD, batch), expected)
+            held_PH = state.model.expert_weights[row][0]
+            expected = dense(weights_LEH[row], batch)
+            torch.testing.assert_close(output(layer, held_PH, batch), expected)
         pairs_NS.append(load_LP.reshape(LAYERS, group.world_size, -1).sum((0, 2)).tolist())
         pretend_to_take(shown, layers, load_LP, clock_us_L, group)
         online.after_step()
@@ -178,7 +178,7 @@ def run(group: Group, *, settings: dict, busy: tuple, slowness: tuple[float, ...
         first = group.rank_in_group * slots
         for row, slots_P in enumerate(online.placement_LP):
             own = torch.from_numpy(slots_P[first : first + slots].astype(np.int64))
-            assert torch.equal(state.model.expert_weights[row][0], weights_LED[row][own])
+            assert torch.equal(state.model.expert_weights[row][0], weights_LEH[row][own])
     status = online.status()
     shared = ("steps", "decisions", "moves", "swaps", "slowdown_per_rank", "drift", "recent")
     found = {"placements": placements, "pairs_NS": pairs_NS}

@@ -57,7 +57,7 @@ class Batches:
         self.ids_GK = torch.cat(self.ids_of_rank)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         shape = (len(self.ids_GK), HIDDEN)
-        self.hidden_GD = torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.hidden_GH = torch.randn(shape, generator=generator, dtype=torch.float64)
         self.weights_GK = torch.rand(self.ids_GK.shape, generator=generator)
 
     def rows(self, rank: int) -> slice:
@@ -93,19 +93,19 @@ class Layer:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
         options = {"generator": generator, "dtype": torch.float64}
-        self.w1_EDF = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
-        self.w2_EFD = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
+        self.w1_EHI = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
+        self.w2_EIH = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
 
-    def expert(self, rows_ND: torch.Tensor, expert: int) -> torch.Tensor:
-        return torch.tanh(rows_ND @ self.w1_EDF[expert]) @ self.w2_EFD[expert]
+    def expert(self, rows_NH: torch.Tensor, expert: int) -> torch.Tensor:
+        return torch.tanh(rows_NH @ self.w1_EHI[expert]) @ self.w2_EIH[expert]
 
     def dense(self, batches: Batches) -> torch.Tensor:
-        output_GD = torch.zeros_like(batches.hidden_GD)
+        output_GH = torch.zeros_like(batches.hidden_GH)
         for expert in range(NUM_EXPERTS):
-            all_rows_GD = self.expert(batches.hidden_GD, expert)
+            all_rows_GH = self.expert(batches.hidden_GH, expert)
             share_G = ((batches.ids_GK == expert) * batches.weights_GK.double()).sum(1)
-            output_GD += all_rows_GD * share_G[:, None]
-        return output_GD
+            output_GH += all_rows_GH * share_G[:, None]
+        return output_GH
 
     def kernel_of(self, placement: Placement, rank: int):
         """The kernel of one rank: local ids only, every other id is out of range."""
@@ -216,15 +216,15 @@ def run_case(
     mine = batches.rows(rank)
     takes_first = way == "replicated" and world_size > 2
     if way == "replicated":
-        hidden, weights = batches.hidden_GD, batches.weights_GK
+        hidden, weights = batches.hidden_GH, batches.weights_GK
         ids_GK = near_ties(batches.ids_GK, rank) if takes_first else batches.ids_GK.clone()
         slots_GK = balancer.after_gather(balancer.in_router(ids_GK, None))
     else:
         ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
         hidden, weights, ids_GK = link.all_gatherv(
-            [batches.hidden_GD[mine], batches.weights_GK[mine], ids_TK], sizes=batches.sizes
+            [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK], sizes=batches.sizes
         )
-        assert torch.equal(hidden, batches.hidden_GD)
+        assert torch.equal(hidden, batches.hidden_GH)
         slots_GK = balancer.after_gather(ids_GK)
 
     first = rank * placement.slots_per_rank

@@ -44,12 +44,12 @@ class Layer:
     def __init__(self, index: int, rank: int, world_size: int) -> None:
         generator = torch.Generator().manual_seed(index)
         options = {"generator": generator, "dtype": torch.float64}
-        self.w1_EDF = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
-        self.w2_EFD = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
+        self.w1_EHI = torch.randn(NUM_EXPERTS, HIDDEN, INNER, **options)
+        self.w2_EIH = torch.randn(NUM_EXPERTS, INNER, HIDDEN, **options)
         num_home = NUM_EXPERTS // world_size
         home = slice(rank * num_home, (rank + 1) * num_home)
         self.tensors = []
-        for whole in (self.w1_EDF, self.w2_EFD):
+        for whole in (self.w1_EHI, self.w2_EIH):
             empty = whole.new_full((NUM_DYNAMIC, *whole.shape[1:]), torch.nan)
             self.tensors.append(torch.cat([whole[home], empty]))
 
@@ -59,13 +59,13 @@ class Layer:
         for row, local in enumerate(ids.flatten().tolist()):
             out[row] = torch.tanh(rows[row] @ w1[local]) @ w2[local] * weights[row].double()
 
-    def dense(self, ids_GK, weights_GK, hidden_GD) -> torch.Tensor:
-        output_GD = torch.zeros_like(hidden_GD)
+    def dense(self, ids_GK, weights_GK, hidden_GH) -> torch.Tensor:
+        output_GH = torch.zeros_like(hidden_GH)
         for expert in range(NUM_EXPERTS):
-            rows_GD = torch.tanh(hidden_GD @ self.w1_EDF[expert]) @ self.w2_EFD[expert]
+            rows_GH = torch.tanh(hidden_GH @ self.w1_EHI[expert]) @ self.w2_EIH[expert]
             share_G = ((ids_GK == expert) * weights_GK.double()).sum(1)
-            output_GD += rows_GD * share_G[:, None]
-        return output_GD
+            output_GH += rows_GH * share_G[:, None]
+        return output_GH
 
 
 class Model:
@@ -156,18 +156,18 @@ class Model:
         balancer, layer, link = self.balancers[index], self.layers[index], self.link
         mine = batches.rows(self.rank)
         if self.way == "replicated":
-            hidden, weights = batches.hidden_GD, batches.weights_GK
+            hidden, weights = batches.hidden_GH, batches.weights_GK
             differs = link.world_size > 2
             ids_GK = ranks.near_ties(batches.ids_GK, self.rank) if differs else batches.ids_GK
             slots_GK = balancer.after_gather(balancer.in_router(ids_GK.clone(), None))
         else:
             ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
-            parts = [batches.hidden_GD[mine], batches.weights_GK[mine], ids_TK]
+            parts = [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK]
             hidden, weights, ids_GK = link.all_gatherv(parts, sizes=batches.sizes)
             slots_GK = balancer.after_gather(ids_GK)
         partial = torch.full_like(hidden, torch.nan)
         balancer.experts(partial, hidden, weights, slots_GK, layer.kernel)
-        expected = layer.dense(batches.ids_GK, batches.weights_GK, batches.hidden_GD)
+        expected = layer.dense(batches.ids_GK, batches.weights_GK, batches.hidden_GH)
         if self.way == "replicated":
             output = link.all_reduce(partial)
         else:
@@ -192,7 +192,7 @@ def gate(rows_NH: torch.Tensor) -> torch.Tensor:
 def of_the_gate(batches: ranks.Batches) -> ranks.Batches:
     """The same tokens in the second layer, where its router decides."""
     found = copy.copy(batches)
-    found.ids_GK = gate(batches.hidden_GD).topk(TOP_K, dim=1).indices
+    found.ids_GK = gate(batches.hidden_GH).topk(TOP_K, dim=1).indices
     return found
 
 
@@ -219,7 +219,7 @@ def sequence(world_size: int) -> list[tuple[ranks.Batches, ranks.Batches]]:
         batches = ranks.Batches(f"batch {number}", ids, None)
         num_home = NUM_EXPERTS // world_size
         hot = rng.integers(world_size) * num_home + rng.permutation(num_home)[:3]
-        batches.hidden_GD += gate(torch.eye(HIDDEN).double())[:, hot].sum(1)
+        batches.hidden_GH += gate(torch.eye(HIDDEN).double())[:, hot].sum(1)
         found.append((batches, of_the_gate(batches)))
     nothing = np.empty((0, TOP_K), np.int32)
     even = np.arange(20 * TOP_K, dtype=np.int32).reshape(20, TOP_K) % NUM_EXPERTS

@@ -29,7 +29,7 @@ class Experts:
     def __init__(self, num_local: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(num_local)
         shape = (num_local, HIDDEN, HIDDEN)
-        self.matrix_EDD = torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        self.matrix_EHH = torch.randint(-2, 3, shape, generator=generator).to(dtype)
         self.calls = []
 
     def __call__(self, out, rows, weights_N1, ids) -> None:
@@ -40,18 +40,18 @@ class Experts:
         self.calls.append((out, rows, ids.flatten().tolist()))
         out.fill_(torch.nan)
         for row, (expert, weight) in enumerate(zip(ids, weights_N1, strict=True)):
-            out[row] = (rows[row] @ self.matrix_EDD[expert].squeeze(0)) * weight.to(rows.dtype)
+            out[row] = (rows[row] @ self.matrix_EHH[expert].squeeze(0)) * weight.to(rows.dtype)
 
 
-def dense(hidden_TD, weights_TK, local_TK, experts: Experts) -> torch.Tensor:
+def dense(hidden_TH, weights_TK, local_TK, experts: Experts) -> torch.Tensor:
     """The weighted sum of the local pairs, one pair at a time in float64, rounded once."""
-    out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float64)
+    out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float64)
     for token, row in enumerate(local_TK.tolist()):
         for choice, expert in enumerate(row):
             if expert >= 0:
-                pair = hidden_TD[token].double() @ experts.matrix_EDD[expert].double()
-                out_TD[token] += pair * weights_TK[token, choice].double()
-    return out_TD.to(hidden_TD.dtype)
+                pair = hidden_TH[token].double() @ experts.matrix_EHH[expert].double()
+                out_TH[token] += pair * weights_TK[token, choice].double()
+    return out_TH.to(hidden_TH.dtype)
 
 
 def tokens(num_tokens: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -128,13 +128,13 @@ def test_tensors_that_the_kernel_cannot_take_are_errors(change, message):
 @given(batches(), st.integers(0, 2**31))
 def test_output_is_the_sum_of_the_local_pairs(dtype, batch, seed):
     ids_TK, map_P = batch
-    hidden_TD, weights_TK = tokens(len(ids_TK), dtype, seed), weights(ids_TK, seed)
+    hidden_TH, weights_TK = tokens(len(ids_TK), dtype, seed), weights(ids_TK, seed)
     kernel = Experts(int((map_P >= 0).sum()), dtype)
-    output_TD = torch.full_like(hidden_TD, torch.nan)
-    LocalPairExperts(map_P)(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
+    output_TH = torch.full_like(hidden_TH, torch.nan)
+    LocalPairExperts(map_P)(output_TH, hidden_TH, weights_TK, ids_TK, kernel)
 
     local_TK = torch.where(ids_TK >= 0, map_P[ids_TK.clamp(min=0)], -1)
-    assert torch.equal(output_TD, dense(hidden_TD, weights_TK, local_TK, kernel))
+    assert torch.equal(output_TH, dense(hidden_TH, weights_TK, local_TK, kernel))
     computed = [expert for _, _, experts in kernel.calls for expert in experts]
     assert computed == local_TK[local_TK >= 0].tolist()
     assert len(kernel.calls) == (len(computed) > 0)
@@ -145,16 +145,16 @@ def test_layers_share_their_buffers():
     map_P, buffers = torch.tensor([0, -1, 1, -1]), PairBuffers()
     layers = [LocalPairExperts(map_P, buffers) for _ in range(3)]
     kernels = [Experts(2, torch.float32) for _ in layers]
-    hidden_TD, ids_TK = (
+    hidden_TH, ids_TK = (
         tokens(5, torch.float32),
         torch.tensor([[0, 2], [1, 3], [2, 0], [0, 1], [3, 2]]),
     )
     weights_TK = weights(ids_TK)
     local_TK = map_P[ids_TK]
     for experts, kernel in zip(layers, kernels, strict=True):
-        output_TD = torch.full_like(hidden_TD, torch.nan)
-        experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
-        assert torch.equal(output_TD, dense(hidden_TD, weights_TK, local_TK, kernel))
+        output_TH = torch.full_like(hidden_TH, torch.nan)
+        experts(output_TH, hidden_TH, weights_TK, ids_TK, kernel)
+        assert torch.equal(output_TH, dense(hidden_TH, weights_TK, local_TK, kernel))
     rows = {kernel.calls[0][1]._base.data_ptr() for kernel in kernels}
     assert len(rows) == 1
 
@@ -166,11 +166,11 @@ def test_reused_buffers_leak_nothing_of_the_batch_before(dtype):
 
     def run(ids) -> tuple[torch.Tensor, torch.Tensor]:
         ids_TK = torch.tensor(ids)
-        hidden_TD, weights_TK = tokens(len(ids), dtype), weights(ids_TK)
-        output_TD = torch.full_like(hidden_TD, torch.nan)
-        experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
+        hidden_TH, weights_TK = tokens(len(ids), dtype), weights(ids_TK)
+        output_TH = torch.full_like(hidden_TH, torch.nan)
+        experts(output_TH, hidden_TH, weights_TK, ids_TK, kernel)
         local_TK = torch.where(ids_TK >= 0, map_P[ids_TK.clamp(min=0)], -1)
-        return output_TD, dense(hidden_TD, weights_TK, local_TK, kernel)
+        return output_TH, dense(hidden_TH, weights_TK, local_TK, kernel)
 
     run([[0, 2]] * 8)
     first_rows, first_out = (tensor._base for tensor in kernel.calls[0][:2])
@@ -190,37 +190,37 @@ def test_buffers_grow_and_follow_the_dtype():
     experts = LocalPairExperts(torch.tensor([0]))
     for num_tokens, dtype in ((2, torch.float32), (9, torch.float32), (4, torch.bfloat16)):
         kernel = Experts(1, dtype)
-        hidden_TD = tokens(num_tokens, dtype)
-        output_TD = torch.empty_like(hidden_TD)
+        hidden_TH = tokens(num_tokens, dtype)
+        output_TH = torch.empty_like(hidden_TH)
         ids_TK, weights_TK = (
             torch.zeros(num_tokens, 1, dtype=torch.int64),
             torch.ones(num_tokens, 1),
         )
-        experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
-        assert torch.equal(output_TD, dense(hidden_TD, weights_TK, ids_TK, kernel))
+        experts(output_TH, hidden_TH, weights_TK, ids_TK, kernel)
+        assert torch.equal(output_TH, dense(hidden_TH, weights_TK, ids_TK, kernel))
 
 
 @pytest.mark.parametrize("ids", [[], [[1, 1], [1, -1]]], ids=["no tokens", "all foreign"])
 def test_nothing_to_compute_calls_no_kernel_and_writes_zeros(ids):
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
     kernel = Experts(1, torch.float32)
-    output_TD = torch.full((len(ids_TK), HIDDEN), torch.nan)
+    output_TH = torch.full((len(ids_TK), HIDDEN), torch.nan)
     LocalPairExperts(torch.tensor([0, -1]))(
-        output_TD, tokens(len(ids_TK), torch.float32), weights(ids_TK), ids_TK, kernel
+        output_TH, tokens(len(ids_TK), torch.float32), weights(ids_TK), ids_TK, kernel
     )
-    assert torch.equal(output_TD, torch.zeros_like(output_TD))
+    assert torch.equal(output_TH, torch.zeros_like(output_TH))
     assert kernel.calls == []
 
 
 def test_output_may_be_the_input():
     kernel = Experts(2, torch.float64)
-    hidden_TD = tokens(5, torch.float64)
+    hidden_TH = tokens(5, torch.float64)
     ids_TK = torch.tensor([[0, 1], [1, 0], [0, 2], [2, 2], [1, -1]])
     weights_TK, map_P = weights(ids_TK), torch.tensor([0, 1, -1])
-    separate_TD = torch.empty_like(hidden_TD)
-    LocalPairExperts(map_P)(separate_TD, hidden_TD, weights_TK, ids_TK, kernel)
-    LocalPairExperts(map_P)(hidden_TD, hidden_TD, weights_TK, ids_TK, kernel)
-    assert torch.equal(hidden_TD, separate_TD)
+    separate_TH = torch.empty_like(hidden_TH)
+    LocalPairExperts(map_P)(separate_TH, hidden_TH, weights_TK, ids_TK, kernel)
+    LocalPairExperts(map_P)(hidden_TH, hidden_TH, weights_TK, ids_TK, kernel)
+    assert torch.equal(hidden_TH, separate_TH)
 
 
 class Late:
@@ -228,9 +228,9 @@ class Late:
 
     def __init__(self, kernel: Experts, pending: set[int], error: BalancerError | None) -> None:
         self.kernel, self.slots, self.error = kernel, pending, error
-        self.whole_EDD = kernel.matrix_EDD.clone()
+        self.whole_EHH = kernel.matrix_EHH.clone()
         self.waits, self.inside = 0, 0
-        kernel.matrix_EDD[[*pending]] = torch.nan
+        kernel.matrix_EHH[[*pending]] = torch.nan
 
     def pending(self) -> set[int]:
         return self.slots
@@ -240,7 +240,7 @@ class Late:
         self.waits += 1
         if self.error is not None:
             raise self.error
-        self.kernel.matrix_EDD.copy_(self.whole_EDD)
+        self.kernel.matrix_EHH.copy_(self.whole_EHH)
 
     @contextmanager
     def computing(self):
@@ -254,16 +254,16 @@ def test_late_experts_are_computed_behind_the_others_and_change_no_bit(batch, pe
     ids_TK, map_P = batch
     num_local = max(1, int((map_P >= 0).sum()))
     pending = {slot for slot in pending if slot < num_local}
-    hidden_TD, weights_TK = tokens(len(ids_TK), dtype), weights(ids_TK)
+    hidden_TH, weights_TK = tokens(len(ids_TK), dtype), weights(ids_TK)
     kernel = Experts(num_local, dtype)
     local_TK = torch.where(ids_TK >= 0, map_P[ids_TK.clamp(min=0)], -1)
-    expected_TD = dense(hidden_TD, weights_TK, local_TK, kernel)
+    expected_TH = dense(hidden_TH, weights_TK, local_TK, kernel)
     late = Late(kernel, pending, None)
     experts = LocalPairExperts(map_P)
     experts.arrivals = late
-    output_TD = torch.full_like(hidden_TD, torch.nan)
-    experts(output_TD, hidden_TD, weights_TK, ids_TK, kernel)
-    assert torch.equal(output_TD, expected_TD)
+    output_TH = torch.full_like(hidden_TH, torch.nan)
+    experts(output_TH, hidden_TH, weights_TK, ids_TK, kernel)
+    assert torch.equal(output_TH, expected_TH)
     of_calls = [set(ids) for _, _, ids in kernel.calls]
     used = set(local_TK[local_TK >= 0].tolist())
     assert of_calls == [part for part in (used - pending, used & pending) if part]
@@ -275,19 +275,19 @@ def test_an_expert_that_cannot_arrive_is_an_error_and_not_a_number():
     experts = LocalPairExperts(torch.tensor([0, 1]))
     experts.arrivals = Late(kernel, {1}, BalancerError("the copy failed."))
     ids_TK = torch.tensor([[0, 1], [1, 0]])
-    output_TD = torch.full((2, HIDDEN), torch.nan)
+    output_TH = torch.full((2, HIDDEN), torch.nan)
     with pytest.raises(BalancerError, match="the copy failed"):
-        experts(output_TD, tokens(2, torch.float32), weights(ids_TK), ids_TK, kernel)
+        experts(output_TH, tokens(2, torch.float32), weights(ids_TK), ids_TK, kernel)
     assert [ids for _, _, ids in kernel.calls] == [[0, 0]], "only the expert that was there"
 
 
 def test_what_is_called_before_sees_the_tokens_of_every_batch():
     seen = []
     experts = LocalPairExperts(torch.tensor([0, -1]))
-    experts.before = lambda hidden_TD: seen.append(len(hidden_TD))
+    experts.before = lambda hidden_TH: seen.append(len(hidden_TH))
     for ids_TK in (torch.tensor([[1, 1]]), torch.empty((0, 2), dtype=torch.int64)):
-        hidden_TD = tokens(len(ids_TK), torch.float32)
-        output_TD = torch.empty_like(hidden_TD)
-        experts(output_TD, hidden_TD, weights(ids_TK), ids_TK, Experts(1, torch.float32))
+        hidden_TH = tokens(len(ids_TK), torch.float32)
+        output_TH = torch.empty_like(hidden_TH)
+        experts(output_TH, hidden_TH, weights(ids_TK), ids_TK, Experts(1, torch.float32))
     assert seen == [1, 0]
     assert list(experts.recent_ns) == [0, 0]

@@ -144,7 +144,7 @@ def test_a_layer_asks_the_router_of_the_next(group):
     ],
 )
 def test_a_router_that_takes_others_than_the_largest_logits_is_not_asked_early(changes, reason):
-    found = runner(1, gate=lambda rows_ND: (rows_ND, None))
+    found = runner(1, gate=lambda rows_NH: (rows_NH, None))
     require_predictable(found)
     found.router = CPURouter(top_k=2, global_num_experts=NUM_EXPERTS, **changes)
     with pytest.raises(BalancerError, match=rf"layer 1 chooses otherwise \({reason}\)"):

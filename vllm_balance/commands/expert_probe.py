@@ -146,7 +146,7 @@ def _serve(
 
 
 def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-untyped-def]
-    """Prepacked (w13 [E, 2F, D], w2 [E, D, F]); all experts alike in value, apart in memory.
+    """Prepacked (w13 [E, 2I, H], w2 [E, H, I]); all experts alike in value, apart in memory.
 
     In huge pages, as our CPU worker has them.
     """
@@ -170,9 +170,9 @@ def _time(weights, tokens_E, isa, generator, repeats) -> Timing:  # type: ignore
     from vllm import _custom_ops as ops
 
     w13, w2 = weights
-    hidden_ND = torch.randn(sum(tokens_E), w13.shape[2], generator=generator).to(w13.dtype)
-    output_ND = torch.empty_like(hidden_ND)
-    ones_N1 = torch.ones(len(hidden_ND), 1)
+    hidden_NH = torch.randn(sum(tokens_E), w13.shape[2], generator=generator).to(w13.dtype)
+    output_NH = torch.empty_like(hidden_NH)
+    ones_N1 = torch.ones(len(hidden_NH), 1)
     count_E = torch.tensor(tokens_E)
     least, most = (repeats, repeats) if repeats else (MIN_REPEATS, MAX_REPEATS)
     times: list[int] = []
@@ -182,6 +182,6 @@ def _time(weights, tokens_E, isa, generator, repeats) -> Timing:  # type: ignore
         order_N = torch.randperm(len(ids_N), generator=generator)
         ids_N1 = ids_N[order_N].to(torch.int32).unsqueeze(1).contiguous()
         start = time.perf_counter_ns()
-        ops.cpu_fused_moe(output_ND, hidden_ND, w13, w2, None, None, ones_N1, ids_N1, "silu", isa)
+        ops.cpu_fused_moe(output_NH, hidden_NH, w13, w2, None, None, ones_N1, ids_N1, "silu", isa)
         times.append(time.perf_counter_ns() - start)
     return Timing(time_us=sorted(times)[len(times) // 2] / 1000, repeats=len(times))

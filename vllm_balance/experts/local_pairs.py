@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 from vllm_balance.kernels.local_pairs import select
 
 PairKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""(output [N, D], hidden states [N, D], weights float32 [N, 1], local ids int32 [N, 1]) -> None."""
+"""(output [N, H], hidden states [N, H], weights float32 [N, 1], local ids int32 [N, 1]) -> None."""
 
 RECENT_BATCHES = 1024
 
@@ -78,19 +78,19 @@ class PairBuffers:
         self._outputs_ND: torch.Tensor | None = None
 
     def room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two [num_pairs, D] views of buffers that only grow: fresh pages cost more than a copy."""
-        inputs_ND, outputs_ND = self._inputs_ND, self._outputs_ND
+        """Two [num_pairs, H] views of buffers that only grow: fresh pages cost more than a copy."""
+        inputs_NH, outputs_NH = self._inputs_ND, self._outputs_ND
         if (
-            inputs_ND is None
-            or outputs_ND is None
-            or inputs_ND.shape[0] < num_pairs
-            or inputs_ND.shape[1] != like.shape[1]
-            or inputs_ND.dtype != like.dtype
+            inputs_NH is None
+            or outputs_NH is None
+            or inputs_NH.shape[0] < num_pairs
+            or inputs_NH.shape[1] != like.shape[1]
+            or inputs_NH.dtype != like.dtype
         ):
             shape = (num_pairs, like.shape[1])
-            inputs_ND = self._inputs_ND = like.new_empty(shape)
-            outputs_ND = self._outputs_ND = like.new_empty(shape)
-        return inputs_ND[:num_pairs], outputs_ND[:num_pairs]
+            inputs_NH = self._inputs_ND = like.new_empty(shape)
+            outputs_NH = self._outputs_ND = like.new_empty(shape)
+        return inputs_NH[:num_pairs], outputs_NH[:num_pairs]
 
     def places(self, num_pairs: int) -> torch.Tensor:
         """0 to num_pairs - 1, int64 [num_pairs]."""
@@ -118,8 +118,8 @@ class LocalPairExperts:
 
     def __call__(
         self,
-        output_TD: torch.Tensor,
-        hidden_states_TD: torch.Tensor,
+        output_TH: torch.Tensor,
+        hidden_states_TH: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         topk_ids_TK: torch.Tensor,
         kernel: PairKernel,
@@ -130,29 +130,29 @@ class LocalPairExperts:
         Pairs of experts that have not arrived are computed in a second call, behind the others.
         """
         if self.before is not None:
-            self.before(hidden_states_TD)
+            self.before(hidden_states_TH)
         start = time.perf_counter_ns()
         pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._local_P)
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
-            output_TD.zero_()
+            output_TH.zero_()
             self.recent_ns.append(0)
             return
-        outputs_ND = self._buffers.room_for(num_pairs, hidden_states_TD)[1]
+        outputs_NH = self._buffers.room_for(num_pairs, hidden_states_TH)[1]
         kernel_ns_before = self.kernel_ns
         if self.arrivals is None:
-            away_ns = self._compute(hidden_states_TD, pairs, None, 0, num_pairs, kernel)
+            away_ns = self._compute(hidden_states_TH, pairs, None, 0, num_pairs, kernel)
             row_N = self._buffers.places(num_pairs)
         else:
-            row_N, away_ns = self._as_they_arrive(hidden_states_TD, pairs, kernel, self.arrivals)
-        output_TD.copy_(embedding_bag(row_N, outputs_ND, pairs.first_T, mode="sum"))
+            row_N, away_ns = self._as_they_arrive(hidden_states_TH, pairs, kernel, self.arrivals)
+        output_TH.copy_(embedding_bag(row_N, outputs_NH, pairs.first_T, mode="sum"))
         around_ns = time.perf_counter_ns() - start - away_ns
         self.wrapping_ns += around_ns
         self.recent_ns.append(around_ns + self.kernel_ns - kernel_ns_before)
 
     def _as_they_arrive(
         self,
-        hidden_states_TD: torch.Tensor,
+        hidden_states_TH: torch.Tensor,
         pairs: LocalPairs,
         kernel: PairKernel,
         arrivals: Arrivals,
@@ -163,20 +163,20 @@ class LocalPairExperts:
         away_ns = 0
         with arrivals.computing():
             if num_present:
-                away_ns += self._compute(hidden_states_TD, pairs, order_N, 0, num_present, kernel)
+                away_ns += self._compute(hidden_states_TH, pairs, order_N, 0, num_present, kernel)
             if num_present < num_pairs:
                 start = time.perf_counter_ns()
                 arrivals.wait()
                 away_ns += time.perf_counter_ns() - start
                 away_ns += self._compute(
-                    hidden_states_TD, pairs, order_N, num_present, num_pairs, kernel
+                    hidden_states_TH, pairs, order_N, num_present, num_pairs, kernel
                 )
         row_N = self._buffers.places(num_pairs) if order_N is None else order_N.argsort()
         return row_N, away_ns
 
     def _compute(
         self,
-        hidden_states_TD: torch.Tensor,
+        hidden_states_TH: torch.Tensor,
         pairs: LocalPairs,
         order_N: torch.Tensor | None,
         first: int,
@@ -184,12 +184,12 @@ class LocalPairExperts:
         kernel: PairKernel,
     ) -> int:
         """Computes pairs ``first`` to ``last`` of the order into these rows; time there in ns."""
-        inputs_ND, outputs_ND = self._buffers.room_for(last, hidden_states_TD)
+        inputs_NH, outputs_NH = self._buffers.room_for(last, hidden_states_TH)
         chosen_N = slice(first, last) if order_N is None else order_N[first:last]
-        rows_ND = inputs_ND[first:]
-        torch.index_select(hidden_states_TD, 0, pairs.token_N[chosen_N], out=rows_ND)
+        rows_NH = inputs_NH[first:]
+        torch.index_select(hidden_states_TH, 0, pairs.token_N[chosen_N], out=rows_NH)
         start = time.perf_counter_ns()
-        kernel(outputs_ND[first:], rows_ND, pairs.weight_N1[chosen_N], pairs.expert_N1[chosen_N])
+        kernel(outputs_NH[first:], rows_NH, pairs.weight_N1[chosen_N], pairs.expert_N1[chosen_N])
         taken_ns = time.perf_counter_ns() - start
         self.kernel_ns += taken_ns
         return taken_ns

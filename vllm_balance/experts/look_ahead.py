@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-"""Router logits [T, E] of hidden states [T, D]."""
+"""Router logits [T, E] of hidden states [T, H]."""
 
 MAX_ROWS = 512
 """Tokens that one rank looks at: enough to see a hot expert, little beside the layer."""
@@ -32,17 +32,17 @@ class LookAhead:
     most once on an expert, so none has more, and no mean can be above it. Of larger ones the
     schedule of the guess decides (``kernels.rebalance.Rules.knee_tokens``)."""
 
-    def guess(self, hidden_states_GD: torch.Tensor) -> torch.Tensor | None:
+    def guess(self, hidden_states_GH: torch.Tensor) -> torch.Tensor | None:
         """Pairs of each expert in the next layer, int32 [1, E]; None for a memory-bound batch.
 
         A collective, except where it returns None, which depends on the number of rows only.
         """
-        num_tokens = hidden_states_GD.shape[0]
+        num_tokens = hidden_states_GH.shape[0]
         if num_tokens <= self.knee_tokens:
             return None
         stride = max(self.num_ranks, -(-num_tokens // MAX_ROWS))
-        rows_ND = hidden_states_GD[self.rank % stride :: stride]
-        ids_NK = self.gate(rows_ND).topk(self.top_k, dim=1).indices
+        rows_NH = hidden_states_GH[self.rank % stride :: stride]
+        ids_NK = self.gate(rows_NH).topk(self.top_k, dim=1).indices
         seen_E = torch.bincount(ids_NK.flatten(), minlength=self.num_experts).to(torch.int32)
         total_E = self.all_reduce(seen_E).to(torch.int64)
         scale = num_tokens * self.top_k / max(1, int(total_E.sum()))

@@ -24,14 +24,14 @@ def _apply_experts(original: Callable[..., Any]) -> Callable[..., Any]:
             return
 
         def kernel(
-            outputs_ND: torch.Tensor,
-            inputs_ND: torch.Tensor,
+            outputs_NH: torch.Tensor,
+            inputs_NH: torch.Tensor,
             weight_N1: torch.Tensor,
             expert_N1: torch.Tensor,
         ) -> None:
             local = {
-                "output": outputs_ND,
-                "hidden_states": inputs_ND,
+                "output": outputs_NH,
+                "hidden_states": inputs_NH,
                 "topk_weights": weight_N1,
                 "topk_ids": expert_N1,
                 "global_num_experts": call["w1"].shape[0],

@@ -35,10 +35,10 @@ def token_us(routed_experts: Any) -> float:
 def _kernel_call(routed_experts: Any) -> Callable[[], None]:
     """vLLM's CPU experts on tokens of one expert."""
     config = routed_experts.moe_config
-    hidden_ND = torch.randn(TOKENS, config.hidden_dim).to(config.in_dtype)
+    hidden_NH = torch.randn(TOKENS, config.hidden_dim).to(config.in_dtype)
     call = {
-        "output": torch.empty_like(hidden_ND),
-        "hidden_states": hidden_ND,
+        "output": torch.empty_like(hidden_NH),
+        "hidden_states": hidden_NH,
         "w1": routed_experts.w13_weight,
         "w2": routed_experts.w2_weight,
         "topk_weights": torch.ones(TOKENS, 1),
@@ -62,13 +62,13 @@ def _matrix_products(routed_experts: Any) -> Callable[[], None]:
     config, device = routed_experts.moe_config, routed_experts.w13_weight.device
     inner = config.intermediate_size_per_partition
     shapes = ((TOKENS, config.hidden_dim), (config.hidden_dim, 2 * inner), (inner, TOKENS))
-    hidden_ND, up_DF, inner_FN = (
+    hidden_NH, up_HI, inner_IN = (
         torch.randn(shape, device=device, dtype=config.in_dtype) for shape in shapes
     )
 
     def run() -> None:
-        torch.mm(hidden_ND, up_DF)
-        torch.mm(up_DF[:, :inner], inner_FN)
+        torch.mm(hidden_NH, up_HI)
+        torch.mm(up_HI[:, :inner], inner_IN)
         torch.cuda.synchronize()
 
     return run

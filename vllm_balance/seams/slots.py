@@ -176,8 +176,8 @@ def _say(text: str) -> None:
     init_logger(f"vllm.{__name__}").info("%s", text)
 
 
-def _logits(gate: Any, hidden_states_TD: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = gate(hidden_states_TD)[0]
+def _logits(gate: Any, hidden_states_TH: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = gate(hidden_states_TH)[0]
     return logits
 
 
