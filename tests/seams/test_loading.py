@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_balance.errors import BalancerError
-from vllm_balance.initial_placement import InitialPlacement
+from vllm_balance.initial_placement import HOME, InitialPlacement
 from vllm_balance.seams.loading import PlacedLoading
 
 LAYER = "model.layers.3.mlp.experts"
@@ -121,10 +121,13 @@ def test_a_loader_that_goes_another_way_is_noticed():
     assert untouched.problem([rank], "dummy") is None
 
 
-def test_experts_that_are_loaded_together_are_refused():
+@pytest.mark.parametrize(
+    ("origin", "remedy"), [("gem map", "Omit `map`"), (HOME, "that fetches no experts")]
+)
+def test_experts_that_are_loaded_together_are_refused(origin, remedy):
     rank = Rank(0, EXPERTS)
-    loading = PlacedLoading(InitialPlacement.of("test", (3,), np.array([[3, 2, 1, 0]])))
-    with pytest.raises(BalancerError, match="loaded all at once"):
+    loading = PlacedLoading(InitialPlacement.of(origin, (3,), np.array([[3, 2, 1, 0]])))
+    with pytest.raises(BalancerError, match=f"loaded all at once.*{remedy} for this model"):
         loading.load(rank.original, rank, call(0, "w1", torch.zeros(4, 2, 2)))
     rank.expert_map_manager.num_fused_shared_experts = 1
     with pytest.raises(BalancerError, match="shared experts"):
