@@ -43,7 +43,7 @@ BATCHES = {"decode": 256, "prefill": 2048}
 """Tokens of a batch; at most those of a half of the trace, in prefill half of them."""
 RANKS = (4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
-STEPS = 32
+STEPS = 64
 SEED = 0
 Row = dict[str, Any]
 
