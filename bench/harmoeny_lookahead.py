@@ -57,9 +57,9 @@ def judge(counts_NE: np.ndarray, predict: Predictor, num_ranks: int, num_dynamic
         guess_E, early_SD = predict(n), None
         if guess_E is not None:
             guessed = schedule(_counts(guess_E), slots, rules)
-            slots, early_SD = guessed.slots, guessed.plan.fetch_SD
+            slots, early_SD = guessed.slots, guessed.fetch_SD
         found = schedule(_counts(tokens_E), slots, rules)
-        late_SD, slots = found.plan.fetch_SD, found.slots
+        late_SD, slots = found.fetch_SD, found.slots
         used_SD = found.slots.idle_SD == 0
         tally.wanted += int(used_SD.sum())
         tally.late += int((late_SD >= 0).sum())

@@ -77,7 +77,7 @@ def play(name: str, rules: Rules, load: Load, num_ranks: int, num_dynamic: int) 
         slots = found.slots
         tokens_S = tokens_per_rank(found)
         ratios.append(tokens_S.max() / tokens_S.mean())
-        fetches += int((found.plan.fetch_SD >= 0).sum())
+        fetches += int((found.fetch_SD >= 0).sum())
         served += int((found.plan.split_ER[:, 1:] > 0).sum())
         outcomes[found.outcome] += 1
     return {

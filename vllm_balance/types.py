@@ -128,9 +128,6 @@ class Plan:
     split_ER: torch.Tensor
     """Tokens given to each replica, [E, R] int32; row e sums to ``tokens_E[e]``, zero where
     ``logical_to_physical_ER`` is -1."""
-    fetch_SD: torch.Tensor | None = None
-    """Logical expert to bring into each dynamic slot for this batch, [S, D] int32, -1 where the
-    slot stays as it is; None for policies without dynamic slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +198,10 @@ class Schedule:
     """What one batch of one layer does with its dynamic slots, the same on every rank."""
 
     plan: Plan
-    """Split over the replicas of ``placement``, and what to fetch first."""
+    """Split over the replicas of ``placement``, once the fetches are done."""
+    fetch_SD: torch.Tensor
+    """Logical expert to bring into each dynamic slot for this batch, [S, D] int32, -1 where the
+    slot stays as it is."""
     placement: Placement
     """Where experts live once everything is fetched: R = S columns, the home slot first, then
     dynamic slots in rank order."""

@@ -95,7 +95,8 @@ def schedule(
     if status < 0:
         _raise_wrong_content(slots, -1 - status)
     return Schedule(
-        plan=Plan(split_ER=split_ER, fetch_SD=fetch_SD),
+        plan=Plan(split_ER=split_ER),
+        fetch_SD=fetch_SD,
         placement=Placement(
             logical_to_physical_ER=table_ER,
             num_replicas_E=replicas_E,

@@ -110,7 +110,7 @@ def test_every_token_is_served_once_where_its_expert_is(method, seed):
 def test_slots_change_by_fetches_only_and_hold_no_expert_twice(method, seed):
     tokens_FE, slots, rules = random_case(seed)
     found = schedule(tokens_FE, slots, rules, method)
-    fetch_SD, after_SD = found.plan.fetch_SD, found.slots.content_SD
+    fetch_SD, after_SD = found.fetch_SD, found.slots.content_SD
     assert torch.equal(after_SD, torch.where(fetch_SD >= 0, fetch_SD, slots.content_SD))
     num_home = slots.num_logical // slots.num_ranks
     dynamic_SD = found.placement.physical_to_logical_P.view(slots.num_ranks, -1)[:, num_home:]
@@ -134,7 +134,7 @@ def test_equal_arguments_give_equal_schedules_and_are_left_alone(method, seed):
     copies = tokens_FE.clone(), slots.content_SD.clone(), slots.idle_SD.clone()
     first, second = (schedule(tokens_FE, slots, rules, method) for _ in range(2))
     assert torch.equal(first.plan.split_ER, second.plan.split_ER)
-    assert torch.equal(first.plan.fetch_SD, second.plan.fetch_SD)
+    assert torch.equal(first.fetch_SD, second.fetch_SD)
     assert torch.equal(first.slots.idle_SD, second.slots.idle_SD)
     assert first.outcome is second.outcome
     now = tokens_FE, slots.content_SD, slots.idle_SD
@@ -176,7 +176,7 @@ def test_the_kernel_is_the_reference(method, seed):
         always = method is Method.EVEN_SPLIT
         moves = reference.spread(tokens_E, content_SD, q, always=always)
     expected = reference.place_moves(moves, content_SD, idle_SD, rules.eviction)
-    actual = found.slots.content_SD, found.slots.idle_SD, found.plan.fetch_SD
+    actual = found.slots.content_SD, found.slots.idle_SD, found.fetch_SD
     for left, right in zip(actual, expected, strict=False):
         assert np.array_equal(left.numpy(), right)
     served = {
@@ -209,7 +209,7 @@ def test_no_rank_ends_later_than_the_busiest_at_home_with_the_time_of_its_fetche
     tokens_FE, slots, rules = random_case(seed)
     rules = replace(rules, fetch_tokens=rules.threshold_tokens, knee_tokens=0.0)
     found = schedule(tokens_FE, slots, rules)
-    fetches_S = (found.plan.fetch_SD >= 0).sum(1).tolist()
+    fetches_S = (found.fetch_SD >= 0).sum(1).tolist()
     for load, fetches in zip(loads(found), fetches_S, strict=True):
         assert load + rules.fetch_tokens * fetches <= max(home_loads(tokens_FE, slots.num_ranks))
 
@@ -227,8 +227,8 @@ def test_what_is_fetched_is_computed_with(method, seed):
 
 def fetched_tokens(found: Schedule, slots: DynamicSlots) -> Iterator[int]:
     """Tokens of each fetched expert in the slot that it was fetched into."""
-    for rank, d in zip(*torch.nonzero(found.plan.fetch_SD >= 0, as_tuple=True), strict=True):
-        expert = int(found.plan.fetch_SD[rank, d])
+    for rank, d in zip(*torch.nonzero(found.fetch_SD >= 0, as_tuple=True), strict=True):
+        expert = int(found.fetch_SD[rank, d])
         slot = int(rank) * found.placement.slots_per_rank
         slot += slots.num_logical // slots.num_ranks + int(d)
         column = found.placement.logical_to_physical_ER[expert].tolist().index(slot)

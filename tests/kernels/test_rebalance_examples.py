@@ -31,8 +31,7 @@ def loads(found: Schedule) -> list[int]:
 
 def ends(found: Schedule, rules: Rules) -> list[int]:
     """When each rank ends, in tokens: its own and what its fetches add."""
-    assert found.plan.fetch_SD is not None
-    fetches_S = (found.plan.fetch_SD >= 0).sum(1).tolist()
+    fetches_S = (found.fetch_SD >= 0).sum(1).tolist()
     return [
         load + rules.fetch_tokens * fetches
         for load, fetches in zip(loads(found), fetches_S, strict=True)
@@ -54,13 +53,13 @@ def test_one_hot_expert_is_shared_and_stays():
     rules = Rules(threshold_tokens=10, fetch_tokens=0)
     first = schedule(one_source(900, 0, 50, 50), held(4, [-1], [-1]), rules)
     assert first.outcome is Outcome.FETCHED
-    assert first.plan.fetch_SD.tolist() == [[-1], [0]]
+    assert first.fetch_SD.tolist() == [[-1], [0]]
     assert first.plan.split_ER.tolist() == [[500, 400], [0, 0], [50, 0], [50, 0]]
     assert first.placement.logical_to_physical_ER.tolist() == [[0, 5], [1, -1], [3, -1], [4, -1]]
     assert first.placement.physical_to_logical_P.tolist() == [0, 1, -1, 2, 3, 0]
     second = schedule(one_source(700, 100, 100, 100), first.slots, rules)
     assert second.outcome is Outcome.HELD
-    assert second.plan.fetch_SD.tolist() == [[-1], [-1]]
+    assert second.fetch_SD.tolist() == [[-1], [-1]]
     assert second.plan.split_ER[0].tolist() == [400, 300]
 
 
@@ -86,7 +85,7 @@ def test_no_tokens_and_one_token(method):
     slots, rules = held(4, [2], [-1]), Rules(threshold_tokens=1, fetch_tokens=0)
     empty = schedule(one_source(0, 0, 0, 0), slots, rules, method)
     assert empty.outcome is Outcome.EMPTY
-    assert not empty.plan.split_ER.any() and (empty.plan.fetch_SD == -1).all()
+    assert not empty.plan.split_ER.any() and (empty.fetch_SD == -1).all()
     assert empty.slots.content_SD.tolist() == [[2], [-1]]
     one = schedule(one_source(0, 0, 1, 0), slots, rules, method)
     assert sum(loads(one)) == 1
@@ -134,7 +133,7 @@ def test_small_held_experts_do_not_block_the_slot_of_a_large_one():
     found = schedule(
         one_source(900, 20, 40, 40), held(4, [-1], [1]), Rules(threshold_tokens=10, fetch_tokens=0)
     )
-    assert found.plan.fetch_SD.tolist() == [[-1], [0]]
+    assert found.fetch_SD.tolist() == [[-1], [0]]
     assert loads(found) == [500, 500]
 
 
@@ -148,7 +147,7 @@ def test_tokens_are_divided_further_only_while_that_needs_no_more_fetches(fetch_
     rules = Rules(threshold_tokens=10, fetch_tokens=fetch_tokens, tolerance=0.1)
     found = schedule(tokens_FE, slots, rules)
     assert loads(found) == [1050, 1050, 1050, 850]
-    assert found.plan.fetch_SD.tolist() == [[-1, -1], [-1, -1], [-1, -1], [1, -1]]
+    assert found.fetch_SD.tolist() == [[-1, -1], [-1, -1], [-1, -1], [1, -1]]
     moves, _ = reference.balance(
         tokens_FE[0].numpy(), slots.content_SD.numpy(), 10, fetch_tokens, 0.1
     )
@@ -163,7 +162,7 @@ def test_a_prefill_on_few_of_many_experts_is_no_decode(method):
     tokens_FE = one_source(900, *([3] * 24), *([4] * 7))
     slots = DynamicSlots.empty(num_logical=32, num_ranks=2, num_dynamic=8)
     found = schedule(tokens_FE, slots, rules, method)
-    assert found.outcome is Outcome.FETCHED and 0 in found.plan.fetch_SD[1].tolist()
+    assert found.outcome is Outcome.FETCHED and 0 in found.fetch_SD[1].tolist()
     assert max(loads(found)) < 600
 
 
@@ -177,7 +176,7 @@ def test_a_decode_batch_moves_nothing_however_skewed_it_is(method, hot):
     slots = DynamicSlots.empty(num_logical=64, num_ranks=2, num_dynamic=8)
     rules = Rules(threshold_tokens=1, fetch_tokens=1, knee_tokens=43.0)
     found = schedule(tokens_FE, slots, rules, method)
-    assert found.outcome is Outcome.MEMORY_BOUND and (found.plan.fetch_SD == -1).all()
+    assert found.outcome is Outcome.MEMORY_BOUND and (found.fetch_SD == -1).all()
     assert loads(found) == tokens_FE.view(2, -1).sum(1).tolist()
 
 

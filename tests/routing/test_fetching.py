@@ -85,8 +85,8 @@ def test_harmoeny_evens_out_what_static_leaves_and_shadow_needs_a_reason():
     assert found.plan.split_ER[0].tolist() == [500, 100] and found.outcome is Outcome.FETCHED
     rarely = Rules(threshold_tokens=10, fetch_tokens=0)
     shadowed = FETCHING["shadow"](rarely).schedule(demand, slots)
-    assert shadowed.plan.fetch_SD.tolist() == [[-1], [-1]], "half of 600 and 400 are more than 600"
+    assert shadowed.fetch_SD.tolist() == [[-1], [-1]], "half of 600 and 400 are more than 600"
     even = FETCHING["even_split"](rules).schedule(demand, slots)
-    assert even.plan.fetch_SD.tolist() == [[4], [0]]
+    assert even.fetch_SD.tolist() == [[4], [0]]
     assert even.plan.split_ER[0].tolist() == [300, 300]
     assert even.plan.split_ER[4].tolist() == [50, 50]

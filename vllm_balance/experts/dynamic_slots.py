@@ -48,8 +48,7 @@ class LayerSlots:
         """
         if self._computing:
             raise RuntimeError(f"layer {self.layer}: a slot would change while it computes.")
-        assert schedule.plan.fetch_SD is not None
-        fetch_D = schedule.plan.fetch_SD[self.rank].tolist()
+        fetch_D = schedule.fetch_SD[self.rank].tolist()
         fetched = {slot: expert for slot, expert in enumerate(fetch_D) if expert >= 0}
         held_D = self.state.content_SD[self.rank].tolist()
         self.state = self._guessed(schedule) if is_guess else schedule.slots
@@ -107,9 +106,7 @@ class LayerSlots:
 
     def _guessed(self, schedule: Schedule) -> DynamicSlots:
         """The slots with what a guess fetches: only a batch makes the others older or used."""
-        fetch_SD = schedule.plan.fetch_SD
-        assert fetch_SD is not None
-        idle_SD = torch.where(fetch_SD >= 0, 0, self.state.idle_SD)
+        idle_SD = torch.where(schedule.fetch_SD >= 0, 0, self.state.idle_SD)
         return replace(self.state, content_SD=schedule.slots.content_SD, idle_SD=idle_SD)
 
     def _count_fetches(self, fetched: dict[int, int], held_D: list[int], is_guess: bool) -> None:
@@ -125,12 +122,12 @@ class LayerSlots:
 
     def _count_uses(self, fetched: dict[int, int]) -> None:
         """A slot with tokens that was not fetched for them is a hit."""
-        served = torch.nonzero(self.state.idle_SD[self.rank] == 0).flatten().tolist()
-        for slot in served:
-            if self.state.content_SD[self.rank, slot] < 0:
-                continue
-            self.counted["hits"] += slot not in fetched
-            self.counted["early_hits"] += self._unused.pop(slot, False)
+        content_D = self.state.content_SD[self.rank].tolist()
+        idle_D = self.state.idle_SD[self.rank].tolist()
+        for slot, (expert, idle) in enumerate(zip(content_D, idle_D, strict=True)):
+            if expert >= 0 and idle == 0:
+                self.counted["hits"] += slot not in fetched
+                self.counted["early_hits"] += self._unused.pop(slot, False)
 
 
 COUNTERS = (

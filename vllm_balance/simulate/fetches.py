@@ -96,8 +96,7 @@ class FetchingDecider:
             used = split_ER > 0
             table_ER = made.placement.logical_to_physical_ER.numpy()
             np.add.at(tokens_LP[layer], table_ER[used], split_ER[used])
-            if made.plan.fetch_SD is not None:
-                fetched_LS[layer] = (made.plan.fetch_SD.numpy() >= 0).sum(1)
+            fetched_LS[layer] = (made.fetch_SD.numpy() >= 0).sum(1)
         pairs = ids_LTK.shape[1] * ids_LTK.shape[2]
         if (tokens_LP.sum(1) != pairs).any():
             raise RuntimeError(
