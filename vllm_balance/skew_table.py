@@ -10,6 +10,8 @@ from vllm_balance.measurement import Measurement
 
 BOUND = ("even", "static")
 """Load and arm that bound all others: the same server and prompts under even routing."""
+MOVED = "batches that moved tokens"
+"""Left out where no row says: all are older than the counts, or nothing fetches."""
 HEADINGS = (
     "skew",
     "arm",
@@ -21,7 +23,7 @@ HEADINGS = (
     "waiting, share of rank time",
     "of it for fetches",
     "batch time, sd / mean",
-    "batches that moved tokens",
+    MOVED,
     "fetches per batch",
     "deciding, share of MoE",
 )
@@ -42,11 +44,13 @@ def table(rows: list[Measurement]) -> MeasuredTable:
         for arm in arms:
             if here := _of(rows, load, arm):
                 body.append([load, arm, *_numbers(here, base, bound)])
+    says = any(row.moved_share is not None for row in rows)
+    shown = [column for column, name in enumerate(HEADINGS) if says or name != MOVED]
     return table_of(
         rows,
         caption="Medians; the bound is `static` under even routing.",
-        headings=list(HEADINGS),
-        body=body,
+        headings=[HEADINGS[column] for column in shown],
+        body=[[line[column] for column in shown] for line in body],
     )
 
 

@@ -78,8 +78,14 @@ def test_every_arm_is_compared_with_static_and_the_bound():
 
 def test_rows_from_before_schedules_were_counted_are_shown_as_they_are():
     older = {"fetches": 6, "early_fetches": 2, "hits": 0}
-    (line,) = skew_table.table([row("harmoeny", load="hot", steps=4.0, fetching=older)]).body
-    assert line[10:12] == ["-", "2.0"]
+    old = row("harmoeny", load="hot", steps=4.0, fetching=older)
+    new = row("shadow", load="hot", fetching=FETCHED | {"held_schedules": 3})
+    table = skew_table.table([old, new])
+    assert [line[10:12] for line in table.body] == [["-", "2.0"], ["100%", "0.0"]]
+    assert skew_table.MOVED in table.headings
+    table = skew_table.table([old])
+    assert table.body[0][10] == "2.0" and skew_table.MOVED not in table.headings
+    assert len(table.body[0]) == len(table.headings) == len(skew_table.HEADINGS) - 1
     assert parse(row("harmoeny", fetching=older).model_dump_json()).moved_share is None
 
 

@@ -74,6 +74,8 @@ def test_overlapping_requests_in_chunks_with_cached_prefixes(server, layout, den
     # How many depends on which requests meet in a batch.
     assert sum(rank["fetches"] + rank["early_fetches"] for rank in ranks) > 0
     assert sum(rank["evictions"] for rank in ranks) > 0, "the slots did not thrash"
+    came_true = sum(rank["early_hits"] for rank in ranks)
+    assert (came_true > 0) == (layout != "data")
     for rank in ranks:
         assert rank["balancer"] == SERVERS[layout][1].get("name", "harmoeny")
         assert rank["num_layers"] == LAYERS
