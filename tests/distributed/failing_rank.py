@@ -37,6 +37,6 @@ def main() -> None:
     ranks.join(size, rank, sys.argv[3], timeout_s=1000)
     link = ranks.Communicator(rank, size)
     model = Model("harmoeny", "replicated", "async", rank, size, link)
-    for batches in slot_ranks.sequence(size):
-        for index in range(2):
+    for of_layer in slot_ranks.sequence(size):
+        for index, batches in enumerate(of_layer):
             model.run(index, batches, batches.name)
