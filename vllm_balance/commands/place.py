@@ -75,7 +75,7 @@ def place(
             "as they were recorded.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Batches to place by.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Most batches to place by.")] = 128,
     prefill: Annotated[
         bool, typer.Option("--prefill", help="Batches of consecutive tokens; steps of prefill.")
     ] = False,
