@@ -64,7 +64,8 @@ def moved(ratio_S: Sequence[float]) -> str | None:
     if between > BETWEEN_RANKS:
         return (
             f"Rank {slow} has become {between:.1%} slower against rank {fast}, and placements go "
-            f"by such ratios: measure the profile anew, and make maps from it anew."
+            f"by such ratios. If a second check says so too, measure the profile anew, and make "
+            f"maps from it anew."
         )
     together = float(np.mean(ratio_S)) - 1
     if abs(together) > TOGETHER:
