@@ -55,14 +55,14 @@ def run(
     docs: Annotated[bool, typer.Option(help="Write the tables of docs/placement.md.")] = False,
     growth: Annotated[bool, typer.Option(help="Also time the search for growing layers.")] = False,
 ) -> None:
-    """Score placements on every trace, time the search, or write the tables."""
+    """Score placements on every trace that has a batch of decode for each half, time the search, or
+    write the tables."""
     if growth:
         _write(grow())
     if folder is not None:
         for file in sorted(folder.glob("*.npz")) if folder.is_dir() else [folder]:
             trace = traces.load(file)
-            recorded = trace.topk_ids_TLK if trace.counts_NLE is None else trace.counts_NLE
-            if recorded is not None and len(recorded) > 1:
+            if trace.num_tokens >= 2 * BATCHES["decode"]:
                 _write(score_trace(trace))
     if docs:
         write_tables()
