@@ -35,7 +35,8 @@ def test_contents_stay_and_the_number_says_what_the_system_did(offset: int) -> N
 
     torch.testing.assert_close(weights, before, rtol=0, atol=0)
     assert gathered == 0 or 7 * HUGE_PAGE_BYTES <= gathered <= weights.nbytes
-    assert (_huge_bytes(weights) > 0) == (gathered > 0)
+    # Where nothing was gathered the system may have made some by itself.
+    assert gathered == 0 or _huge_bytes(weights) > 0
 
 
 def test_a_piece_that_the_system_refuses_costs_only_itself_and_is_asked_for_again(monkeypatch):
