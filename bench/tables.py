@@ -78,7 +78,7 @@ def _writer(kind: str) -> Callable[[str], str]:
     if kind == "table":
         return table
     if kind == "modelled":
-        return modelled._table
+        return modelled.table
     if kind not in WRITERS:
         raise ValueError(f"Nothing writes places <!-- {kind}:NAME -->.")
     writer, name = WRITERS[kind]

@@ -153,7 +153,7 @@ def test_harmoeny_is_in_the_cells_of_prompts_alone_and_within_a_node(monkeypatch
              "concurrency": c.concurrency} for c in cells if c.data == 8]  # fmt: skip
     monkeypatch.setattr(modelled, "_newest", lambda name: rows)
     monkeypatch.setattr(modelled, "_with_origin", lambda name, table, rows: table)
-    made = modelled._table("phase-prefill")
+    made = modelled.table("phase-prefill")
     assert made.startswith("| ranks | zipf | prompts 1 | prompts 4 |")
     assert made.count("gem 1: +100%") == 16
 
@@ -183,6 +183,6 @@ def test_a_table_shows_a_dash_for_what_does_not_fit(monkeypatch):
     rows = [{**own, **shown, **row("static", 1.0, 20e3)},
             {**own, **gone, **row("eplb", 1.5, None)}]  # fmt: skip
     monkeypatch.setattr(modelled, "_newest", lambda name: rows)
-    lines = modelled._table("qwen").splitlines()
+    lines = modelled.table("qwen").splitlines()
     assert lines[2] == "| 0.3 | static | 1 | 20.0 | +0.0% | - | 5,000 | 9 | 50% | 2.0 |"
     assert lines[3] == "| 0.3 | eplb | 1.5 | - | - | - | - | - | - | 4.0 |"

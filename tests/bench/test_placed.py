@@ -6,19 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import typer
+from tiny_model import CONFIG
 
 from bench import placed
 from vllm_balance import traces
 from vllm_balance.traces import Trace
 
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-}
 PLACED = {"seed": 1, "place": {}, "replay": {"trace": "t.npz"}}
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_model import CONFIG
 from typer.testing import CliRunner
 
 from vllm_balance import commands, documents, maps, profiles, traces
@@ -43,14 +44,6 @@ SHAPE = ModelShape(
     inner=32,
     dtype="bfloat16",
 )
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-}
 CURVES = (
     CostModel(a_us=50, b_us=400, c_us=100, beta_us=20),
     CostModel(a_us=50, b_us=500, c_us=100, beta_us=25),

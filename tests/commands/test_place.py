@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_model import CONFIG
 from typer.testing import CliRunner
 
 from vllm_balance import commands, maps, traces
@@ -17,14 +18,7 @@ from vllm_balance.placement.linear import LinearPlacement
 from vllm_balance.traces import Trace
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_hidden_layers": LAYERS,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": TOP_K,
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-}
+"""Of CONFIG."""
 PHASES = np.tile([1, 1, 1, 2, 0], 40)
 """Of five steps three decode, one is mixed and one prefill."""
 

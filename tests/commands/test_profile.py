@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from tiny_model import CONFIG
 from typer.testing import CliRunner
 
 from vllm_balance import commands, profiles
@@ -15,14 +16,6 @@ from vllm_balance.commands.profile_check import check_profile, moved
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-}
 CURVE = CostModel(a_us=50, b_us=400, c_us=100, beta_us=20)
 
 

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_balance import commands, traces
-from vllm_balance.commands.trace import spans
+from vllm_balance.commands.printing import spans
 from vllm_balance.errors import BalancerError
 from vllm_balance.traces import Trace
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_balance.commands import installed
-from vllm_balance.commands.trace import say
+from vllm_balance.commands.printing import say
 from vllm_balance.seams import Place, Seam
 
 
@@ -217,17 +217,10 @@ def _print(findings: Findings) -> None:
         table.add_row(escape(seam.target), escape(seam.why), f"[{colour}]{escape(seam.state)}[/]")
     Console().print(table)
     for problem in findings.problems:
-        _say_in("red", problem)
+        say(problem, "red")
     if findings.problems or any(seam.is_problem for seam in findings.seams):
         return
     if findings.untested is None:
-        _say_in("green", "--moe-balancer can be used.")
+        say("--moe-balancer can be used.", "green")
     else:
-        _say_in(
-            "yellow",
-            f"--moe-balancer can be used, but it is untested here: {findings.untested}.",
-        )
-
-
-def _say_in(colour: str, line: str) -> None:
-    Console().print(line, style=colour, markup=False, soft_wrap=True)
+        say(f"--moe-balancer can be used, but it is untested here: {findings.untested}.", "yellow")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_balance import maps, model_shape
-from vllm_balance.commands.trace import say, spans
+from vllm_balance.commands.printing import say, spans
 from vllm_balance.maps import PlacementMap
 
 
@@ -46,7 +46,7 @@ def map_info(
     say(f"It fits {' on '.join(asked)}.")
     doubt = None if model is None else found.doubt(model_shape.name_of(model))
     if doubt is not None:
-        Console().print(doubt, style="yellow", markup=False, soft_wrap=True)
+        say(doubt, "yellow")
 
 
 def _print(found: PlacementMap) -> None:

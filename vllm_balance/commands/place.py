@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vllm_balance import documents, maps, profiles, traces
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.commands.trace import say, spans
+from vllm_balance.commands.printing import say, spans
 from vllm_balance.cost import GPU_KNEE_TOKENS, CostModel
 from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.model_shape import ModelShape, from_config

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vllm_balance import traces
 from vllm_balance.commands.installed import require_vllm
+from vllm_balance.commands.printing import say
 from vllm_balance.errors import BalancerError
 
 if TYPE_CHECKING:  # The simulator imports torch, which need not be there for other commands.
@@ -92,10 +93,9 @@ def plan(
     errors = validity.load().of(profile, shape)
     report(question, advice.advise(question, errors.mean.value), errors)
     if recording is not None and recording.topk_ids_TLK is None:
-        Console().print(
+        say(
             f"Trace {recording.name} holds counts of steps: which experts a token uses together is "
-            f"drawn from them, not recorded.",
-            soft_wrap=True,
+            f"drawn from them, not recorded."
         )
 
 
@@ -171,7 +171,7 @@ def traffic_of(
     from vllm_balance.replay_rows import ReplaySettings
     from vllm_balance.simulate import recorded, skewed
 
-    layers = min(MAX_LAYERS, shape.num_moe_layers)
+    layers = _simulated_layers(shape)
     if trace is None:
         settings = ReplaySettings(zipf=zipf, seed=seed)
         served, placed_by = (skewed(settings, shape, layers, rank) for rank in (0, 1))
@@ -180,6 +180,10 @@ def traffic_of(
         served = recorded(second, shape, layers, seed)
         placed_by = recorded(first, shape, layers, seed)
     return lambda: (served.fresh(), placed_by.fresh())
+
+
+def _simulated_layers(model: Model) -> int:
+    return min(MAX_LAYERS, model.num_moe_layers)
 
 
 def report(question: Question, found: Advice, errors: Errors) -> None:
@@ -204,17 +208,14 @@ def report(question: Question, found: Advice, errors: Errors) -> None:
         cells = _cells(question, each, base)
         style = "bold" if each is found.best else None
         table.add_row(each.balancer, f"{each.redundancy:.4g}", *cells, style=style)
-    console = Console()
-    console.print(table)
-    layers = min(MAX_LAYERS, question.model.num_moe_layers)
-    console.print(
-        f"{layers} layers were simulated and stand for {question.model.num_moe_layers}; of a trace "
-        f"they are from all over it.", soft_wrap=True,
-    )  # fmt: skip
+    Console().print(table)
+    say(
+        f"{_simulated_layers(question.model)} layers were simulated and stand for "
+        f"{question.model.num_moe_layers}; of a trace they are from all over it."
+    )
     for reason, names in found.left_out.items():
-        console.print(f"Left out, as a server would refuse it: {', '.join(names)}; {reason}.",
-                      soft_wrap=True)  # fmt: skip
-    console.print(answer(question, found, errors), soft_wrap=True)
+        say(f"Left out, as a server would refuse it: {', '.join(names)}; {reason}.")
+    say(answer(question, found, errors))
 
 
 def _cells(question: Question, each: Candidate, base: float) -> list[str]:

@@ -20,9 +20,9 @@ from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands import pictures
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.installed import require_vllm
+from vllm_balance.commands.printing import say
 from vllm_balance.commands.profile_check import check_profile
 from vllm_balance.commands.rank_curves import ROUNDS, curves, fastest
-from vllm_balance.commands.trace import say
 from vllm_balance.cost import GROUPED, CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
@@ -299,11 +299,10 @@ def _print(measured: Profile) -> None:
     Console().print(table)
     worst = max(rank.curve.median_relative_error for rank in measured.ranks)
     if worst > GOOD_FIT:
-        Console().print(
+        say(
             f"A median error of {worst:.0%} is more than {GOOD_FIT:.0%}: something else probably "
             f"ran on these cores. Measure again on a quiet machine.",
-            style="yellow",
-            soft_wrap=True,
+            "yellow",
         )
 
 

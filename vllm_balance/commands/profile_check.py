@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.commands.printing import say
 from vllm_balance.commands.rank_curves import ROUNDS
-from vllm_balance.commands.trace import say
 from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
 
@@ -42,12 +41,14 @@ def check_profile(stored: Profile, cores_S: Sequence[Sequence[int]]) -> None:
     for rank, ratio in enumerate(ratio_S):
         say(f"rank {rank}: {ratio - 1:+.1%} against the profile")
     problem = moved(ratio_S)
-    style = "green" if problem is None else "red"
-    holds = f"The profile still holds: between ranks within {BETWEEN_RANKS:.0%}, all together "
-    said = problem or f"{holds}within {TOGETHER:.0%}."
-    Console().print(said, style=style, markup=False, soft_wrap=True)
     if problem is not None:
+        say(problem, "red")
         raise typer.Exit(1)
+    say(
+        f"The profile still holds: between ranks within {BETWEEN_RANKS:.0%}, all together within "
+        f"{TOGETHER:.0%}.",
+        "green",
+    )
 
 
 def moved(ratio_S: Sequence[float]) -> str | None:

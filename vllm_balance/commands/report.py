@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vllm_balance import documents, skew_table
+from vllm_balance.commands.printing import say
 from vllm_balance.commands.report_plots import panels
-from vllm_balance.commands.trace import say
 from vllm_balance.errors import BalancerError
 from vllm_balance.measured_tables import tables
 from vllm_balance.measurement import Measurement, is_results, newest, read_measurements

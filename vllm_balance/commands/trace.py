@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from vllm_balance import traces
 from vllm_balance.commands import pictures
+from vllm_balance.commands.printing import say, spans
 from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.recording import Phase
 from vllm_balance.trace_summary import (
@@ -71,21 +70,6 @@ def info(
     if plot is not None:
         pictures.draw_trace(part, summary, plot)
         say(f"Wrote {plot}.")
-
-
-def say(line: str) -> None:
-    """Prints a line as it is, however long, also into a pipe."""
-    Console().print(line, markup=False, soft_wrap=True)
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Rising numbers in words, e.g. ``0-3, 7``."""
-    found = [int(number) for number in numbers]
-    if not found:
-        return "-"
-    breaks = [at for at, (one, two) in enumerate(pairwise(found), start=1) if two != one + 1]
-    parts = [found[a:b] for a, b in pairwise([0, *breaks, len(found)])]
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def _print_trace(trace: traces.Trace, num_steps: int, step_tokens: int) -> None:

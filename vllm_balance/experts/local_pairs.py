@@ -74,12 +74,12 @@ class PairBuffers:
 
     def __init__(self) -> None:
         self._places_N = torch.arange(0)
-        self._inputs_ND: torch.Tensor | None = None
-        self._outputs_ND: torch.Tensor | None = None
+        self._inputs_NH: torch.Tensor | None = None
+        self._outputs_NH: torch.Tensor | None = None
 
     def room_for(self, num_pairs: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two [num_pairs, H] views of buffers that only grow: fresh pages cost more than a copy."""
-        inputs_NH, outputs_NH = self._inputs_ND, self._outputs_ND
+        inputs_NH, outputs_NH = self._inputs_NH, self._outputs_NH
         if (
             inputs_NH is None
             or outputs_NH is None
@@ -88,8 +88,8 @@ class PairBuffers:
             or inputs_NH.dtype != like.dtype
         ):
             shape = (num_pairs, like.shape[1])
-            inputs_NH = self._inputs_ND = like.new_empty(shape)
-            outputs_NH = self._outputs_ND = like.new_empty(shape)
+            inputs_NH = self._inputs_NH = like.new_empty(shape)
+            outputs_NH = self._outputs_NH = like.new_empty(shape)
         return inputs_NH[:num_pairs], outputs_NH[:num_pairs]
 
     def places(self, num_pairs: int) -> torch.Tensor:
