@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 from collections.abc import Iterable
 
 import torch
@@ -39,7 +38,8 @@ def gather_into_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
         tensors: contiguous CPU tensors; those smaller than a huge page are left alone.
 
     Returns:
-        Bytes of the pieces that the system moved or that lay in huge pages already.
+        Bytes of the pieces that the system moved or that lay in huge pages already: whole huge
+        pages, at most those that lie entirely inside a tensor.
     """
     left = []
     for tensor in tensors:
@@ -53,9 +53,9 @@ def gather_into_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _pieces(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """(first, last) address of the tensor's whole pages, cut where PIECE_BYTES divide them."""
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    """(first, last) address of the tensor's huge pages, cut where PIECE_BYTES divide them."""
+    first = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    last = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     cuts = range((first // PIECE_BYTES + 1) * PIECE_BYTES, last, PIECE_BYTES)
     return list(itertools.pairwise([first, *cuts, last])) if last > first else []
 
