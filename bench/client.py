@@ -19,8 +19,8 @@ class Answer:
     token_ids: tuple[int, ...]
     ttft_s: float
     """Seconds from the request to the first token."""
-    tpot_s: float
-    """Mean seconds per token after the first."""
+    e2e_s: float
+    """Seconds from the request to the last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +36,9 @@ class Answers:
         return 1e3 * statistics.median(answer.ttft_s for answer in self.answers)
 
     @property
-    def tpot_ms(self) -> float:
+    def e2e_ms(self) -> float:
         """Median over requests."""
-        return 1e3 * statistics.median(answer.tpot_s for answer in self.answers)
+        return 1e3 * statistics.median(answer.e2e_s for answer in self.answers)
 
     @property
     def tokens_per_s(self) -> float:
@@ -104,5 +104,5 @@ async def _stream(
     return Answer(
         token_ids=tuple(token_ids),
         ttft_s=first - start,
-        tpot_s=(last - first) / max(1, len(token_ids) - 1),
+        e2e_s=last - start,
     )
