@@ -2,7 +2,7 @@
 
     python -m bench.harmoeny_schedule --traces DIR      # bench/results/harmoeny_schedule.jsonl
     python -m bench.harmoeny_schedule --only times      # measures only the times anew
-    python -m bench.harmoeny_schedule --render          # writes the tables of docs/harmoeny.md
+    python -m bench.harmoeny_schedule --render          # writes the tables of harmoeny-results.md
 
 No model runs here: tokens are counted, not computed. Placements are fitted on one half of a load,
 everything is judged on the other, batch after batch, slots kept from batch to batch.

@@ -1,4 +1,4 @@
-"""Tables of docs/harmoeny.md from the rows of bench/results/harmoeny_schedule.jsonl."""
+"""Tables of docs/harmoeny-results.md from the rows of bench/results/harmoeny_schedule.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from bench import markdown
 from bench.provenance import ROOT
 
-DOCUMENT = ROOT / "docs/harmoeny.md"
+DOCUMENT = ROOT / "docs/harmoeny-results.md"
 POLICIES = ("static", "exflow", "eplb", "shadow", "even_split", "harmoeny_paper", "harmoeny")
 FETCHERS = ("shadow", "even_split", "harmoeny_paper", "harmoeny")
 FEW, MANY = 4, 8
@@ -139,7 +139,7 @@ def provenance(rows: list[Row]) -> str:
 
 
 def writer(rows: list[Row]) -> Callable[[str], str]:
-    """What goes to each place of docs/harmoeny.md, by its name."""
+    """What goes to each place of docs/harmoeny-results.md, by its name."""
     quality = [row for row in rows if row["kind"] == "quality"]
     times = [row for row in rows if row["kind"] == "time"]
     ahead = [row for row in rows if row["kind"] == "lookahead"]
@@ -160,6 +160,6 @@ def render(rows: list[Row]) -> None:
     """Writes the tables.
 
     Raises:
-        ValueError: docs/harmoeny.md lacks a marker.
+        ValueError: docs/harmoeny-results.md lacks a marker.
     """
     DOCUMENT.write_text(markdown.filled(DOCUMENT, "schedule", writer(rows)))

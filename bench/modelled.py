@@ -1,4 +1,4 @@
-"""Modelled tables of docs/simulator.md: `python -m bench.modelled tables | slo | phase`.
+"""Modelled tables of docs/simulator-results.md: `python -m bench.modelled tables | slo | phase`.
 
 Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
 rows, but for those that other code, vLLM or numpy, or other files of model and hardware decided.
@@ -28,7 +28,7 @@ from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
 from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
 
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "simulator.md"
+PAGE = ROOT / "docs" / "simulator-results.md"
 ZIPFS = (0.3, 0.8)
 """The busiest of 128 experts gets 3 or 10 times the mean of top-8: as in public recordings, or
 worse."""
@@ -128,7 +128,7 @@ def phase(
     if fine and results is None:
         raise typer.BadParameter(
             "--fine computes over 30,000 cells, which are no rows of the table in "
-            "docs/simulator.md. Name a file for them with --results."
+            "docs/simulator-results.md. Name a file for them with --results."
         )
     cells = [*phase_cells(fine), *(() if fine else prefill_cells())]
     _run("phase", cells[:first], results, address)
@@ -147,7 +147,7 @@ def speed() -> None:
 
 @app.command()
 def docs() -> None:
-    """Write the tables of docs/simulator.md anew."""
+    """Write the tables of docs/simulator-results.md anew."""
     PAGE.write_text(markdown.filled(PAGE, "modelled", table))
 
 

@@ -1,9 +1,9 @@
 """The simulator against what was measured and what was published: `python -m bench.validation`.
 
 Writes bench/results/validation.jsonl anew (a row holds prediction and reference), the errors that
-`vllm-balance plan` shows (configs/validity.toml), and the tables of docs/simulator.md. No constant
-is chosen per row: hardware and model files are the ones of the catalogue. Where a paper does not
-say something, the same assumption holds for all of its rows (`bench/published.py`).
+`vllm-balance plan` shows (configs/validity.toml), and the tables of docs/simulator-results.md. No
+constant is chosen per row: hardware and model files are the ones of the catalogue. Where a paper
+does not say something, the same assumption holds for all of its rows (`bench/published.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.provenance import ROOT, provenance
 from vllm_balance.simulate.sweep import read
 
 RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
-PAGE = ROOT / "docs" / "simulator.md"
+PAGE = ROOT / "docs" / "simulator-results.md"
 VALIDITY = ROOT / "configs" / "validity.toml"
 SEED = 1
 KINDS = {"profiled": "pair", "roofline": "published ratio"}
@@ -46,7 +46,7 @@ def validate(
 
 
 def writer(rows: list[Row]) -> Callable[[str], str]:
-    """What goes to each place of docs/simulator.md, by its name."""
+    """What goes to each place of docs/simulator-results.md, by its name."""
     names = measured_points.hardware_names()
     return lambda name: validation_tables.table(name, rows, names)
 

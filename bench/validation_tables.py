@@ -1,4 +1,4 @@
-"""Tables of docs/simulator.md from the rows of bench/results/validation.jsonl."""
+"""Tables of docs/simulator-results.md from the rows of bench/results/validation.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = {
 
 
 def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
-    """One table of docs/simulator.md; `hardware` names the file of each machine."""
+    """One table of docs/simulator-results.md; `hardware` names the file of each machine."""
 
     def file(row: Row) -> str:
         return hardware.get(row["machine"], row["machine"])

@@ -163,6 +163,20 @@ def describe(model: CostModel, tokens_NE: Sequence[Array], time_us_N: Array) -> 
     )
 
 
+def agreed(log_MS: Array, t: float) -> Array:
+    """Mean over M measurements of what S ranks differ by, [S]; 0 where they do not agree that a
+    rank differs at all.
+
+    Args:
+        log_MS: logarithms of each rank's time over the typical rank's.
+        t: Student's t of M - 1 degrees of freedom for the confidence that is wanted: so many
+            standard errors must be between the mean and 0.
+    """
+    mean_S = log_MS.mean(0)
+    error_S = log_MS.std(0, ddof=1) / np.sqrt(len(log_MS))
+    return np.asarray(np.where(np.abs(mean_S) > t * error_S, mean_S, 0.0))
+
+
 def _check(tokens_NE: Sequence[Array], time_us_N: Array) -> None:
     if len(tokens_NE) != len(time_us_N) or len(time_us_N) < 6:
         raise BalancerError(

@@ -243,7 +243,8 @@ def test_measured_tpot_is_predicted_within_a_tenth(tmp_path, run, load, file):
 
 def test_what_is_published_is_near_the_aim():
     """The aim is 10 % on every line, and every pair that is further apart ranked as measured. The
-    rows are at 89 % of lines and 96 % of pairs (docs/simulator.md); they must not fall behind."""
+    rows are at 89 % of lines and 96 % of pairs (docs/simulator-results.md), and must not fall
+    behind."""
     rows = [p for p in read(RESULTS) if p.get("what") == "tpot_ms" and not p.get("kept")]
     near = [abs(p["error"]) <= 0.1 for p in rows if p["kind"] == "measured"]
     assert len(near) > 80 and statistics.mean(near) >= 0.85

@@ -2,12 +2,16 @@
 
 import json
 import re
+from pathlib import Path
+
+import pytest
 
 from bench import metro_gpu, run_files, tables, validation
 from bench.provenance import ROOT
 
 UNMEASURED = "**Not measured in a server so far:**"
 RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_run_files_without_rows_are_named_where_the_docs_say_what_was_not_measured():
@@ -19,9 +23,23 @@ def test_run_files_without_rows_are_named_where_the_docs_say_what_was_not_measur
     assert named == {path.stem for path in run_files.FOLDER.glob("*.toml")} - measured
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
+    for file, anchor in links:
+        found = page.parent / file if file else page
+        assert found.exists(), f"{page.name}: {file}"
+        assert not anchor or anchor in _anchors(found), f"{page.name}: {file}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """What links to a page's headings look like on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text().lower(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
+
+
 def test_every_place_for_a_table_is_written_by_something():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    kinds = {kind for page in pages for kind in tables.kinds(page.read_text())}
+    kinds = {kind for page in PAGES for kind in tables.kinds(page.read_text())}
     assert kinds == {"table", "modelled", *tables.WRITERS}
 
 

@@ -352,7 +352,7 @@ def test_what_fits_in_memory():
 
 
 def newest(name):
-    """Committed rows of the tables in docs/simulator.md, the last of each cell."""
+    """Committed rows of the tables in docs/simulator-results.md, the last of each cell."""
     lines = (ROOT / "bench" / "results" / f"{name}.jsonl").read_text().splitlines()
     return list({row["key"]: row for row in map(json.loads, lines)}.values())
 
@@ -382,7 +382,7 @@ def test_every_balancer_has_rows_in_each_table(name):
     ],
 )
 def test_published_rows_come_out_again(row):
-    """A row of each balancer of each table in docs/simulator.md, exactly: whatever processor."""
+    """A row of each balancer of each table in docs/simulator-results.md, exactly, on any processor."""
     cell = Cell(**{field: row[field] for field in Cell.__dataclass_fields__})
     assert cell.key == row["key"]
     for key, value in compute(cell).items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from vllm_balance.cost import Fit, describe, fit
+from vllm_balance.cost import Fit, agreed, describe, fit
 from vllm_balance.profiles import Point
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -49,10 +49,7 @@ def slowness(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> Array:
     """
     time_RSN = np.array([[[p.time_us for p in rank] for rank in ranks] for ranks in points_RSN])
     log_RS = np.median(np.log(time_RSN / time_RSN.mean(1, keepdims=True)), axis=2)
-    rounds = len(log_RS)
-    error_S = log_RS.std(0, ddof=1) / np.sqrt(rounds)
-    certain_S = np.abs(log_RS.mean(0)) > student.ppf((1 + CERTAIN) / 2, rounds - 1) * error_S
-    slowness_S = np.exp(np.where(certain_S, log_RS.mean(0), 0.0))
+    slowness_S = np.exp(agreed(log_RS, student.ppf((1 + CERTAIN) / 2, len(log_RS) - 1)))
     return np.asarray(slowness_S / slowness_S.mean())
 
 

@@ -53,10 +53,7 @@ class Batches:
     def described(self, trace: Trace) -> str:
         """What `of` gives, in words."""
         if not self._as_recorded(trace):
-            return " and ".join(
-                f"{self.steps} batches of {tokens} tokens of {phase.name.lower()}"
-                for tokens, phase in self._kinds()
-            )
+            return " and ".join(self._in_words(*kind) for kind in self._kinds())
         part = self._part(trace)
         assert part.counts_NLE is not None
         total = len(part.counts_NLE)
@@ -70,9 +67,7 @@ class Batches:
         ids the first kind of batch of `batches_NLE`, which `of` gave.
         """
         if trace.counts_NLE is None:
-            (tokens, phase), *_ = self._kinds()
-            what = f"{self.steps} batches of {tokens} tokens of {phase.name.lower()}"
-            return batches_NLE[: self.steps], what
+            return batches_NLE[: self.steps], self._in_words(*self._kinds()[0])
         phases = trace.phases()
         chosen = self.phase if self.phase in phases else main_phase(trace)
         steps_NLE = (trace if chosen is None else trace.of_phase(chosen)).chunks(1)
@@ -91,6 +86,9 @@ class Batches:
         if self.prefill_batch is not None:
             found.append((self.prefill_batch, Phase.PREFILL))
         return found
+
+    def _in_words(self, tokens: int, phase: Phase) -> str:
+        return f"{self.steps} batches of {tokens} tokens of {phase.name.lower()}"
 
     def _drawn(self, trace: Trace, tokens: int, phase: Phase) -> Array:
         if phase == Phase.DECODE:

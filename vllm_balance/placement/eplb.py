@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,12 +19,11 @@ class EplbPlacement:
     ) -> Array:
         """See `PlacementPolicy.place`. One node, one expert group."""
         import torch
-        from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
 
         check_history(history_NLE)
         num_physical = cluster.num_physical(history_NLE.shape[2])
         load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
-        map_LP = DefaultEplbPolicy.rebalance_experts(
+        map_LP = self._policy().rebalance_experts(
             weight=load_LE,
             num_replicas=num_physical,
             num_groups=1,
@@ -32,3 +31,8 @@ class EplbPlacement:
             num_ranks=cluster.num_ranks,
         )
         return np.asarray(map_LP.numpy()).astype(np.int32)
+
+    def _policy(self) -> Any:
+        from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+        return DefaultEplbPolicy

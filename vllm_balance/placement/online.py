@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_balance.cost import agreed
 from vllm_balance.placement.gem import coefficients
 from vllm_balance.placement.policy import Array, Cluster, check_history
 from vllm_balance.placement.score import lower_bound_L, score_L, step_times
@@ -137,10 +138,7 @@ def certain_slowdown_S(slowdown_MS: Array) -> Array:
         slowdown_MS: measured over modelled time in each of PARTS parts of the window, positive.
     """
     median_M = np.median(slowdown_MS, axis=1)
-    log_MS = np.log(slowdown_MS / median_M[:, None])
-    error_S = log_MS.std(0, ddof=1) / np.sqrt(PARTS)
-    certain_S = np.abs(log_MS.mean(0)) > CERTAIN_T * error_S
-    relative_S = np.exp(np.where(certain_S, log_MS.mean(0), 0.0))
+    relative_S = np.exp(agreed(np.log(slowdown_MS / median_M[:, None]), CERTAIN_T))
     return np.asarray(np.exp(np.log(median_M).mean()) * relative_S)
 
 

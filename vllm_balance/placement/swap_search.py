@@ -169,7 +169,9 @@ def swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3):
 def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
     """Swaps until no swap lowers the score. Changes rank_of_I; returns (score, swaps made).
 
-    The scores after each swap, starting score first, go into `scores` as far as it reaches.
+    The scores after each swap, starting score first, go into `scores` as far as it reaches. An
+    item is tried with all others in turn, but not with those that were tried with it since the last
+    swap: those of the last `idle - 1` turns.
     """
     num_steps, num_items = tokens_NI.shape
     state = new_state(num_steps, coefficient_S7)
@@ -183,8 +185,10 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
         idle += 1
         for j in range(num_items):
             s, t = rank_of_I[i], rank_of_I[j]
+            if s == t or (i - j) % num_items < idle:
+                continue
             limit = score * (1.0 - 1e-9)
-            if s != t and swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3) < limit:
+            if swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3) < limit:
                 score = exchange(tokens_NI, rank_of_I, i, j, state, top_N3)
                 swaps, idle = swaps + 1, 0
                 if swaps < len(scores):

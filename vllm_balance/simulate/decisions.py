@@ -11,6 +11,7 @@ import torch
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.record import counters_size
 from vllm_balance.placement import PLACEMENT, Cluster
+from vllm_balance.placement.eplb import EplbPlacement
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy, make_policy
 from vllm_balance.types import Placement
 
@@ -62,10 +63,8 @@ def placement_policy(balancer: str, redundant: int) -> str:
 
 def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placement]:
     """Where each layer's experts live, by a policy of `PLACEMENT`."""
-    if policy == "eplb":
-        slots_LP = _eplb(history_NLE, cluster)
-    else:
-        slots_LP = PLACEMENT[policy]().place(history_NLE, cluster)
+    placed_by = _StableEplb if policy == "eplb" else PLACEMENT[policy]
+    slots_LP = placed_by().place(history_NLE, cluster)
     return [
         Placement.from_physical_to_logical(
             torch.from_numpy(slots_P),
@@ -76,31 +75,20 @@ def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placem
     ]
 
 
-def _eplb(history_NLE: Array, cluster: Cluster) -> Array:
-    """vLLM's EPLB as `EplbPlacement` calls it, but equal loads in the order of their slots, [L, P].
+class _StableEplb(EplbPlacement):
+    """Slots of equal load in their order: vLLM sorts loads with numpy, whose order of equal ones
+    differs between processors."""
 
-    vLLM sorts loads with numpy, whose order of equal ones differs between processors.
-    """
-    from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+    def _policy(self) -> Any:
+        class Stable(super()._policy()):  # type: ignore[misc]
+            @classmethod
+            def balanced_packing(cls, weight: Array, num_packs: int) -> tuple[Array, Array]:
+                if weight.shape[1] > num_packs:
+                    return _packed(weight, num_packs)
+                alone: tuple[Array, Array] = super().balanced_packing(weight, num_packs)
+                return alone
 
-    class Stable(DefaultEplbPolicy):  # type: ignore[misc]
-        @classmethod
-        def balanced_packing(cls, weight: Array, num_packs: int) -> tuple[Array, Array]:
-            if weight.shape[1] > num_packs:
-                return _packed(weight, num_packs)
-            alone: tuple[Array, Array] = super().balanced_packing(weight, num_packs)
-            return alone
-
-    num_physical = cluster.num_physical(history_NLE.shape[2])
-    load_LE = torch.from_numpy(history_NLE.sum(0).astype(np.float32))
-    map_LP = Stable.rebalance_experts(
-        weight=load_LE,
-        num_replicas=num_physical,
-        num_groups=1,
-        num_nodes=1,
-        num_ranks=cluster.num_ranks,
-    )
-    return np.asarray(map_LP.numpy()).astype(np.int32)
+        return Stable
 
 
 def _packed(load_LP: Array, num_packs: int) -> tuple[Array, Array]:
