@@ -98,9 +98,11 @@ def _rank(
         dist.barrier()
         before = balancer.exchange_ns, balancer.decide_ns
         ids_TK = batches[layer % len(batches)]
+        weights_TK = torch.rand(ids_TK.shape)
         if way == "after_gather":
             balancer.after_gather(ids_TK)
         else:
+            _, ids_TK = balancer.of_first_rank(weights_TK, ids_TK)
             balancer.in_router(ids_TK, None)
         exchange_us.append((balancer.exchange_ns - before[0]) / 1e3)
         decide_us.append((balancer.decide_ns - before[1]) / 1e3)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 class _SourcesCache(FunctionCache):
-    """Files of its own for each state of all sources of a folder: compiled code holds that of
-    functions in other files and must not outlive them."""
+    """Files of its own for each state of all sources of a folder and of types.py: compiled code
+    holds that of functions in other files and must not outlive them."""
 
     def __init__(self, function, folder):
         super().__init__(function)
@@ -48,7 +49,9 @@ def _warn_of_no_cache(reason: str) -> None:
 
 @cache
 def _digest(folder):
-    files = sorted(folder.glob("**/*.py"))
+    # Compiled code holds numbers of types.py, too: those of the outcomes of a schedule.
+    types = Path(find_spec("vllm_balance.types").origin)
+    files = [*sorted(folder.glob("**/*.py")), types]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

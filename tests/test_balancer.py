@@ -128,34 +128,46 @@ def test_marked_padding_counts_nowhere(name, way):
     assert layer.status()["pairs"] == int(layer.tables.load_P.sum()) == 4
 
 
-@pytest.mark.parametrize("name", ["metro", "eplb"])
 @pytest.mark.parametrize(("num_ranks", "alike"), [(3, True), (2, False)])
-def test_cpu_ranks_that_round_differently_take_the_ids_of_the_first(name, num_ranks, alike):
-    """This one has other ids for the last token."""
+def test_cpu_ranks_that_round_differently_take_what_the_first_chose(num_ranks, alike):
+    """This one has another expert in the second row, and the same ones the other way round in the
+    third, as `topk` without sorting may return them."""
     ranks = {"num_ranks": num_ranks, "ranks_are_alike": alike}
-    own_TK, sent = torch.tensor([[0, 1], [0, 2], [3, 1]]), []
+    ids_TK, weights_TK = IDS_TK.int(), torch.rand(3, 2) - 0.5
+    own_TK, own_weights_TK = ids_TK.clone(), weights_TK * (1 + 1e-6)
+    own_TK[1, 1] = 3
+    own_TK[2], own_weights_TK[2] = own_TK[2].flip(0), own_weights_TK[2].flip(0)
+    sent = []
 
     def all_reduce(tensor):
         sent.append(tensor.clone())
-        return tensor.add_(IDS_TK)
+        return tensor
 
-    first = balancer(policy=policy_of(name), **ranks)
-    slots_TK = first.in_router(IDS_TK.clone(), None)
-    other = balancer(policy=policy_of(name), rank=1, all_reduce=all_reduce, **ranks)
-    ids_TK = own_TK.clone()
-    found_TK = other.in_router(ids_TK, None)
-    assert torch.equal(ids_TK, own_TK), "the router's ids were changed"
-    assert torch.equal(logical(other, found_TK), IDS_TK)
-    assert torch.equal(found_TK, slots_TK)
-    assert len(sent) == 1 and not sent[0].any()
+    first = balancer(all_reduce=all_reduce, **ranks)
+    found = first.of_first_rank(weights_TK, ids_TK)
+    assert torch.equal(found[0], weights_TK) and torch.equal(found[1], ids_TK)
+
+    def add(tensor):
+        assert not tensor.any()
+        return tensor.add_(sent[0])
+
+    other = balancer(rank=1, all_reduce=add, **ranks)
+    kept = own_TK.clone(), own_weights_TK.clone()
+    weights, ids = other.of_first_rank(own_weights_TK, own_TK)
+    assert torch.equal(weights, weights_TK) and torch.equal(ids, ids_TK)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    assert weights.is_contiguous() and ids.is_contiguous()
+    assert torch.equal(own_TK, kept[0]) and torch.equal(own_weights_TK, kept[1])
     assert first.exchanged_bytes == other.exchanged_bytes == 8 * IDS_TK.numel()
-    assert other.status()["exchange_us"] > 0
-    other.in_router(ids_TK[:0], None)
-    assert len(sent) == 1
+    assert other.status()["exchange_us"] > 0 and other.status()["decide_us"] > 0
+    other.of_first_rank(own_weights_TK[:0], own_TK[:0])
+    assert other.exchanged_bytes == 8 * IDS_TK.numel()
 
 
 def test_two_ranks_round_alike_and_send_nothing():
     layer = balancer(all_reduce=None)
+    weights_TK = torch.rand(3, 2)
+    assert layer.of_first_rank(weights_TK, IDS_TK) == (weights_TK, IDS_TK)
     layer.in_router(IDS_TK.clone(), None)
     assert layer.status()["exchanged_bytes"] == 0
 

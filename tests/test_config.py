@@ -147,7 +147,7 @@ def test_all_wrong_values_are_named_at_once():
         ({"name": "metro", "knee_tokens": 0}, "`knee_tokens` is 0"),
         (
             {"name": "metro", "free_tokens": 2},
-            "`free_tokens` is 2: Value error, it needs `knee_tok",
+            "`free_tokens` is 2: it needs `knee_tokens` beside it; omit both for the defaults.",
         ),
         *(
             ({"name": name, "knee_tokens": 40, "free_tokens": 20}, "decides by `knee_tokens` and")

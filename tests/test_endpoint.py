@@ -23,6 +23,7 @@ class Engine:
         self.asked = []
         self.refuses = False
         self.counters = {}
+        self.replay_error = None
 
     async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
         assert (utility, timeout, args) == ("collective_rpc", None, ())
@@ -30,6 +31,8 @@ class Engine:
         if method.startswith("moe_record"):
             state = {"error": "File exists."} if self.refuses else {"state": method}
             return [[{"state": method}, None], [state, None]]
+        if method == "moe_balancer_replay":
+            return [[None, None], [None, self.replay_error]]
         return [[{"rank": rank} | self.counters for rank in ranks] for ranks in ((2, 3), (1, 0))]
 
 
@@ -80,6 +83,15 @@ def test_a_benchmark_may_replay_another_skew():
     answer = client(engine).post("/moe_balancer/replay", json={"zipf": 0.8})
     assert answer.json() == {"status": "replaying"}
     assert engine.asked == [("moe_balancer_replay", {"settings": {"zipf": 0.8}})]
+    assert client(engine).post("/moe_balancer/replay", content=b"{").status_code == 422
+    assert len(engine.asked) == 1
+
+
+def test_a_replay_that_cannot_be_is_a_conflict_with_the_reason():
+    engine = Engine({"moe_balancer": {"name": "static"}})
+    engine.replay_error = {"error": "the model's own"}
+    answer = client(engine).post("/moe_balancer/replay", json={"zipf": 0.8})
+    assert (answer.status_code, answer.json()) == (409, {"detail": "the model's own"})
 
 
 @pytest.mark.parametrize("engine", [None, Engine(None), Engine({}), Engine({"other": 1})])

@@ -1,7 +1,6 @@
 """A layer with dynamic slots: what it decides, counts and reports, and that it keeps nothing."""
 
 import gc
-import itertools
 import time
 
 import numpy as np
@@ -252,7 +251,7 @@ class Copied:
 
 def test_memory_does_not_grow_over_2000_batches():
     """Skew that changes in every batch, in two windows: an object or an expert kept per fetch
-    would show in both."""
+    would show in both, what the system or another test does by the way in one."""
     rank, rng, process = Copied(), np.random.default_rng(0), psutil.Process()
     batch = torch.randn(64, HIDDEN), torch.rand(64, K), torch.empty(64, HIDDEN)
     sizes = []
@@ -264,8 +263,7 @@ def test_memory_does_not_grow_over_2000_batches():
             held = process.memory_info().rss, len(gc.get_objects())
             sizes.append((*held, status["fetches"], status["evictions"]))
     rank.prefetch.close()
-    for before, after in itertools.pairwise(sizes):
-        rss, objects, fetches, evictions = np.subtract(after, before)
-        assert fetches > 200 and evictions > 200
-        assert rss < 8 * 2**20 < fetches * 2**18
-        assert objects < 100
+    rss, objects, fetches, evictions = np.diff(np.array(sizes), axis=0).min(0)
+    assert fetches > 200 and evictions > 200
+    assert rss < 8 * 2**20 < fetches * 2**18
+    assert objects < 100

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -50,23 +51,40 @@ def test_stopped_within_and_running_behind(spinning):
 
 
 def speed(pid: int, for_s: float = 0.3) -> float:
-    """Time on a core per time by the clock."""
+    """Time on a core per time by the clock.
+
+    In real time, where that is allowed, so that only the process's stops take its core away; and no
+    longer than needed, because nothing else has that core meanwhile.
+    """
     clock = (~pid << 3) | 2  # The process's own, see clock_getcpuclockid(3).
-    start, before = time.perf_counter(), time.clock_gettime(clock)
-    time.sleep(for_s)
-    return (time.clock_gettime(clock) - before) / (time.perf_counter() - start)
+    with in_real_time(pid):
+        start, before = time.perf_counter(), time.clock_gettime(clock)
+        time.sleep(for_s)
+        return (time.clock_gettime(clock) - before) / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def in_real_time(pid: int):
+    try:
+        os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
 
 
 def test_a_busy_process_is_slower_by_the_factor(spinning):
-    """In real time, where that is allowed: then only this process's stops take its core away."""
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(spinning.pid, os.SCHED_FIFO, os.sched_param(1))
-    free, shown = [], []
+    """By the times in which nobody else had its core: others run in its stops, too, which then
+    slow it less."""
+    shown = []
     for _ in range(9):
-        free.append(speed(spinning.pid))
+        free = speed(spinning.pid)
         with slowed(spinning.pid, 1.28):
-            shown.append(free[-1] / speed(spinning.pid))
-    if statistics.median(free) < 0.9:
+            shown += [free / speed(spinning.pid)] if free > 0.97 else []
+    if len(shown) < 5:
         pytest.skip("other processes had the core of the busy one meanwhile")
     assert statistics.median(shown) == pytest.approx(1.28, abs=TOLERANCE)
 
@@ -155,6 +173,9 @@ def test_a_wait_from_before_the_stop_s_end_and_none_at_all_do_not_count(monkeypa
     assert waited_s(1, Waits(7, 3_000_000_000), 0.0) == 0.0
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="a kernel that counts no waits"
+)
 def test_the_kernel_counts_waits_of_a_process_and_nothing_of_none(spinning):
     assert Waits.of(spinning.pid).times > 0
     assert Waits.of(os.getpid()).times > 0

@@ -23,8 +23,9 @@ from vllm_balance.types import Demand
 class LayerBalancer:
     """The balancer of one MoE layer on one rank.
 
-    The seams call :meth:`in_router` with this rank's logical ids and, where the dispatch gathers
-    all tokens, :meth:`after_gather` with the gathered ones.
+    The seams call :meth:`of_first_rank` with what a router on CPU chose, :meth:`in_router` with this
+    rank's logical ids and, where the dispatch gathers all tokens, :meth:`after_gather` with the
+    gathered ones.
     """
 
     layer_name: str
@@ -67,13 +68,32 @@ class LayerBalancer:
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
     ) -> torch.Tensor:
         start = time.perf_counter_ns()
-        topk_ids_TK = topk_ids_TK.contiguous()
-        if self._ranks_may_differ(topk_ids_TK):
-            topk_ids_TK = self._ids_of_first_rank(topk_ids_TK)
-        physical_TK = self._route(topk_ids_TK, num_valid_tokens)
+        physical_TK = self._route(topk_ids_TK.contiguous(), num_valid_tokens)
         self.decide_ns += time.perf_counter_ns() - start
         self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
+
+    def of_first_rank(
+        self, weights_TK: torch.Tensor, ids_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rank 0's router chose where ranks with the same tokens may differ; a collective.
+
+        With ids of their own, ranks would compute a pair twice or not at all. The weights go with
+        them: vLLM's routers on CPU do not sort, so the same experts may stand at other places.
+
+        Args:
+            weights_TK: float32, as this rank's router chose; ids_TK likewise, logical.
+        """
+        if not self._ranks_may_differ(ids_TK):
+            return weights_TK, ids_TK
+        start = time.perf_counter_ns()
+        # Bits of the weights, which a sum with zeros leaves as they are.
+        own_T2K = torch.cat([ids_TK.int(), weights_TK.float().view(torch.int32)], dim=1)
+        first_T2K = self.summed(own_T2K if self.rank == 0 else torch.zeros_like(own_T2K))
+        first_ids_TK, bits_TK = (part.contiguous() for part in first_T2K.chunk(2, dim=1))
+        self.decide_ns += time.perf_counter_ns() - start
+        weights_TK = bits_TK.view(torch.float32).to(weights_TK.dtype)
+        return weights_TK, first_ids_TK.to(ids_TK.dtype)
 
     def _ranks_may_differ(self, topk_ids_TK: torch.Tensor) -> bool:
         """Whether ranks with the same tokens may have chosen other ids for them.
@@ -88,12 +108,6 @@ class LayerBalancer:
             and topk_ids_TK.numel() > 0
             and (self.tables.num_ranks > 2 or not self.ranks_are_alike)
         )
-
-    def _ids_of_first_rank(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        """What rank 0 chose; a collective. With ids of their own, ranks would compute a pair twice
-        or not at all."""
-        is_first = self.rank == 0
-        return self.summed(topk_ids_TK.clone() if is_first else torch.zeros_like(topk_ids_TK))
 
     def summed(self, own: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, counted as an exchange of this layer; a collective."""

@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from vllm_balance.errors import BalancerError, unknown
+from vllm_balance.errors import RAISED, BalancerError, unknown
 from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.recording import RecordSettings
 from vllm_balance.replay import STRATEGY
@@ -137,6 +137,19 @@ class BalancerConfig(BaseModel):
     def stays(self) -> bool:
         """Whether vLLM's EPLB leaves every expert in the slot that it was loaded into."""
         return self.fetches or self.name in LOADED_BY_MAP or not self.replicates
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Keys that were given and that this balancer does not read."""
+        has_regimes = self.name == "metro" or self.fetches
+        reads = {
+            "window_size": not self.stays,
+            "step_interval": not self.stays,
+            "knee_tokens": has_regimes,
+            "free_tokens": has_regimes,
+            "profile": has_regimes or self.online is not None,
+        }
+        return [key for key, read in reads.items() if not read and key in self.model_fields_set]
 
     @property
     def moves(self) -> bool:
@@ -252,7 +265,8 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             parts.append(unknown("key", where, _keys_beside(item["loc"])))
         else:
-            parts.append(f"`{where}` is {item['input']!r}: {item['msg']}.")
+            said = item["msg"].removeprefix(RAISED)
+            parts.append(f"`{where}` is {item['input']!r}: {said}.")
     return "The settings of the MoE balancer are wrong. " + " ".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_balance.errors import BalancerError
+from vllm_balance.errors import RAISED, BalancerError
 
 
 class Document(BaseModel):
@@ -87,7 +87,10 @@ def write_text(path: Path, text: str) -> None:
             finally:
                 Path(file.name).unlink(missing_ok=True)
     except OSError as error:
-        raise BalancerError(f"{path} cannot be written: {error.strerror}.") from error
+        raise BalancerError(
+            f"{path} cannot be written: {error.strerror}. Name a file in a folder that can be "
+            f"written to and has room."
+        ) from error
 
 
 def folder_problem(path: Path) -> str | None:
@@ -114,6 +117,24 @@ def require_writable(path: Path) -> None:
         )
 
 
+def require_new(path: Path, what: str, force: bool, more: str = "") -> None:
+    """Returns if a `what` can be put at `path` and none is lost that way; before long work.
+
+    Args:
+        force: what is there may be replaced.
+        more: what else to do, the rest of the message's last sentence.
+
+    Raises:
+        BalancerError: a file is there, or as `require_writable` does.
+    """
+    require_writable(path)
+    if path.exists() and not force:
+        raise BalancerError(
+            f"The {what} was to be written to {path}, and there is a file: servers and other files "
+            f"may refer to it. Name a new one with --output, or replace it with --force{more}."
+        )
+
+
 def explain(error: ValidationError) -> str:
     """The first three complaints, each in a sentence, values cut short."""
     parts = []
@@ -121,6 +142,7 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"])
         found = "" if item["type"] in ("missing", "json_invalid") else f" (it is {item['input']!r})"
         found = found if len(found) < 60 else found[:56] + "...)"
-        parts.append(f"{f'`{where}`' if where else 'The file'}{found}: {item['msg']}.")
+        said = item["msg"].removeprefix(RAISED)
+        parts.append(f"{f'`{where}`' if where else 'The file'}{found}: {said}.")
     more = error.error_count() - len(parts)
     return " ".join(parts) + (f" And {more} more." if more > 0 else "")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Body, FastAPI, HTTPException, Request, Response
 
 from vllm_balance import prometheus
 from vllm_balance.config import KEY
@@ -52,9 +52,13 @@ async def reset(request: Request) -> dict[str, str]:
 
 
 @router.post("/moe_balancer/replay")
-async def replay(request: Request) -> dict[str, str]:
-    """Benchmarks only: replays another skew, in a server that was started with `replay`."""
-    await _ask(request, "moe_balancer_replay", {"settings": await request.json()})
+async def replay(request: Request, settings: Annotated[dict[str, Any], Body()]) -> dict[str, str]:
+    """Benchmarks only: replays another skew, in a server that was started with `replay`; 409 if
+    that cannot be."""
+    answers = await _ask(request, "moe_balancer_replay", {"settings": settings})
+    refusals = [answer["error"] for answer in answers if answer]
+    if refusals:
+        raise HTTPException(409, refusals[0])
     return {"status": "replaying"}
 
 
@@ -96,6 +100,8 @@ async def _ask(
     asked = asyncio.ensure_future(
         engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), kwargs)
     )
+    # Nobody may be there any more to hear how it failed.
+    asked.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         # vLLM's client does not expect that a call is cancelled, so it goes on.
         timeout_s = None if patient else TIMEOUT_S

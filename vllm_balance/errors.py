@@ -13,6 +13,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+RAISED = "Value error, "
+"""What pydantic puts before the words of an error that a validator of ours raises."""
+
 
 class BalancerError(ValueError):
     """What vllm-balance refuses."""

@@ -9,8 +9,8 @@ way                   when                                            extra coll
 ``all_reduce``        data parallel otherwise                         one of S * E integers
 ====================  ==============================================  ======================
 
-On CPU, three or more tensor-parallel ranks take the ids of the first one (balancer.py): one more
-collective, of T * K integers.
+On CPU, three or more tensor-parallel ranks, and two that are not known to be alike, take what the
+first one's router chose (balancer.py): one more collective, of 2 * T * K integers.
 """
 
 from __future__ import annotations

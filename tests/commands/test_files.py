@@ -1,10 +1,12 @@
 """`place`, `trace info` and the parts of `profile` that need no measuring."""
 
 import json
+import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -369,6 +371,7 @@ def test_a_profile_is_of_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
 
     for function in (sample, check_profile):
         monkeypatch.setattr(sys.modules[function.__module__], "probing", probing)
+    monkeypatch.setattr(sys.modules[sample.__module__], "own_cores", lambda: [0, 1])
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "p.json"
     done = run("profile", tmp_path, "--ranks", 1, "--cores-per-rank", 2, "-o", file,
@@ -391,12 +394,12 @@ def test_a_rank_that_does_not_answer_says_what_to_do():
 def test_place_refuses_batches_of_prefill_that_are_all_the_same(folder):
     """A half of the trace holds 300 tokens."""
     arguments = ("place", "--profile", folder / "p.json", "--trace", folder / "t.npz", "--ranks", 2,
-                 "-o", folder / "prefill.json", "--steps", 4, "--prefill", "--batch")  # fmt: skip
+                 "-o", folder / "m", "--steps", 4, "--phase", "prefill", "--batch")  # fmt: skip
     for batch in (300, 5000):
         refused = run(*arguments, batch).exception
         assert isinstance(refused, BalancerError)
         assert f"of {batch} consecutive" in str(refused) and "holds 300" in str(refused)
-    beside = run(*arguments[:-2], "--prefill-batch", 300).exception
+    beside = run(*arguments[:-3], "--prefill-batch", 300).exception
     assert isinstance(beside, BalancerError) and "of 300 consecutive" in str(beside)
     assert not (folder / "prefill.json").exists()
     assert run(*arguments, 299).exit_code == 0
@@ -425,9 +428,15 @@ def test_a_profile_is_not_begun_if_its_results_have_no_place(tmp_path, monkeypat
     for arguments in (("-o", lost), ("-o", there, "--plot", lost), ("-o", tmp_path)):
         refused = run("profile", tmp_path, "--ranks", 1, *arguments).exception
         assert isinstance(refused, BalancerError) and "was to be written to" in str(refused)
+    refused = run("profile", tmp_path, "--ranks", 1, "-o", there, "--plot", "p.foo").exception
+    assert isinstance(refused, BalancerError) and "allowed are" in str(refused)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused = run("profile", tmp_path, "--ranks", 1, "-o", there, "--plot", there).exception
     assert isinstance(refused, BalancerError) and "--plot needs matplotlib" in str(refused)
+
+
+def test_the_command_knows_its_version():
+    assert run("--version").output == f"vllm-balance {version('vllm-balance')}\n"
 
 
 def test_the_command_prints_refusals_without_a_traceback(folder, monkeypatch, capsys):
@@ -458,7 +467,10 @@ def test_a_profile_is_drawn(folder):
 
 
 def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
-    """One rank of two cores, toy experts, three rounds: a file with positive times that loads."""
+    """One rank of two cores, which may be threads of one, toy experts, three rounds: a file with
+    positive times that loads."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setattr(sys.modules[sample.__module__], "own_cores", lambda: [first, second])
     monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     asked = ("--ranks", 1, "--cores-per-rank", 2)
@@ -466,7 +478,6 @@ def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")
     assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
-    first, second = own_cores()[:2]
     assert measured.ranks[0].place == f"cores {first}, {second}" and "Measured in" in done.output
     for point in measured.ranks[0].points:
         assert len(point.rounds_us) == 3 and point.time_us == min(point.rounds_us)

@@ -52,7 +52,8 @@ def place(folder):
         asked = ("place", "--model", folder, "--ranks", 2, "--trace", folder / trace)
         runner = CliRunner(env={"COLUMNS": "100"})
         done = runner.invoke(
-            commands.app, [str(part) for part in (*asked, "-o", folder / "m.json", *arguments)]
+            commands.app,
+            [str(part) for part in (*asked, "--force", "-o", folder / "m.json", *arguments)],
         )
         if done.exception is not None and not isinstance(done.exception, SystemExit):
             raise done.exception
@@ -98,9 +99,9 @@ def test_the_policy_is_given_recorded_steps_of_all_phases_in_their_share(place, 
     assert steps_of(seen[2]) == list(range(100))
 
 
-@pytest.mark.parametrize(("flag", "phase"), [("--prefill", 0), ("--decode", 1)])
-def test_steps_of_one_phase_are_asked_for(place, seen, flag, phase):
-    place(flag)
+@pytest.mark.parametrize(("name", "phase"), [("prefill", 0), ("decode", 1)])
+def test_steps_of_one_phase_are_asked_for(place, seen, name, phase):
+    place("--phase", name)
     assert steps_of(seen[0]) == np.flatnonzero(PHASES[:100] == phase).tolist()
 
 
@@ -114,9 +115,11 @@ def test_batches_are_drawn_only_if_their_size_is_given(place, seen):
     ("asked", "reason"),
     [
         (("--prefill-batch", 40), "given without --batch, and trace c holds counts"),
-        (("--prefill", "--decode"), "given together"),
-        (("--routing", "one"), "only gem_r places replicas"),
-        (("--routing", "even", "--policy", "eplb", "--redundant", 2), "only gem_r places"),
+        (("--phase", "prefill", "--batch", 9, "--prefill-batch", 40), "given with --phase prefill"),
+        (("--phase", "decoding"), "Unknown phase 'decoding'. Did you mean 'decode'"),
+        (("--routing", "one"), "--routing was given with --policy gem, and only gem_r has a use"),
+        (("--routing", "even", "--policy", "eplb", "--redundant", 2), "only gem_r has a use"),
+        (("--time-limit", 9), "--time-limit was given with --policy gem, and only exflow has"),
     ],
 )
 def test_what_says_nothing_or_two_things_is_refused(place, folder, asked, reason):
@@ -130,7 +133,18 @@ def test_a_phase_that_was_not_recorded_is_refused(place, folder):
     trace.phase_N[:] = 1
     traces.save(folder / "d.npz", trace)
     with pytest.raises(BalancerError, match=r"Phase prefill .* has 100 decode among its steps"):
-        place("--prefill", trace="d.npz")
+        place("--phase", "prefill", trace="d.npz")
+
+
+def test_a_map_is_replaced_only_if_that_is_asked_for(folder, place):
+    (folder / "m.json").write_text("served by this")
+    asked = ("place", "--model", folder, "--ranks", 2, "--trace", folder / "c.npz")
+    done = CliRunner().invoke(commands.app, [*map(str, asked), "-o", str(folder / "m.json")])
+    assert isinstance(done.exception, BalancerError)
+    assert "there is a file: servers and other files may refer to it" in str(done.exception)
+    assert (folder / "m.json").read_text() == "served by this"
+    place("--policy", "linear")
+    assert maps.load(folder / "m.json").policy == "linear"
 
 
 def test_the_routing_that_replicas_were_placed_for_is_in_the_map(place, folder):

@@ -17,7 +17,7 @@ from vllm_balance.simulate import hardware, models, validity
 from vllm_balance.simulate.advice import Advice, Candidate, Question
 
 MODEL = ["--model", "qwen3-30b-a3b", "--hardware", "h20"]
-SMALL = [*MODEL, "--prompt", "64", "--output", "64"]
+SMALL = [*MODEL, "--prompt-tokens", "64", "--output-tokens", "64"]
 
 
 def plan(*arguments):
@@ -39,13 +39,14 @@ def test_heavy_skew_in_a_large_batch_is_worth_a_balancer():
 
 
 def test_answers_of_one_token_have_no_time_per_token():
-    said = plan(*MODEL, "--zipf", "0", "--concurrency", "8", "--prompt", "256", "--output", "1")
+    load = ["--concurrency", "8", "--prompt-tokens", "256", "--output-tokens", "1"]
+    said = plan(*MODEL, "--zipf", "0", *load)
     assert "nan" not in said
     assert re.search(r"static *│ *1│ *8│ *-│ *\d+│", said), said
 
 
 def test_a_rare_prompt_has_a_time_to_its_first_token():
-    said = plan(*MODEL, "--zipf", "0", "--concurrency", "1", "--output", "4096")
+    said = plan(*MODEL, "--zipf", "0", "--concurrency", "1", "--output-tokens", "4096")
     assert "nan" not in said
     assert re.search(r"static *│ *1│ *1│ *[\d.]+│ *\d+│", said), said
 
@@ -100,7 +101,7 @@ def test_an_answer_names_slots_host_memory_and_what_a_gpu_needs_for_them():
     assert f"{made} --batch 9 --prefill-batch 576 -o MAP.json" in said
     prefill = replace(asked, output_tokens=1, hardware=hardware.load("cpu-amx")[0])
     said = answer(prefill, advice("gem", 1.0), errors)
-    assert "--profile PROFILE --ranks 8 --trace TRACE --prefill --batch 576 -o" in said
+    assert "--profile PROFILE --ranks 8 --trace TRACE --phase prefill --batch 576 -o" in said
     said = answer(asked, advice("metro"), errors)
     assert "Yes: metro with redundancy 1.5" in said and "host memory" not in said
     assert "with --moe-balancer metro" in said
@@ -150,8 +151,8 @@ def test_a_trace_without_counts_or_ids_is_refused(tmp_path):
 
 
 def test_fetching_is_a_candidate_where_there_is_a_host_link():
-    prefill = ["--prompt", "2048", "--output", "2", "--zipf", "1.5", "--concurrency", "16"]
-    said = plan(*MODEL, *prefill)
+    prefill = ["--prompt-tokens", "2048", "--output-tokens", "2", "--concurrency", "16"]
+    said = plan(*MODEL, *prefill, "--zipf", "1.5")
     assert said.count("harmoeny") >= 2
     found = re.search(r"harmoeny *│ *1.5│[^│]*│[^│]*│[^│]*│[^│]*│ *\+([\d.]+)%", said)
     assert found is not None, said

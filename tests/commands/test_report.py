@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import time
 
 import pytest
 from measured import row, rows
@@ -16,6 +17,8 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.measurement import Measurement
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE_MS = 120_000
+"""Servers of other tests may take both cores meanwhile."""
 SCREENS = {"desk": (1280, 900), "phone": (390, 844)}
 
 
@@ -70,6 +73,7 @@ def browser():
             f"No browser: none of {', '.join(BROWSERS)} is installed. `make test` installs "
             f"chromium where it may (Debian: apt-get install chromium)."
         )
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         # A container has no user namespaces for the sandbox, and little in /dev/shm.
         flags = ["--no-sandbox", "--disable-dev-shm-usage"]
@@ -83,7 +87,7 @@ def screen(request, browser, page_file):
     """The report on a screen, drawn once, and what has gone wrong there."""
     width, height = SCREENS[request.param]
     opened = browser.new_page(viewport={"width": width, "height": height})
-    opened.set_default_timeout(120_000)  # Servers of other tests may take both cores meanwhile.
+    opened.set_default_timeout(PATIENCE_MS)
     wrong: list[str] = []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
@@ -162,8 +166,14 @@ def test_hovering_says_what_a_point_is(page):
     plot = page.locator("section:visible .js-plotly-plot").first
     plot.scroll_into_view_if_needed()
     box = plot.locator(".scatterlayer .trace").first.locator(".point").nth(1).bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    expect(plot.locator(".hoverlayer .hovertext").first).to_contain_text("batch 8")
+    said = plot.locator(".hoverlayer .hovertext").first
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while said.count() == 0:  # A plot that is still being drawn does not see the mouse.
+        assert time.monotonic() < deadline, "nothing is said"
+        page.mouse.move(0, 0)
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_timeout(200)
+    expect(said).to_contain_text("batch 8")
 
 
 def test_heat_is_by_expert_and_rank():

@@ -52,10 +52,9 @@ def test_experts_are_listed(info):
     assert "│ 3 │ 0-3 │ - │" in info("--experts", "--phase", "prefill")
 
 
-def test_a_batch_has_no_effect_on_counts_and_that_is_said(info):
-    said = info("--batch", 7)
-    assert said.replace("--batch has no effect on a trace of counts: its steps are as they were "
-                        "recorded.", "").split() == info().split()  # fmt: skip
+def test_counts_are_in_steps_already(info):
+    with pytest.raises(BalancerError, match=r"--batch 7 was given, and trace \w+ holds counts"):
+        info("--batch", 7)
 
 
 def test_a_phase_that_is_unknown_or_was_not_recorded_is_refused(info):

@@ -171,16 +171,20 @@ def without_redundancy(batches: Batches, world_size: int) -> Batches:
     return Batches(batches.name, [ids.numpy() for ids in batches.ids_of_rank], placement)
 
 
-def near_ties(ids_TK: torch.Tensor, rank: int) -> torch.Tensor:
-    """The ids as a rank's rounding gives them: all but the first have other experts here and there.
+def near_ties(
+    weights_TK: torch.Tensor, ids_TK: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rank's rounding makes of a router's choice: all but the first have other experts here
+    and there, and the same ones in another order.
 
     So it is with three or more tensor-parallel ranks on CPU.
     """
-    own_TK = ids_TK.clone()
+    own_TK, own_weights_TK = ids_TK.clone(), weights_TK.clone()
     if rank > 0:
         last_N = own_TK[::3, -1]
         own_TK[::3, -1] = torch.where(last_N < 0, last_N, (last_N + rank) % NUM_EXPERTS)
-    return own_TK
+        own_TK[1::3], own_weights_TK[1::3] = own_TK[1::3].flip(1), own_weights_TK[1::3].flip(1)
+    return own_weights_TK, own_TK
 
 
 def tables_of(placement: Placement) -> LayerTables:
@@ -216,8 +220,9 @@ def run_case(
     mine = batches.rows(rank)
     takes_first = way == "replicated" and world_size > 2
     if way == "replicated":
-        hidden, weights = batches.hidden_GH, batches.weights_GK
-        ids_GK = near_ties(batches.ids_GK, rank) if takes_first else batches.ids_GK.clone()
+        hidden, chosen = batches.hidden_GH, (batches.weights_GK, batches.ids_GK.clone())
+        own = near_ties(*chosen, rank) if takes_first else chosen
+        weights, ids_GK = balancer.of_first_rank(*own)
         slots_GK = balancer.after_gather(balancer.in_router(ids_GK, None))
     else:
         ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)

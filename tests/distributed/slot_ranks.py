@@ -156,10 +156,11 @@ class Model:
         balancer, layer, link = self.balancers[index], self.layers[index], self.link
         mine = batches.rows(self.rank)
         if self.way == "replicated":
-            hidden, weights = batches.hidden_GH, batches.weights_GK
+            hidden, chosen = batches.hidden_GH, (batches.weights_GK, batches.ids_GK.clone())
             differs = link.world_size > 2
-            ids_GK = ranks.near_ties(batches.ids_GK, self.rank) if differs else batches.ids_GK
-            slots_GK = balancer.after_gather(balancer.in_router(ids_GK.clone(), None))
+            own = ranks.near_ties(*chosen, self.rank) if differs else chosen
+            weights, ids_GK = balancer.of_first_rank(*own)
+            slots_GK = balancer.after_gather(balancer.in_router(ids_GK, None))
         else:
             ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
             parts = [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK]

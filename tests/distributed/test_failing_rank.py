@@ -14,4 +14,6 @@ def test_a_rank_that_cannot_get_an_expert_ends_and_its_peers_do_not_wait_for_it(
     assert "page is gone" in said(tmp_path, 1)
     for peer in (0, 2, 3):
         assert codes[peer] != 0, f"rank {peer} ended as if all were well"
-        assert "Connection" in said(tmp_path, peer) and "page is gone" not in said(tmp_path, peer)
+        lost = said(tmp_path, peer)
+        assert "Connection" in lost or "Broken pipe" in lost
+        assert "page is gone" not in lost

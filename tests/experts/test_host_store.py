@@ -103,15 +103,15 @@ def test_another_process_sees_the_memory_and_keeps_it_after_the_owner_closed_its
 
 
 OWNER = """
-import time
+import sys
 from vllm_balance.experts.shared_memory import SharedMemory
 shared = SharedMemory.allocate(1 << 24)
 shared.bytes_N.fill_(77)
 print(shared.address.descriptor, flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 READER = """
-import sys, time
+import sys
 from vllm_balance.experts.shared_memory import Address, SharedMemory, machine
 pid, descriptor = map(int, sys.argv[1:])
 shared = SharedMemory.open(
@@ -119,7 +119,7 @@ shared = SharedMemory.open(
 shared.close_file()
 assert shared.bytes_N[-1] == 77
 print("mapped", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
@@ -142,7 +142,8 @@ def inode_of(file: Path) -> int:
 def test_memory_is_freed_when_all_that_map_it_are_killed():
     def start(code: str, *arguments: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     with start(OWNER) as owner:
         descriptor = int(owner.stdout.readline())

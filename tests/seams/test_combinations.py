@@ -75,16 +75,19 @@ def test_a_map_needs_all_weights_to_be_read(moe_model):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "names"),
+    ("setting", "value", "names", "is_cpu"),
     [
-        ("lora_config", "LoRA", {"metro", "gem", "harmoeny"}),
-        ("weight_transfer_config", "weight transfer", {"metro", "harmoeny"}),
+        ("lora_config", "LoRA", {"metro", "gem", "harmoeny"}, True),
+        ("weight_transfer_config", "weight transfer", {"metro", "harmoeny"}, False),
+        ("weight_transfer_config", "weight transfer", {"static", "metro", "gem", "harmoeny"}, True),
     ],
 )
 def test_weights_that_follow_the_linear_placement_are_refused_where_experts_are_elsewhere(
-    moe_model, setting, value, names
+    moe_model, monkeypatch, setting, value, names, is_cpu
 ):
+    """And new weights on a CPU, whose kernels take them packed."""
     config = stock_config(moe_model)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: is_cpu)
     setattr(config, setting, object())
     every = (
         {"name": "static"},

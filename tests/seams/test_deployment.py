@@ -162,13 +162,42 @@ def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
     ],
 )
 def test_what_cannot_help_or_be_checked_is_warned_about(
-    name, redundant, expert_bytes, warned, monkeypatch
+    said, name, redundant, expert_bytes, warned
 ):
+    facts = deployments.deployment(expert_bytes=expert_bytes)
+    announcements.announce(BalancerConfig(name=name), redundant, facts)
+    assert len(said) == (warned != "") and warned in " ".join(said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"name": "eplb", "knee_tokens": 9, "window_size": 5}, "`knee_tokens`"),
+        ({"name": "gem", "map": "m", "window_size": 5}, "`window_size`"),
+        ({"name": "gem", "map": "m", "profile": "p"}, "`profile`"),
+        ({"name": "harmoeny", "step_interval": 5, "knee_tokens": 9}, "`step_interval`"),
+        (
+            {"name": "static", "step_interval": 5, "window_size": 5},
+            "`window_size`, `step_interval`",
+        ),
+        ({"name": "metro", "knee_tokens": 9, "free_tokens": 2, "window_size": 5}, ""),
+        ({"name": "gem", "map": "m", "profile": "p", "online": {}}, ""),
+    ],
+)
+def test_what_a_balancer_does_not_read_is_warned_about(said, settings, unread):
+    announcements.announce(BalancerConfig(**settings), 4, deployments.deployment())
+    assert [line for line in said if "has no use for" in line] == (
+        [f"MoE balancer {settings['name']} has no use for {unread}, given in its settings or in "
+         f"--eplb-config."] if unread else []
+    )  # fmt: skip
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """Warnings of the start."""
     said: list[str] = []
     logger = SimpleNamespace(
         info=lambda *_: None, warning=lambda text, *values: said.append(text % values)
     )
     monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
-    facts = deployments.deployment(expert_bytes=expert_bytes)
-    announcements.announce(BalancerConfig(name=name), redundant, facts)
-    assert len(said) == (warned != "") and warned in " ".join(said)
+    return said

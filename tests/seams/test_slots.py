@@ -214,11 +214,9 @@ def test_weights_that_change_later_would_not_reach_the_store():
 
 def test_another_skew_needs_a_server_that_replays():
     found = worker("static")
-    with pytest.raises(BalancerError, match="routing is the model's own"):
-        found.moe_balancer_replay({"zipf": 1.0})
+    assert "routing is the model's own" in found.moe_balancer_replay({"zipf": 1.0})["error"]
     asked = []
     found._replay_as = asked.append
-    found.moe_balancer_replay({"zipf": 1.0, "seed": 4})
+    assert found.moe_balancer_replay({"zipf": 1.0, "seed": 4}) is None
     assert (asked[0].zipf, asked[0].seed) == (1.0, 4)
-    with pytest.raises(BalancerError, match="`replay` cannot be changed"):
-        found.moe_balancer_replay({"zipf": -1.0})
+    assert "`replay` cannot be changed" in found.moe_balancer_replay({"zipf": -1.0})["error"]

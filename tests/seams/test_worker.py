@@ -175,21 +175,50 @@ def test_ranks_are_compared_only_where_their_sums_may_differ(monkeypatch, way, i
     )
 
 
+class Stock:
+    """What is left of vLLM's worker: new weights come with new kernels."""
+
+    runner: SimpleNamespace
+    reloaded = 0
+
+    def reload_weights(self) -> None:
+        kernel = SimpleNamespace(prepare_finalize=SimpleNamespace())
+        self.runner.routed_experts.quant_method.moe_kernel = kernel
+        self.reloaded += 1
+
+    finish_weight_update = reload_weights
+
+
+class WithStock(BalancedWorker, Stock):
+    """A worker of one layer."""
+
+    def __init__(self, settings: dict, *, is_cpu: bool) -> None:
+        self.balancer_config = BalancerConfig(**settings)
+        method = SimpleNamespace(moe_kernel=None)
+        experts = SimpleNamespace(quant_method=method)
+        self.runner = SimpleNamespace(router=SimpleNamespace(), routed_experts=experts)
+        tables = SimpleNamespace(counters=SimpleNamespace(is_cpu=is_cpu))
+        layer = SimpleNamespace(way="after_gather", experts=None, tables=tables)
+        self.worker_balancer = SimpleNamespace(layers=[layer])
+        self._runners = [self.runner]
+
+
 @pytest.mark.parametrize("settings", [{"name": "static"}, {"name": "gem", "map": "m.json"}])
-def test_weights_are_reloaded_where_experts_stay(settings):
-    reloaded = []
+@pytest.mark.parametrize("change", ["reload_weights", "finish_weight_update"])
+def test_weights_are_reloaded_where_experts_stay_and_new_kernels_get_the_balancer(settings, change):
+    made = WithStock(settings, is_cpu=False)
+    getattr(made, change)()
+    (layer,) = made.worker_balancer.layers
+    kernel = made.runner.routed_experts.quant_method.moe_kernel
+    assert made.reloaded == 1
+    assert made.runner.router.moe_balancer is kernel.prepare_finalize.moe_balancer is layer
 
-    class Stock:
-        def reload_weights(self) -> None:
-            reloaded.append(True)
 
-    class Worker(BalancedWorker, Stock):
-        pass
-
-    made = Worker()
-    made.balancer_config = BalancerConfig(**settings)
-    made.reload_weights()
-    assert reloaded == [True]
+def test_vllms_cpu_kernels_take_no_reloaded_weights():
+    made = WithStock({"name": "static"}, is_cpu=True)
+    with pytest.raises(BalancerError, match=r"puts reloaded weights there unpacked"):
+        made.reload_weights()
+    assert made.reloaded == 0
 
 
 def test_vllms_word_against_eplb_comes_with_what_to_do():

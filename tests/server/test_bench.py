@@ -66,7 +66,6 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "_is_proof", lambda kept: True)
         patch.setattr(speed, "EXPERTS", 2)
-        patch.setattr(speed, "ROUNDS", 1)
         run.run_file(file, 1, results)
     found = read_measurements(results)
     assert found[0] == done
@@ -98,19 +97,18 @@ def test_the_counters_are_those_of_the_load(measured):
     tokens = sum(found.tokens_per_rank) * found.steps / (2 * 4)
     assert tokens == pytest.approx(round(tokens))
     assert 0 <= round(tokens) - 8 * (8 + 80 - 1) <= 8
-    assert 0 <= found.waiting_share < 1
     assert found.activated_worst_rank >= max(found.activated_per_rank)
     assert 0 <= found.waiting_share_by_experts < 0.5
     assert found.experts_us_per_layer > 0 and found.decide_us_per_layer > 0
     assert found.memory_bytes > 2**29
-    assert 0 <= found.huge_page_share <= 1
 
 
 def test_the_machine_was_timed_beside_the_load(measured):
     streaming, computing = measured[0].machine_speed
     assert (streaming.tokens_each, computing.tokens_each) == (speed.STREAMING, speed.COMPUTING)
     assert len(streaming.time_us) == len(computing.time_us) == 2
-    assert min(computing.time_us) > max(streaming.time_us) > 0
+    for streamed, computed in zip(streaming.time_us, computing.time_us, strict=True):
+        assert computed > streamed > 0
 
 
 def test_the_load_was_looked_at_while_it_ran(measured):

@@ -8,6 +8,7 @@ import pytest
 from serving import EAGER, FLOAT32, PROMPTS, REARRANGED, TENSOR_PARALLEL, balanced, serve
 
 from vllm_balance import maps, profiles, traces
+from vllm_balance.commands.profile import own_cores
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -35,10 +36,12 @@ def test_recorded_profiled_placed_and_served(model, dense, tmp_path):
     recorded = traces.load(trace)
     assert recorded.chunks(1).sum() == dense.num_computed_tokens * TOP_K * LAYERS
 
-    command("profile", model, "--dtype", "float32", "-o", profile)
-    command("place", "--policy", "gem", "--profile", profile, "--trace", trace, "-o", placed)
+    measured = min(2, len(own_cores()))
+    command("profile", model, "--ranks", measured, "--dtype", "float32", "-o", profile)
+    sources = ("--profile", profile, "--ranks", 2, "--trace", trace)
+    command("place", "--policy", "gem", *sources, "-o", placed)
     found = maps.load(placed)
-    assert len(profiles.load(profile).ranks) == found.num_ranks == 2
+    assert len(profiles.load(profile).ranks) == measured and found.num_ranks == 2
     assert [layer.index for layer in found.layers] == recorded.layer_index_L.tolist()
     assert any(
         layer.physical_to_logical != sorted(layer.physical_to_logical) for layer in found.layers

@@ -103,7 +103,7 @@ def kill_while_recording(server) -> dict:
     state = before = server.status()[0]["recording"]
     with ThreadPoolExecutor(8) as clients:
         running = [clients.submit(server.ask_long, prompt) for prompt in PROMPTS[:8]]
-        deadline = time.monotonic() + 10 * FLUSH_S
+        deadline = time.monotonic() + 30 * FLUSH_S
         while state["steps"] == before["steps"]:
             assert time.monotonic() < deadline, "nothing was written while requests ran"
             state = server.status()[0]["recording"]
@@ -115,7 +115,7 @@ def kill_while_recording(server) -> dict:
 
 def wait_until_written(server, pairs: int) -> None:
     """Returns when the recording's thread has all pairs in the file."""
-    deadline = time.monotonic() + 10 * FLUSH_S
+    deadline = time.monotonic() + 30 * FLUSH_S
     while server.status()[0]["recording"]["tokens"] * TOP_K * LAYERS < pairs:
         assert time.monotonic() < deadline, server.status()[0]["recording"]
         time.sleep(0.1)

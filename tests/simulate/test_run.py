@@ -382,7 +382,7 @@ def test_every_balancer_has_rows_in_each_table(name):
     ],
 )
 def test_published_rows_come_out_again(row):
-    """A row of each balancer of each table in docs/simulator-results.md, exactly, on any processor."""
+    """A row of each balancer of each table of the docs, exactly, on any processor."""
     cell = Cell(**{field: row[field] for field in Cell.__dataclass_fields__})
     assert cell.key == row["key"]
     for key, value in compute(cell).items():

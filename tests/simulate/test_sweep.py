@@ -77,7 +77,8 @@ def test_a_sweep_runs_on_the_nodes_of_a_cluster(tmp_path):
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, wait=False)
+        cluster.wait_for_nodes(timeout=120)
         results = tmp_path / "rows.jsonl"
         assert sweep(CELLS[:64], results, {"commit": "test"}, address=cluster.address) == 64
     finally:

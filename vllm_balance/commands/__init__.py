@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -17,10 +19,27 @@ from vllm_balance.errors import BalancerError
 
 app = typer.Typer(
     name="vllm-balance",
-    help="Balance the experts of expert-parallel MoE models served by stock vLLM.",
     no_args_is_help=True,
     add_completion=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"vllm-balance {version('vllm-balance')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    asked: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """Balance the experts of expert-parallel MoE models served by stock vLLM."""
+
+
 app.command()(doctor)
 app.command()(profile)
 app.command()(place)

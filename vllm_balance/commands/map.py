@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vllm_balance import maps, model_shape
 from vllm_balance.commands.printing import say, spans
+from vllm_balance.errors import BalancerError
 from vllm_balance.maps import PlacementMap
 
 
@@ -30,17 +31,19 @@ def map_info(
 ) -> None:
     """Print what a placement map was made from, and what it holds.
 
-    Exit status 2 if it is damaged, was edited, or does not fit what is asked about.
+    Exit status 1 if it does not fit what is asked about; 2 if it is damaged or was edited.
     """
     found = maps.load(file)
     _print(found)
     if model is None and ranks is None:
         return
-    found.require(
-        shape=found.shape if model is None else model_shape.from_config(model),
-        num_ranks=ranks or found.num_ranks,
-        layers=() if model is None else model_shape.layers_of(model),
-    )
+    shape = found.shape if model is None else model_shape.from_config(model)
+    layers = () if model is None else model_shape.layers_of(model)
+    try:
+        found.require(shape=shape, num_ranks=ranks or found.num_ranks, layers=layers)
+    except BalancerError as error:
+        say(str(error), "red")
+        raise typer.Exit(1) from error
     asked = [] if model is None else [model_shape.name_of(model)]
     asked += [] if ranks is None else [f"{ranks} ranks"]
     say(f"It fits {' on '.join(asked)}.")

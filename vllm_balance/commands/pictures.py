@@ -20,9 +20,16 @@ if TYPE_CHECKING:
 def require_drawable(path: Path) -> None:
     """Returns if a picture can be put at `path`; for a look before long work.
 
-    Raises BalancerError without matplotlib, or as `documents.require_writable` does.
+    Raises BalancerError without matplotlib, if it cannot draw files with this ending, or as
+    `documents.require_writable` does.
     """
-    _figure(1, 1)
+    figure, _ = _figure(1, 1)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise BalancerError(
+            f"--plot names {path}; the ending says what is drawn, and allowed are "
+            f"{', '.join(sorted(formats))}."
+        )
     documents.require_writable(path)
 
 

@@ -37,6 +37,9 @@ from vllm_balance.recording import Phase
 from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, kinds
 
 POLICIES = (*PLACEMENT, *TRACED)
+PHASES = {phase.name.lower(): phase for phase in (Phase.PREFILL, Phase.DECODE)}
+EXFLOW_SECONDS = 120.0
+"""After which exflow takes the best placement found so far."""
 ALIASES = {"gem+r": "gem_r"}
 """Other names of placements."""
 SEARCHED = ("gem", "gem_r")
@@ -45,13 +48,16 @@ SEARCHED = ("gem", "gem_r")
 
 def place(
     trace: Annotated[Path, typer.Option(help="Recorded routing, .npz.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The map to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The map to write, a new file.")],
     profile: Annotated[
         Path | None, typer.Option(help="Written by `vllm-balance profile`; or give --model.")
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="Instead of a profile, where there can be none: the model's folder."),
+        typer.Option(
+            help="Instead of a profile, where there can be none: a model's folder, its "
+            "config.json, or its name on Hugging Face if it was downloaded."
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Expert-parallel ranks; default: the profile's.")
@@ -75,21 +81,32 @@ def place(
             "as they were recorded.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Most batches to place by.")] = 128,
-    prefill: Annotated[
-        bool, typer.Option("--prefill", help="Batches of consecutive tokens; steps of prefill.")
-    ] = False,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Recorded steps of decode only; ids: the default.")
-    ] = False,
+    steps: Annotated[int, typer.Option(min=2, help="Most batches of a kind to place by.")] = 128,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Batches of {' or '.join(PHASES)} only. Default: of counts all recorded steps, of "
+            f"ids decode."
+        ),
+    ] = None,
     prefill_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Also as many batches of so many consecutive tokens of prompts."),
+        typer.Option(
+            min=1,
+            help="Beside the batches of decode, as many of prefill: so many consecutive tokens of "
+            "prompts.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds; for exflow only.")] = 120.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and of drawn batches.")] = 0,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=1, help="Of exflow only: seconds.", show_default=str(EXFLOW_SECONDS)),
+    ] = None,
     experts: Annotated[
         bool, typer.Option("--experts", help="List consistent and temporal experts.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file of --output if there is one.")
     ] = False,
 ) -> None:
     """Place the experts of each layer by the modelled time of the slowest rank, and save the map.
@@ -97,14 +114,15 @@ def place(
     Half of the trace decides, the other half gives the scores that are printed.
     """
     require_vllm("place")
-    documents.require_writable(output)
+    documents.require_new(output, "map", force)
     policy = ALIASES.get(policy, policy)
     _require_policy(policy)
     split = split_of(routing, policy)
+    _require_own("--time-limit", time_limit, policy, ("exflow",))
     taken = Batches(
         batch=batch,
         steps=steps,
-        phase=_phase_of(prefill, decode),
+        phase=_phase_of(phase, prefill_batch),
         prefill_batch=prefill_batch,
         seed=seed,
     )
@@ -115,7 +133,7 @@ def place(
     halves = recorded.split(seed)
     fit, held_out = (taken.of(half) for half in halves)
     if policy in TRACED:
-        traced = TRACED[policy](time_limit_s=time_limit)
+        traced = TRACED[policy](time_limit_s=time_limit or EXFLOW_SECONDS)
         run = partial(traced.place_trace, halves[0], cluster)
     else:
         run = partial(policy_of(policy, seed=seed, split=split).place, fit, cluster)
@@ -290,21 +308,37 @@ def split_of(routing: str | None, policy: str) -> Split:
     """
     if routing not in (None, "even", "one"):
         raise BalancerError(f"--routing is {routing!r}; allowed are even and one.")
-    if routing is not None and policy != "gem_r":
-        raise BalancerError(
-            f"--routing {routing} was given with --policy {policy}, and only gem_r places replicas "
-            f"by how they are used. Leave it out, or use --policy gem_r --redundant N."
-        )
+    _require_own("--routing", routing, policy, ("gem_r",))
     return "one" if routing == "one" else "even"
 
 
-def _phase_of(prefill: bool, decode: bool) -> Phase | None:
-    if prefill and decode:
+def _require_own(option: str, given: object, policy: str, owners: tuple[str, ...]) -> None:
+    """Raises BalancerError if an option was given for a policy that has no use for it."""
+    if given is not None and policy not in owners:
         raise BalancerError(
-            "--prefill and --decode were given together; each asks for batches of one phase. Give "
-            "one of them, or neither for what was recorded."
+            f"{option} was given with --policy {policy}, and only {', '.join(owners)} has a use "
+            f"for it. Leave it out, or place by another policy."
         )
-    return Phase.PREFILL if prefill else Phase.DECODE if decode else None
+
+
+def _phase_of(name: str | None, prefill_batch: int | None) -> Phase | None:
+    """The phase of --phase.
+
+    Raises:
+        BalancerError: it is unknown, or it is prefill and batches of prefill were asked for beside
+            others.
+    """
+    if name is None:
+        return None
+    if name not in PHASES:
+        raise BalancerError(f"--phase asks for {name!r}. {unknown('phase', name, PHASES)}")
+    if PHASES[name] == Phase.PREFILL and prefill_batch is not None:
+        raise BalancerError(
+            f"--prefill-batch {prefill_batch} was given with --phase prefill, and adds batches of "
+            f"prefill to those of decode. Leave one of them out; --batch says how large batches of "
+            f"prefill are."
+        )
+    return PHASES[name]
 
 
 def _require_policy(name: str) -> None:

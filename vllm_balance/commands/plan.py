@@ -31,10 +31,10 @@ HEADINGS = ("x", "in flight", "TPOT", "TTFT", "tok/s", "gain", "experts", "wait"
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A name of configs/models, or a .toml file.")],
-    machine: Annotated[
-        str, typer.Option("--hardware", help="A name of configs/hardware, or a .toml file.")
+    model: Annotated[
+        str, typer.Option(help="A name of the catalogue (any other lists them), or a .toml file.")
     ],
+    machine: Annotated[str, typer.Option("--hardware", help="Likewise.")],
     trace: Annotated[Path | None, typer.Option(help="Recorded routing, .npz.")] = None,
     zipf: Annotated[
         float | None, typer.Option(min=0, help="Without a trace: skew of the experts, e.g. 0.8.")
@@ -53,8 +53,8 @@ def plan(
     dispatch: Annotated[
         str, typer.Option(help="Of data parallelism: all_gather or all_to_all.")
     ] = "all_gather",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
-    output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 1024,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request's prompt.")] = 1024,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 1024,
     batched_tokens: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +65,7 @@ def plan(
         int | None,
         typer.Option("--max-num-seqs", min=1, help="Of each engine; default: vLLM's on this GPU."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the routing that is drawn.")] = 0,
 ) -> None:
     """Simulate every balancer and redundancy, and say whether to turn one on. Modelled times."""
     require_vllm("plan")
@@ -84,8 +84,8 @@ def plan(
         hardware=found,
         profile=profile,
         layout=layout,
-        prompt_tokens=prompt,
-        output_tokens=output,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
         traffic=traffic_of(shape, recording, zipf or 0.0, seed),
         concurrency=concurrency,
         slo_tpot_us=None if slo_tpot is None else microseconds(slo_tpot),
@@ -279,7 +279,7 @@ def _how_to_place(question: Question, found: Candidate) -> str:
     budget = question.hardware.engine.batched_tokens.value * question.layout.data
     prompts = min(question.prompt_tokens * found.concurrency, budget)
     if question.output_tokens == 1:
-        batches = f"--prefill --batch {prompts}"
+        batches = f"--phase prefill --batch {prompts}"
     else:
         batches = f"--batch {decode} --prefill-batch {prompts}"
     by = "--profile PROFILE" if question.hardware.experts == "in_turn" else "--model MODEL"

@@ -114,7 +114,9 @@ def profile(
         check_profile(stored, cores_of(len(stored.ranks), stored.cores_per_rank))
         return
     output = output or DEFAULT_OUTPUT
-    _require_new(output, force)
+    documents.require_new(
+        output, "profile", force, f"; `--check {output}` tells whether it still holds"
+    )
     if plot is not None:
         pictures.require_drawable(plot)
     shape = shape.model_copy(update={"dtype": served_dtype(dtype, shape.dtype)})
@@ -166,17 +168,6 @@ def _refuse_beside_check(given: Sequence[str]) -> None:
             f"--check was given together with {', '.join(given)}. It measures on the ranks, cores "
             f"and experts of the profile and writes nothing: leave {', '.join(given)} out, or "
             f"leave --check out to measure a new profile."
-        )
-
-
-def _require_new(output: Path, force: bool) -> None:
-    """Raises BalancerError if no profile can be written there, or one would be lost."""
-    documents.require_writable(output)
-    if output.exists() and not force:
-        raise BalancerError(
-            f"The profile was to be written to {output}, and there is a file: servers and maps may "
-            f"refer to it. Name a new one with --output, or replace it with --force; `--check "
-            f"{output}` tells whether it still holds."
         )
 
 

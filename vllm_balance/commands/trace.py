@@ -55,6 +55,11 @@ def info(
     if phase is not None and phase not in PHASES:
         raise BalancerError(f"--phase asks for {phase!r}. {unknown('phase', phase, PHASES)}")
     trace = traces.load(file)
+    if batch is not None and trace.counts_NLE is not None:
+        raise BalancerError(
+            f"--batch {batch} was given, and trace {trace.name} holds counts, whose steps are as "
+            f"they were recorded. Leave it out."
+        )
     chosen = main_phase(trace) if phase is None else PHASES[phase]
     part = trace if chosen is None else trace.of_phase(chosen)
     step_tokens = min(batch or traces.DEFAULT_BATCH, part.num_tokens)
@@ -63,8 +68,6 @@ def info(
     if len(trace.phases()) > 1 and chosen is not None:
         say(f"What follows is of the {summary.num_steps} steps of {chosen.name.lower()} (--phase).")
     _print_layers(trace, summary)
-    if batch is not None and trace.counts_NLE is not None:
-        say("--batch has no effect on a trace of counts: its steps are as they were recorded.")
     if experts:
         _print_experts(trace, summary)
     if plot is not None:

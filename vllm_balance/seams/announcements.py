@@ -35,6 +35,12 @@ def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> 
             "whether the balancer's experts fit in memory.",
             deployment.model,
         )
+    if config.without_effect:
+        init_logger(f"vllm.{__name__}").warning(
+            "MoE balancer %s has no use for %s, given in its settings or in --eplb-config.",
+            config.name,
+            ", ".join(f"`{key}`" for key in config.without_effect),
+        )
     if config.name in CHOOSING and not redundant:
         init_logger(f"vllm.{__name__}").warning(
             "MoE balancer %s chooses among the copies of an expert, and there is one of each, so "

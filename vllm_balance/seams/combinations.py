@@ -23,6 +23,8 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     Raises:
         BalancerError: it does not; names all that stands in the way.
     """
+    from vllm.platforms import current_platform
+
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:
         raise BalancerError(
@@ -46,8 +48,9 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         and config.map is not None
         and not config.uses_eplb,
     }
-    # The host store is filled once, and moved experts are not where new weights would be written.
-    if config.fetches or config.moves:
+    # The host store is filled once, moved experts are not where new weights would be written, and
+    # vLLM writes them unpacked where its CPU kernels take them packed.
+    if config.fetches or config.moves or current_platform.is_cpu():
         refused["weight transfer"] = vllm_config.weight_transfer_config is not None
     # vLLM gives adapters to experts by the linear placement.
     if config.fetches or config.uses_eplb or config.map is not None:

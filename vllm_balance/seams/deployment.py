@@ -7,7 +7,6 @@ import dataclasses
 import multiprocessing
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,6 @@ def _settled(config: BalancerConfig, vllm_config: Any, redundant: int) -> dict[s
         settled["free_tokens"] = None if config.fetches else free_of(costs)
     if config.record is not None:
         settled["record"]["file"] = str(_checked_recording(config.record, parallel))
-        settled["record"]["run"] = config.record.run or uuid.uuid4().hex
     return settled
 
 

@@ -68,10 +68,22 @@ def bind_layer(
         all_reduce=group.all_reduce,
         experts=_local_experts(runner, buffers),
     )
-    setattr(runner.router, BALANCER, balancer)
-    if gathers:
-        setattr(dispatch, BALANCER, balancer)
+    attach(runner, balancer)
     return balancer
+
+
+def attach(runner: Any, balancer: LayerBalancer) -> None:
+    """Puts a layer's balancer where the seams look for it.
+
+    Again behind new weights: vLLM then builds the kernels of some quantised experts anew, and what
+    was put on the old ones is lost.
+    """
+    kernel = runner.routed_experts.quant_method.moe_kernel
+    setattr(runner.router, BALANCER, balancer)
+    if balancer.way == "after_gather":
+        setattr(kernel.prepare_finalize, BALANCER, balancer)
+    if balancer.experts is not None:
+        setattr(kernel.fused_experts, EXPERTS, balancer.experts)
 
 
 def _local_experts(runner: Any, buffers: PairBuffers) -> LocalPairExperts | None:
@@ -80,9 +92,7 @@ def _local_experts(runner: Any, buffers: PairBuffers) -> LocalPairExperts | None
     kernel = runner.routed_experts.quant_method.moe_kernel
     if expert_map is None or not expert_map.is_cpu or kernel is None:
         return None
-    experts = LocalPairExperts(expert_map, buffers)
-    setattr(kernel.fused_experts, EXPERTS, experts)
-    return experts
+    return LocalPairExperts(expert_map, buffers)
 
 
 def _tables(name: str, runner: Any, num_ranks: int, loading: PlacedLoading | None) -> LayerTables:

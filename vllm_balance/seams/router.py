@@ -30,6 +30,17 @@ def _apply_eplb_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_eplb_mapping
 
 
+def _compute_routing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        topk_weights, topk_ids = original(self, *args, **kwargs)
+        balancer = getattr(self, BALANCER, None)
+        if balancer is None:
+            return topk_weights, topk_ids
+        return balancer.of_first_rank(topk_weights, topk_ids)
+
+    return compute_routing
+
+
 def _num_unpadded(router: Any, topk_ids: torch.Tensor) -> torch.Tensor | None:
     """Real rows, int32, one element, where CUDA graphs pad a batch; CPU batches are not padded."""
     if topk_ids.is_cpu:
@@ -89,13 +100,15 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_forward(self: Any) -> Callable[..., Any]:
-        require_balanceable(self)
         vllm_config = get_current_vllm_config()
         config = settings_of(vllm_config)
-        if config is not None and config.look_ahead == "router":
+        if config is None:  # Another model in the process of one that is balanced.
+            return original(self)
+        require_balanceable(self)
+        if config.look_ahead == "router":
             require_predictable(self)
         enable_eplb = vllm_config.parallel_config.enable_eplb
-        require_known_slots(self, config.name if config is not None and enable_eplb else None)
+        require_known_slots(self, config.name if enable_eplb else None)
         forward = original(self)
         if not current_platform.is_cpu():
             return forward
@@ -224,6 +237,14 @@ ROUTER_SEAMS = (
         why="refuses layers that cannot be balanced while the model is built; on CPU returns the "
         "opaque op that GPUs use, because torch.compile must not trace into the balancer",
         delete_when="vLLM tells plugins which experts a layer will use",
+    ),
+    Seam(
+        target="vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter._compute_routing",
+        parameters=("hidden_states", "router_logits"),
+        wrap=_compute_routing,
+        why="tensor-parallel ranks whose sums differ in the last bit must use the same experts and "
+        "weights; a replayed choice is the same on all ranks anyway",
+        delete_when="vLLM's CPU ranks have the same hidden states, or share what their router chose",
     ),
     Seam(
         target="vllm.model_executor.layers.fused_moe.router.base_router:"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,13 +17,14 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import PairBuffers
 from vllm_balance.experts.prefetch import Prefetch
 from vllm_balance.initial_placement import VLLMS_OWN
+from vllm_balance.recording import RecordSettings
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, make_policy
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.device import has_amx_kernel, processor
 from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor
-from vllm_balance.seams.layer_binding import bind_layer
+from vllm_balance.seams.layer_binding import attach, bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
@@ -58,6 +60,8 @@ class BalancedWorker(RecordingWorker):
     loading: PlacedLoading | None
     _replay_as: Callable[[ReplaySettings], None] | None = None
     """Routes by these settings from now on; None if the model's own router decides."""
+    _runners: Sequence[Any] = ()
+    """vLLM's MoE layers, in the order of those of `worker_balancer`."""
     _prefetch: Prefetch | None = None
     """Of a balancer that fetches."""
     _knee: KneeAndFree
@@ -103,6 +107,7 @@ class BalancedWorker(RecordingWorker):
                 f"{type(model).__name__} that vLLM's MoERunner executes. This model cannot be "
                 f"balanced; remove the flag."
             )
+        self._runners = runners
         if self.balancer_config.replay is not None:
             self._replay_as = partial(_register_replay, vllm_config, runners)
             self._replay_as(self.balancer_config.replay)
@@ -123,7 +128,7 @@ class BalancedWorker(RecordingWorker):
         self._tell_whether_ranks_are_alike()
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
-            vllm_config, runners, self.worker_balancer.layers, self.balancer_config.record
+            vllm_config, runners, self.worker_balancer.layers, self._recording_of_all_ranks()
         )
         if self.balancer_config.online is not None:
             self.worker_balancer.online = online_placement(
@@ -133,6 +138,20 @@ class BalancedWorker(RecordingWorker):
                 self.worker_balancer.layers,
             )
 
+    def _recording_of_all_ranks(self) -> RecordSettings | None:
+        """What to record from the start, the same on all ranks; a collective.
+
+        What tells its files from those of another recording is agreed on here: in the settings it
+        would be part of vLLM's config hash, and every start would compile the model anew.
+        """
+        from vllm.distributed import get_ep_group
+
+        record = self.balancer_config.record
+        if record is None:
+            return None
+        run = from_all_ranks(get_ep_group(), uuid.uuid4().hex)[0]
+        return record.model_copy(update={"run": run})
+
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's; what was routed up to its end was no request's."""
         times = super().compile_or_warm_up_model()
@@ -141,6 +160,7 @@ class BalancedWorker(RecordingWorker):
 
     def shutdown(self) -> None:
         """vLLM's, behind the end of what copies experts."""
+        load_by(None)
         if self._prefetch is not None:
             self._prefetch.close()
         super().shutdown()
@@ -234,20 +254,37 @@ class BalancedWorker(RecordingWorker):
         """vLLM's, where weights are still in the slots that they were loaded to.
 
         Raises:
-            BalancerError: the balancer fetches experts, or moves them while serving.
+            BalancerError: the balancer fetches experts, or moves them while serving; or the device
+                is a CPU.
         """
         if self.balancer_config.moves:
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} moves experts between slots while "
                 f"serving, and vLLM reloads weights into the slots they had at first, so answers "
-                f"would be wrong. Restart the server, or use --moe-balancer static."
+                f"would be wrong. Restart the server, or use a balancer that moves nothing."
             )
         if self.balancer_config.fetches:
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} fetches experts from a host store "
                 f"that is filled once, so weights cannot be reloaded. Restart the server."
             )
+        if self.worker_balancer.layers[0].tables.counters.is_cpu:
+            raise BalancerError(
+                "vLLM packs experts for its CPU kernels when it loads them first, and puts reloaded "
+                "weights there unpacked, with a balancer or without, so answers would be wrong. "
+                "Restart the server."
+            )
         super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+        self._attach_again()
+
+    def finish_weight_update(self) -> None:
+        """vLLM's, of weights that another process sent."""
+        super().finish_weight_update()  # type: ignore[misc]
+        self._attach_again()
+
+    def _attach_again(self) -> None:
+        for runner, layer in zip(self._runners, self.worker_balancer.layers, strict=True):
+            attach(runner, layer)
 
     def sleep(self, level: int = 1) -> None:
         """vLLM's, where what it gives away can be had again.
@@ -258,7 +295,8 @@ class BalancedWorker(RecordingWorker):
         if level > 1 and self.balancer_config.uses_eplb:
             raise BalancerError(
                 f"--moe-balancer {self.balancer_config.name} needs the maps of vLLM's EPLB, which "
-                f"sleep level {level} gives away with the weights. Use level 1."
+                f"sleep level {level} gives away with the weights. vLLM has paused the engine and "
+                f"ended its requests before it asked: POST /wake_up lets it go on. Use level 1."
             )
         super().sleep(level)  # type: ignore[misc]
 
@@ -288,21 +326,22 @@ class BalancedWorker(RecordingWorker):
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
         self.worker_balancer.reset()
 
-    def moe_balancer_replay(self, settings: dict[str, Any]) -> None:
+    def moe_balancer_replay(self, settings: dict[str, Any]) -> dict[str, str] | None:
         """Replays another skew from now on; for ``collective_rpc`` of benchmarks.
 
-        Raises:
-            BalancerError: the server was started without `replay`, or the settings do not fit.
+        None, or under ``error`` the reason: the server was started without `replay`, or the
+        settings do not fit.
         """
         if self._replay_as is None:
-            raise BalancerError(
-                "The routing is the model's own, so no other skew can be replayed. Start the "
-                "server with `replay` in --moe-balancer-config."
-            )
+            return {
+                "error": "The routing is the model's own, so no other skew can be replayed. Start "
+                "the server with `replay` in --moe-balancer-config."
+            }
         try:
             self._replay_as(ReplaySettings.model_validate(settings))
         except ValueError as error:
-            raise BalancerError(f"`replay` cannot be changed: {error}.") from error
+            return {"error": f"`replay` cannot be changed: {error}."}
+        return None
 
 
 def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySettings) -> None:

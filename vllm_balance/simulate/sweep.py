@@ -176,8 +176,8 @@ def _computed(chunks: list[list[Cell]], address: str | None) -> Iterator[list[Ro
     if not chunks:
         return
     ray.init(
-        address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
-        ignore_reinit_error=True,
+        address=address or "local", include_dashboard=False, logging_level=logging.ERROR,
+        log_to_driver=False, ignore_reinit_error=True,
     )  # fmt: skip
     try:
         task = ray.remote(max_retries=2)(_compute_chunk)
