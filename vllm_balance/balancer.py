@@ -23,9 +23,9 @@ from vllm_balance.types import Demand
 class LayerBalancer:
     """The balancer of one MoE layer on one rank.
 
-    The seams call :meth:`of_first_rank` with what a router on CPU chose, :meth:`in_router` with this
-    rank's logical ids and, where the dispatch gathers all tokens, :meth:`after_gather` with the
-    gathered ones.
+    The seams call :meth:`of_first_rank` with what a router on CPU chose, :meth:`in_router` with
+    this rank's logical ids and, where the dispatch gathers all tokens, :meth:`after_gather` with
+    the gathered ones.
     """
 
     layer_name: str

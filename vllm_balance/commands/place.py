@@ -85,8 +85,8 @@ def place(
     phase: Annotated[
         str | None,
         typer.Option(
-            help=f"Batches of {' or '.join(PHASES)} only. Default: of counts all recorded steps, of "
-            f"ids decode."
+            help=f"Batches of {' or '.join(PHASES)} only. Default: of counts all recorded steps, "
+            f"of ids decode."
         ),
     ] = None,
     prefill_batch: Annotated[

@@ -242,9 +242,9 @@ ROUTER_SEAMS = (
         target="vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter._compute_routing",
         parameters=("hidden_states", "router_logits"),
         wrap=_compute_routing,
-        why="tensor-parallel ranks whose sums differ in the last bit must use the same experts and "
-        "weights; a replayed choice is the same on all ranks anyway",
-        delete_when="vLLM's CPU ranks have the same hidden states, or share what their router chose",
+        why="tensor-parallel ranks whose sums differ in the last bit must use the same experts "
+        "and weights; a replayed choice is the same on all ranks anyway",
+        delete_when="vLLM's CPU ranks have the same hidden states, or share their router's choice",
     ),
     Seam(
         target="vllm.model_executor.layers.fused_moe.router.base_router:"

@@ -270,9 +270,9 @@ class BalancedWorker(RecordingWorker):
             )
         if self.worker_balancer.layers[0].tables.counters.is_cpu:
             raise BalancerError(
-                "vLLM packs experts for its CPU kernels when it loads them first, and puts reloaded "
-                "weights there unpacked, with a balancer or without, so answers would be wrong. "
-                "Restart the server."
+                "vLLM packs experts for its CPU kernels when it loads them first, and puts "
+                "reloaded weights there unpacked, with a balancer or without, so answers would be "
+                "wrong. Restart the server."
             )
         super().reload_weights(*args, **kwargs)  # type: ignore[misc]
         self._attach_again()
