@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 import typer
 from rich.console import Console
 
+from bench import command
 from bench.provenance import ROOT, provenance
 from vllm_balance.balancer import LayerBalancer, new_counters
 from vllm_balance.exchange import Way
@@ -155,4 +156,4 @@ def _batches(num_tokens: int, num_experts: int, seed: int, own: int) -> list[tor
 
 
 if __name__ == "__main__":
-    typer.run(exchange)
+    command.main(exchange)

@@ -2,7 +2,6 @@
 
     python -m bench.harmoeny_schedule --traces DIR      # bench/results/harmoeny_schedule.jsonl
     python -m bench.harmoeny_schedule --only times      # measures only the times anew
-    python -m bench.harmoeny_schedule --render          # writes the tables of harmoeny-results.md
 
 No model runs here: tokens are counted, not computed. Placements are fitted on one half of a load,
 everything is judged on the other, batch after batch, slots kept from batch to batch.
@@ -23,7 +22,7 @@ import torch
 from bench.harmoeny_loads import BATCH_TOKENS, BATCHES, Load, recorded, skewed
 from bench.harmoeny_lookahead import lookahead_rows
 from bench.metro_stages import medians_us
-from bench.provenance import ROOT, config_hash, provenance
+from bench.provenance import ROOT, config_hash, provenance, require_all_sources
 from vllm_balance.cost import CostModel
 from vllm_balance.kernels.rebalance import Eviction, Rules
 from vllm_balance.placement import PLACEMENT, TRACED, Cluster
@@ -220,21 +219,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=200, help="calls per time and sweep")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("times", "quality", "lookahead"))
-    parser.add_argument("--render", action="store_true", help="only write the tables")
     arguments = parser.parse_args()
-    if not arguments.render:
-        settings = {"ranks": RANKS, "dynamic": DYNAMIC, "rules": asdict(RULES),
-                    "batches": [BATCHES, BATCH_TOKENS], "seed": arguments.seed}  # fmt: skip
-        origin = {"seed": arguments.seed, "config_hash": config_hash(settings),
-                  **provenance("numpy", "scipy")}  # fmt: skip
-        kinds = {"times": "time"}.get(arguments.only, arguments.only)
-        old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-        kept = [line for line in old if arguments.only and json.loads(line)["kind"] != kinds]
-        fresh = [json.dumps(row | origin) for row in measure(arguments)]
-        RESULTS.write_text("".join(line + "\n" for line in kept + fresh))
-    from bench.harmoeny_tables import render
-
-    render([json.loads(line) for line in RESULTS.read_text().splitlines()])
+    require_all_sources(RESULTS, "load", arguments.traces)
+    settings = {"ranks": RANKS, "dynamic": DYNAMIC, "rules": asdict(RULES),
+                "batches": [BATCHES, BATCH_TOKENS], "seed": arguments.seed}  # fmt: skip
+    origin = {"seed": arguments.seed, "config_hash": config_hash(settings),
+              **provenance("numpy", "scipy")}  # fmt: skip
+    kinds = {"times": "time"}.get(arguments.only, arguments.only)
+    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    kept = [line for line in old if arguments.only and json.loads(line)["kind"] != kinds]
+    fresh = [json.dumps(row | origin) for row in measure(arguments)]
+    RESULTS.write_text("".join(line + "\n" for line in kept + fresh))
 
 
 if __name__ == "__main__":

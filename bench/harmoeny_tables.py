@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench import markdown
-from bench.provenance import ROOT
 
-DOCUMENT = ROOT / "docs/harmoeny-results.md"
 POLICIES = ("static", "exflow", "eplb", "shadow", "even_split", "harmoeny_paper", "harmoeny")
 FETCHERS = ("shadow", "even_split", "harmoeny_paper", "harmoeny")
 FEW, MANY = 4, 8
@@ -154,12 +152,3 @@ def writer(rows: list[Row]) -> Callable[[str], str]:
         "provenance": lambda: provenance(rows),
     }
     return lambda name: tables[name]()
-
-
-def render(rows: list[Row]) -> None:
-    """Writes the tables.
-
-    Raises:
-        ValueError: docs/harmoeny-results.md lacks a marker.
-    """
-    DOCUMENT.write_text(markdown.filled(DOCUMENT, "schedule", writer(rows)))

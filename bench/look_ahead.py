@@ -18,10 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
-from bench import client, demo_model, demo_text, markdown
+from bench import client, command, demo_model, demo_text, markdown
 from bench.gate import FLAGS
 from bench.provenance import ROOT, provenance, sources
 from bench.server import Arm, Server
@@ -132,4 +131,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(look_ahead)
+    command.main(look_ahead)

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import counters, machine_cores, machine_file, real_size_model, speed
+from bench import command, counters, machine_cores, machine_file, real_size_model, speed
 from bench.load import Load, send, timed
 from bench.provenance import ROOT, provenance
 from bench.provenance import machine as this_machine
@@ -125,4 +125,4 @@ def _watched(server: Server, look: Callable[[], speed.Times]) -> speed.Times:
 
 
 if __name__ == "__main__":
-    typer.run(machine)
+    command.main(machine)

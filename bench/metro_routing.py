@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from bench.metro_stages import medians_us, stage_times_us
-from bench.provenance import ROOT, config_hash, provenance
+from bench.provenance import ROOT, config_hash, provenance, require_all_sources
 from tests.cases import draw_topk, popularity
 from vllm_balance.kernels.eplb_hash import map_and_record
 from vllm_balance.kernels.eplb_hash.reference import map_to_physical
@@ -276,7 +276,8 @@ def all_sources(arguments: argparse.Namespace) -> list[Source]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes all rows, one line each, as they are measured."""
+    """Writes all rows, in place of those that are there when the last one is measured."""
+    require_all_sources(RESULTS, "source", arguments.traces)
     torch.set_num_threads(1)
     sources = all_sources(arguments)
     settings = {"sources": [source.name for source in sources], "ranks": RANKS,
@@ -286,7 +287,8 @@ def run(arguments: argparse.Namespace) -> None:
               **provenance("numpy", "scipy")}  # fmt: skip
     rng = np.random.default_rng(arguments.seed)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w") as file:
+    fresh = RESULTS.with_suffix(".jsonl.new")
+    with fresh.open("w") as file:
         for row in time_rows(arguments.repetitions):
             file.write(json.dumps(row) + "\n")
         for source in sources:
@@ -298,6 +300,7 @@ def run(arguments: argparse.Namespace) -> None:
                                        GRID_REPETITIONS, rng)  # fmt: skip
                         file.write(json.dumps(row | origin) + "\n")
             print(f"{source.name}: {time.monotonic() - started:.0f} s", flush=True)
+    fresh.replace(RESULTS)
 
 
 def main() -> None:
@@ -309,17 +312,17 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("times", "grid-times"), help="measure and replace only these"
     )
-    parser.add_argument("--render", action="store_true", help="only write tables and plot")
     arguments = parser.parse_args()
     if arguments.only == "times":
         replace_times(arguments.repetitions)
     elif arguments.only == "grid-times":
         replace_grid_times(arguments)
-    elif not arguments.render:
+    else:
         run(arguments)
-    from bench.metro_tables import render
+    from bench.metro_tables import plot
 
-    render([json.loads(line) for line in RESULTS.read_text().splitlines()])
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    plot([row for row in rows if row["kind"] == "grid"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import numpy as np
 from bench import markdown
 from bench.provenance import ROOT
 
-DOCUMENT = ROOT / "docs/metro.md"
 PLOT = ROOT / "docs/metro-lambda.svg"
 SHOWN = {"even": "even (vLLM's hash)", "first_copy": "first copy", "greedy": "greedy, id order",
          "metro": "metro"}  # fmt: skip
@@ -182,13 +181,3 @@ def writer(rows: list[dict]) -> Callable[[str], str]:
         "provenance": provenance(times, grid),
     }
     return tables.__getitem__
-
-
-def render(rows: list[dict]) -> None:
-    """Writes tables and plot.
-
-    Raises:
-        ValueError: docs/metro.md lacks a marker.
-    """
-    DOCUMENT.write_text(markdown.filled(DOCUMENT, "metro", writer(rows)))
-    plot([row for row in rows if row["kind"] == "grid"])

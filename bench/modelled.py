@@ -2,7 +2,7 @@
 
 Nothing here is measured. Cells run in parallel with Ray; a run that was ended resumes behind its
 rows, but for those that other code, vLLM or numpy, or other files of model and hardware decided.
-`python -m bench.modelled docs` writes the tables anew.
+`python -m bench.tables` writes the tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
 from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
 
 RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "simulator-results.md"
 ZIPFS = (0.3, 0.8)
 """The busiest of 128 experts gets 3 or 10 times the mean of top-8: as in public recordings, or
 worse."""
@@ -143,12 +142,6 @@ def speed() -> None:
         start = time.process_time()
         compute(cell)
         Console().print(f"{name}: {time.process_time() - start:.1f} s")
-
-
-@app.command()
-def docs() -> None:
-    """Write the tables of docs/simulator-results.md anew."""
-    PAGE.write_text(markdown.filled(PAGE, "modelled", table))
 
 
 def _run(

@@ -1,7 +1,6 @@
 """Placements in the model: GEM against linear, vLLM's EPLB placement and a lower bound.
 
     python -m bench.placement --traces DIR     # adds rows to bench/results/placement.jsonl
-    python -m bench.placement --docs           # writes the tables of docs/placement.md anew
 
 Nothing here is measured but the search times: scores are times that a cost model gives for batches
 drawn from recorded traces. Placements are fitted on one part of a trace and scored on another.
@@ -20,7 +19,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bench import markdown
+from bench import command, markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
 from vllm_balance.cost import AMX_KNEE, CostModel
@@ -29,7 +28,6 @@ from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.recording import Phase
 
 RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
-PAGE = ROOT / "docs" / "placement.md"
 COSTS = {
     "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
     "cpu-amx": CostModel(
@@ -52,11 +50,12 @@ def run(
     folder: Annotated[
         Path | None, typer.Option("--traces", help="Folder of .npz files, or one.")
     ] = None,
-    docs: Annotated[bool, typer.Option(help="Write the tables of docs/placement.md.")] = False,
     growth: Annotated[bool, typer.Option(help="Also time the search for growing layers.")] = False,
 ) -> None:
-    """Score placements on every trace that has a batch of decode for each half, time the search, or
-    write the tables."""
+    """Score placements on every trace that has a batch of decode for each half, or time the
+    search."""
+    if folder is None and not growth:
+        raise typer.BadParameter("Ask for --traces FOLDER, for --growth, or for both.")
     if growth:
         _write(grow())
     if folder is not None:
@@ -64,8 +63,6 @@ def run(
             trace = traces.load(file)
             if trace.num_tokens >= 2 * BATCHES["decode"]:
                 _write(score_trace(trace))
-    if docs:
-        write_tables()
 
 
 def score_trace(trace: traces.Trace) -> Iterator[Row]:
@@ -186,12 +183,6 @@ def _write(rows: Iterator[Row]) -> None:
         Console().print(shown)
 
 
-def write_tables() -> None:
-    """Writes the generated places of docs/placement.md."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    PAGE.write_text(markdown.filled(PAGE, "placement", writer(rows)))
-
-
 def writer(rows: list[Row]) -> Callable[[str], str]:
     """What goes to each place of docs/placement.md, by its name."""
     return lambda name: _table(name, rows)
@@ -255,4 +246,4 @@ def _growth(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    command.main(run)

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from scipy.stats import wilcoxon
 
-from bench import markdown
+from bench import command, markdown
 from bench.provenance import ROOT, provenance
 from bench.speed import experts_of
 from vllm_balance import traces
@@ -35,7 +35,6 @@ from vllm_balance.seams.device import kernel_isa
 Array = np.ndarray[Any, np.dtype[Any]]
 Row = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "placement_accuracy.jsonl"
-PAGE = ROOT / "docs" / "placement.md"
 BATCHES = {"decode": 32, "prefill": 512}
 ROUNDS = {"decode": 16, "prefill": 6}
 STEPS, RANDOM_PLACEMENTS, RANKS, SEED = 6, 5, 2, 0
@@ -44,24 +43,19 @@ console = Console()
 
 
 def run(
-    folder: Annotated[Path | None, typer.Option("--traces", help="Folder of .npz files.")] = None,
-    docs: Annotated[bool, typer.Option(help="Write the table of docs/placement.md.")] = False,
+    folder: Annotated[Path, typer.Option("--traces", help="Folder of .npz files.")],
     dtype: Annotated[str, typer.Option(help="Of weights and tokens.")] = "bfloat16",
 ) -> None:
-    """Measure placements on every trace of token ids, or write the table."""
-    if folder is not None:
-        for file in sorted(folder.glob("*.npz")):
-            trace = traces.load(file)
-            if trace.topk_ids_TLK is None or trace.num_layers < 2:
-                continue
-            for row in measure(trace, dtype):
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as rows:
-                    rows.write(json.dumps({**row, **provenance()}) + "\n")
-                console.print({k: v for k, v in row.items() if not isinstance(v, dict)})
-    if docs:
-        found = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-        PAGE.write_text(markdown.filled(PAGE, "accuracy", writer(found)))
+    """Measure placements on every trace of token ids."""
+    for file in sorted(folder.glob("*.npz")):
+        trace = traces.load(file)
+        if trace.topk_ids_TLK is None or trace.num_layers < 2:
+            continue
+        for row in measure(trace, dtype):
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a") as rows:
+                rows.write(json.dumps({**row, **provenance()}) + "\n")
+            console.print({k: v for k, v in row.items() if not isinstance(v, dict)})
 
 
 def measure(trace: traces.Trace, dtype: str) -> Iterator[Row]:
@@ -187,4 +181,4 @@ def _group(machine: str, dtype: str, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    command.main(run)

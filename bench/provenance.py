@@ -115,3 +115,20 @@ def machine() -> str:
 def config_hash(settings: dict[str, Any]) -> str:
     """First 12 hex digits of the hash of a run's settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def require_all_sources(results: Path, key: str, traces: Path | None) -> None:
+    """Ends the command if rows of recorded traces are there and would be replaced by none.
+
+    Args:
+        key: of a row, what names its skew or its trace.
+    """
+    if traces is not None or not results.exists():
+        return
+    names = {json.loads(line).get(key) for line in results.read_text().splitlines()} - {None}
+    recorded = sorted(name for name in names if not name.startswith(("zipf", "alpha")))
+    if recorded:
+        raise SystemExit(
+            f"{results.name} holds rows of {', '.join(recorded)}, which would be lost. Name the "
+            f"folder of these traces with --traces."
+        )

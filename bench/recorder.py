@@ -18,10 +18,9 @@ from typing import Any
 
 import httpx
 import numpy as np
-import typer
 from rich.console import Console
 
-from bench import client, markdown, real_size_model, run_files
+from bench import client, command, markdown, real_size_model, run_files
 from bench.provenance import ROOT, config_hash, provenance
 from bench.server import Arm, Server
 from bench.starts import Start, arm_of
@@ -171,4 +170,4 @@ def _share(rows: list[dict[str, Any]], key: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(recorder)
+    command.main(recorder)

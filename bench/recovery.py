@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench import counters, gate, markdown, real_size_model, run_files
+from bench import command, counters, gate, markdown, real_size_model, run_files
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed, prepared, said
 from bench.provenance import ROOT, config_hash, provenance
@@ -192,4 +192,4 @@ def _moved(starts: list[list[Row]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(recovery)
+    command.main(recovery)

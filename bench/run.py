@@ -32,7 +32,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from bench import real_size_model, run_files, speed
+from bench import command, real_size_model, run_files, speed
 from bench.placed import Placed, prepared, said, traffic
 from bench.provenance import ROOT, config_hash, harness, machine, provenance, sources
 from bench.speed import Watch
@@ -46,9 +46,17 @@ console = Console(stderr=True)
 
 
 def run(
-    files: Annotated[list[Path], typer.Argument(help="Run files, e.g. configs/runs/decode.toml.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True, dir_okay=False, help="Run files, e.g. configs/runs/decode.toml."
+        ),
+    ],
     rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
-    traces: Annotated[Path | None, typer.Option(help="Folder of the recorded traces.")] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of the recorded traces."),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
     for_this_cpu: Annotated[
         bool, typer.Option("--for-this-cpu", help="Leave out files for other CPUs; says which.")
@@ -58,7 +66,7 @@ def run(
     if for_this_cpu:
         files = _suited(files, machine())
     for file in files:
-        if rounds > 1 and run_files.read(file).get("in_turns"):
+        if rounds > 1 and run_files.checked(file).get("in_turns"):
             raise typer.BadParameter(
                 f"--rounds {rounds} was asked for, but {file} sends its loads in turn (`in_turns`) "
                 f"and repeats them by its own `repeats`; only --rounds 1 is allowed. Run this file "
@@ -80,7 +88,7 @@ def _suited(files: list[Path], here: str) -> list[Path]:
 
 def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
     """Measures what is missing in ``results`` of one run file."""
-    settings = run_files.read(file)
+    settings = run_files.checked(file)
     model = real_size_model.ensure(**settings["model"])
     origin = {"config_hash": config_hash(settings), "traffic": traffic(settings, model, traces)}
     origin |= {"sources": sources(), "harness": harness(), **provenance()}
@@ -182,4 +190,4 @@ def _progress(total: int, done: int) -> Iterator[tuple[Callable[[], None], Calla
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    command.main(run)

@@ -13,16 +13,43 @@ from pathlib import Path
 from typing import Any
 
 from bench.provenance import NO_BF16, ROOT, config_hash
+from vllm_balance.errors import BalancerError, unknown
 
 FOLDER = ROOT / "configs" / "runs"
 BF16 = "-bfloat16"
 """How the names of run files end that are for CPUs with 16-bit matrix units alone."""
+KEYS = (
+    *("title", "seed", "model", "serve", "load", "loads", "warm", "replay", "arms", "eplb"),
+    *("in_turns", "cases", "slow", "slow_rank", "place"),
+)
+"""Keys and tables of a run file."""
+ELSEWHERE = {"recordings": "bench.recorder", "phases": "bench.recovery"}
+"""Tables of run files that have a benchmark of their own."""
 Settings = dict[str, Any]
 
 
 def read(file: Path) -> Settings:
     """The settings of a run file, its base's below its own."""
     return _settings(file.name, lambda name: (file.parent / name).read_text())
+
+
+def checked(file: Path) -> Settings:
+    """The same of a file that `bench.run` measures.
+
+    Raises:
+        BalancerError: it is no TOML, holds a key that nothing reads, or another benchmark has it.
+    """
+    try:
+        settings = read(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise BalancerError(f"Run file {file} cannot be read: {error}.") from error
+    for key, command in ELSEWHERE.items():
+        if key in settings:
+            raise BalancerError(f"Run file {file} has [{key}]: `python -m {command}` measures it.")
+    for key in settings:
+        if key not in KEYS:
+            raise BalancerError(f"Run file {file}: {unknown('key', key, KEYS)}")
+    return settings
 
 
 def suits(file: Path, machine: str) -> bool:

@@ -1,8 +1,8 @@
 """The simulator against what was measured and what was published: `python -m bench.validation`.
 
-Writes bench/results/validation.jsonl anew (a row holds prediction and reference), the errors that
-`vllm-balance plan` shows (configs/validity.toml), and the tables of docs/simulator-results.md. No
-constant is chosen per row: hardware and model files are the ones of the catalogue. Where a paper
+Writes bench/results/validation.jsonl anew (a row holds prediction and reference), and the errors
+that `vllm-balance plan` shows (configs/validity.toml); `python -m bench.tables` writes the tables.
+No constant is chosen per row: hardware and model files are those of the catalogue. Where a paper
 does not say something, the same assumption holds for all of its rows (`bench/published.py`).
 """
 
@@ -14,15 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import typer
 from rich.console import Console
 
-from bench import markdown, measured_points, published, validation_tables
+from bench import command, measured_points, published, validation_tables
 from bench.provenance import ROOT, provenance
 from vllm_balance.simulate.sweep import read
 
 RESULTS = ROOT / "bench" / "results" / "validation.jsonl"
-PAGE = ROOT / "docs" / "simulator-results.md"
 VALIDITY = ROOT / "configs" / "validity.toml"
 SEED = 1
 KINDS = {"profiled": "pair", "roofline": "published ratio"}
@@ -30,19 +28,14 @@ KINDS = {"profiled": "pair", "roofline": "published ratio"}
 Row = dict[str, Any]
 
 
-def validate(
-    docs_only: bool = typer.Option(False, "--docs", help="Only write the tables anew."),
-) -> None:
+def validate() -> None:
     """Predict everything that is known, and say how far off it was."""
-    if not docs_only:
-        origin = provenance()
-        own = measured_points.points(ROOT / "bench" / "results", read(RESULTS))
-        rows = [*own, *({**row, **origin} for row in published.rows(SEED))]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = read(RESULTS)
+    origin = provenance()
+    own = measured_points.points(ROOT / "bench" / "results", read(RESULTS))
+    rows = [*own, *({**row, **origin} for row in published.rows(SEED))]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_validity(rows)
-    PAGE.write_text(markdown.filled(PAGE, "validation", writer(rows)))
-    Console().print(f"{len(rows)} points; see {PAGE.relative_to(ROOT)}.")
+    Console().print(f"{len(rows)} points; `python -m bench.tables` writes their tables.")
 
 
 def writer(rows: list[Row]) -> Callable[[str], str]:
@@ -76,4 +69,4 @@ def errors(rows: list[Row], kind: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    typer.run(validate)
+    command.main(validate)

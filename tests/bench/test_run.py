@@ -14,6 +14,7 @@ from bench import run, run_files, turn
 from bench.load import Load
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
+from vllm_balance.errors import BalancerError
 from vllm_balance.measurement import KernelTime, newest, read_measurements
 
 SETTINGS = {file.stem: run_files.read(file) for file in run_files.FOLDER.glob("*.toml")}
@@ -216,6 +217,25 @@ def test_loads_go_forth_and_back_over_servers_that_are_up_together(measuring):
     assert [row.case for row in rows] == ["even"] * 12 + ["skewed"] * 12
     with pytest.raises(ValueError, match="repeats"):
         plan(tomllib.loads(IN_TURNS), rounds=2)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_run_files_hold_nothing_that_nobody_reads(name):
+    assert run_files.checked(run_files.FOLDER / f"{name}.toml") == SETTINGS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[replays]\nzipf = 1", "Unknown key 'replays'. Did you mean 'replay'"),
+        ("[recordings]", "`python -m bench.recorder` measures it"),
+        ("title =", "cannot be read: Invalid value"),
+    ],
+)
+def test_what_no_run_file_is_is_refused(tmp_path, text, reason):
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(BalancerError, match=reason):
+        run.run_file(tmp_path / "own.toml", 1, tmp_path / "own.jsonl")
 
 
 def test_rounds_of_loads_in_turn_are_refused_before_anything_is_measured(measuring, tmp_path):
