@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bench import run_files, speed
+from bench import placed, real_size_model, run_files, speed
 from bench.load import Load as Asked
-from bench.predictions import predict, profiled_dtype
+from bench.predictions import Recorded, is_profiled, predict, profiled_dtype
 from bench.provenance import provenance
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
@@ -33,7 +34,7 @@ RUNS = (
     "harmoeny-short",
     "harmoeny-moe-heavy",
 )
-RUNS += ("harmoeny-qwen3", "harmoeny-top1")
+RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "trace", "recorded-bfloat16", "slow_rank")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
@@ -62,12 +63,16 @@ def hardware_names() -> dict[str, str]:
     return found
 
 
-def points(results: Path, old: list[Row]) -> Iterator[Row]:
+def points(results: Path, old: list[Row], traces: Path | None) -> Iterator[Row]:
     """TPOT, TTFT and counts of every arm of each run's newest rows on each machine, and every pair
     of arms; kinds "measured" and "pair".
 
     Where a run has no measured rows of a machine at present, the points in `old` are kept, and say
     so (`kept`): older code predicted them.
+
+    Args:
+        traces: folder of the recorded traces; runs that replay one are left out where it is not the
+            one of their rows, or not there.
     """
     described = hardware_names()
     for name in RUNS:
@@ -87,11 +92,13 @@ def points(results: Path, old: list[Row]) -> Iterator[Row]:
                     f"out. Write one with `python -m bench.machine --write NAME`.[/]"
                 )
                 continue
-            yield from _of_machine(name, rows, described[machine])
+            yield from _of_machine(name, rows, described[machine], traces)
         yield from kept
 
 
-def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Row]:
+def _of_machine(
+    name: str, rows: list[Measurement], machine: str, traces: Path | None
+) -> Iterator[Row]:
     settings = run_files.with_hash(name, rows[-1].config_hash)
     served, profiled = settings["model"].get("dtype", "bfloat16"), profiled_dtype(machine)
     if served != profiled:
@@ -102,14 +109,51 @@ def _of_machine(name: str, rows: list[Measurement], machine: str) -> Iterator[Ro
         return
     groups: dict[tuple[str, str], Arms] = {}
     for row in rows:
-        groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
-    for variant, arms in groups.items():
-        tables, load = _variant(settings, *variant)
-        # The simulator's traffic keeps its popular experts.
-        if "change_every" not in (load.replay or tables["replay"]):
-            made = {arm: predict(tables, load, arm, machine) for arm in arms}
-            slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
-            yield from _group(name, variant, arms, made, slow, load)
+        if row.slow == 1:  # The simulator's ranks are alike.
+            groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
+    with _recorded(settings, rows, traces) as (is_there, files):
+        if not is_there:
+            Console().print(
+                f"[yellow]{name} replayed a trace that is not there (--traces); its rows are left "
+                f"out.[/]"
+            )
+            return
+        for variant, arms in groups.items():
+            tables, load = _variant(settings, *variant)
+            # The simulator's traffic keeps its popular experts.
+            if "change_every" not in (load.replay or tables["replay"]):
+                made = {arm: predict(tables, load, arm, machine, files) for arm in arms}
+                slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
+                profiled = {"profiled": is_profiled(settings, machine)}
+                yield from (
+                    point | profiled for point in _group(name, variant, arms, made, slow, load)
+                )
+
+
+@contextmanager
+def _recorded(
+    settings: Row, rows: list[Measurement], folder: Path | None
+) -> Iterator[tuple[bool, Recorded | None]]:
+    """Whether what a run replayed is at hand, and the files, if it replayed a trace.
+
+    Early rows do not say which trace theirs was: one of a file with the same name, but the demo
+    model's, which is another one on every machine, may be any.
+    """
+    name = settings["replay"].get("trace")
+    if name is None:
+        yield True, None
+        return
+    model = real_size_model.ensure(**settings["model"])
+    if name != "demo" and (folder is None or not (folder / name).is_file()):
+        yield False, None
+        return
+    replayed = {row.traffic for row in rows}
+    present = placed.traffic(settings, model, folder)
+    if replayed != {present} and (replayed != {""} or name == "demo"):
+        yield False, None
+        return
+    with placed.split_files(placed.recorded(settings, folder), model, settings["seed"]) as files:
+        yield True, Recorded(*files)
 
 
 def _variant(settings: Row, case: str, load: str) -> tuple[Row, Asked]:

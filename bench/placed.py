@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from vllm_balance.seams.device import kernel_isa
 from vllm_balance.simulate.traffic import spread_layers
 from vllm_balance.traces import Trace
 
+HALVES = ("known", "replayed")
+"""What placements know of a trace, and what servers replay."""
 SLOW_RANK = 1
 """Where a run file names no other."""
 TOLERANCE = 0.05
@@ -90,8 +93,7 @@ class Placed:
         if not self.profile.exists():
             dtype = from_config(self.model).dtype
             profile(self.model, ranks=self.num_ranks, output=self.profile, dtype=dtype)
-        names = ("known", "replayed")
-        for half, name in zip(halves(self.trace, self.model, self.seed), names, strict=True):
+        for half, name in zip(halves(self.trace, self.model, self.seed), HALVES, strict=True):
             traces.save(self.folder / f"{name}.npz", half)
         self.shown_slowdown = self._verify(asked)
         off = {a: s for a, s in self.shown_slowdown.items() if abs(s - a.factor) > TOLERANCE}
@@ -124,6 +126,7 @@ class Placed:
             trace=known,
             ranks=self.num_ranks,
             output=output,
+            force=True,
             policy=policy,
             seed=self.seed,
             **self.settings,
@@ -166,6 +169,16 @@ def halves(trace: Path, model: Path, seed: int) -> tuple[Trace, Trace]:
     return cut.split(seed)
 
 
+@contextmanager
+def split_files(trace: Path, model: Path, seed: int) -> Iterator[tuple[Path, Path]]:
+    """The halves of a trace as files, those of servers; gone behind it."""
+    with tempfile.TemporaryDirectory() as folder:
+        known, replayed = (Path(folder) / f"{name}.npz" for name in HALVES)
+        for half, file in zip(halves(trace, model, seed), (known, replayed), strict=True):
+            traces.save(file, half)
+        yield known, replayed
+
+
 def traffic(settings: dict[str, Any], model: Path, folder: Path | None) -> str:
     """Hash of the recorded routing that a run replays and places by; empty if a seed draws it.
 
@@ -176,7 +189,7 @@ def traffic(settings: dict[str, Any], model: Path, folder: Path | None) -> str:
         typer.BadParameter: the run replays a recorded trace, and no folder is named.
     """
     if "place" in settings:
-        return _digest(halves(_recorded(settings, folder), model, settings["seed"]))
+        return _digest(halves(recorded(settings, folder), model, settings["seed"]))
     tables = [settings, *settings.get("cases", {}).values(), *settings.get("loads", {}).values()]
     names = {table.get("replay", {}).get("trace") for table in tables} - {None}
     files = [demo_trace.ensure() if name == "demo" else Path(name) for name in sorted(names)]
@@ -193,8 +206,8 @@ def _digest(recorded: Iterable[Trace]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _recorded(settings: dict[str, Any], folder: Path | None) -> Path:
-    """The trace of a run with placements. Raises typer.BadParameter without a folder for it."""
+def recorded(settings: dict[str, Any], folder: Path | None) -> Path:
+    """The trace that a run replays. Raises typer.BadParameter without a folder for it."""
     name = settings["replay"]["trace"]
     if name == "demo":
         return demo_trace.ensure()
@@ -231,7 +244,7 @@ def prepared(
         return None
     placed = Placed(
         model=model,
-        trace=_recorded(settings, folder),
+        trace=recorded(settings, folder),
         folder=_folder(digest),
         num_ranks=settings["serve"].get("tensor_parallel", 1),
         settings=settings["place"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from bench import real_size_model
 from bench.load import Load as Asked
@@ -11,6 +13,7 @@ from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
 from vllm_balance.simulate.hardware import NUMBER_OF
 from vllm_balance.simulate.models import Model
+from vllm_balance.simulate.run import is_of
 
 BASE = "qwen3-30b-a3b"
 SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads", "head_dim")
@@ -22,9 +25,18 @@ NUMBERS = {dtype: (NUMBER_OF[dtype], width) for dtype, width in (("bfloat16", 2)
 Row = dict[str, Any]
 
 
-def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16") -> Model:
-    """The model file of what `bench/real_size_model.py` makes."""
-    shape = real_size_model.PRESETS[preset]
+class Recorded(NamedTuple):
+    """Files of a trace that a run replays."""
+
+    known: Path
+    """What arms with a placement are placed by."""
+    replayed: Path
+    """What servers are given; without such arms the whole trace."""
+
+
+def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16", **changes: int) -> Model:
+    """The model file of what `bench/real_size_model.py` makes of the same arguments."""
+    shape = replace(real_size_model.PRESETS[preset], **changes)
     counts = {key: getattr(shape, key) for key in SHAPE}
     base = models.load(BASE).with_counts(num_layers=num_layers, num_dense_layers=0, **counts)
     number, width = NUMBERS[dtype]
@@ -53,16 +65,33 @@ def profiled_dtype(machine: str) -> str:
     return "bfloat16" if profile is None else profile.shape.dtype
 
 
-def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
-    """The simulation of one arm of a run file on the machine of a hardware file."""
+def is_profiled(settings: Row, machine: str) -> bool:
+    """Whether the profile of a hardware file is of experts as large as those of a run file; of
+    others the roofline is taken."""
+    _, profile = hardware.load(machine)
+    return profile is not None and is_of(profile, benchmark_model(**settings["model"]))
+
+
+def predict(
+    settings: Row, load: Asked, name: str, machine: str, recorded: Recorded | None = None
+) -> Outcome:
+    """The simulation of one arm of a run file on the machine of a hardware file.
+
+    Args:
+        recorded: the trace that the run replays, if it does.
+    """
     described, profile = hardware.load(machine)
-    own = settings["model"]
-    model = benchmark_model(own["preset"], own["num_layers"], own.get("dtype", "bfloat16"))
+    model = benchmark_model(**settings["model"])
     serve = settings["serve"]
     layout = Layout(tensor=serve.get("tensor_parallel", 1), data=serve.get("data_parallel", 1))
     own = settings.get("eplb", {}) | settings["arms"][name]
     extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * layout.num_ranks)
-    replay = ReplaySettings(**(load.replay or settings["replay"]), seed=settings["seed"])
+    asked = load.replay or settings["replay"]
+    served = known = {**asked, "seed": settings["seed"]}
+    if "trace" in asked:
+        assert recorded is not None
+        served = {**served, "trace": recorded.replayed}
+        known = {**served, "trace": recorded.known if "place" in own else recorded.replayed}
     arm = Arm(
         model=model,
         hardware=described,
@@ -74,7 +103,8 @@ def predict(settings: Row, load: Asked, name: str, machine: str) -> Outcome:
         warm_batches=_warm_batches(settings, load),
     )
     layers = model.num_moe_layers
-    return simulate(arm, skewed(replay, model, layers), skewed(replay, model, layers))
+    traffic, placed_by = (skewed(ReplaySettings(**each), model, layers) for each in (served, known))
+    return simulate(arm, traffic, placed_by)
 
 
 def _warm_batches(settings: Row, load: Asked) -> int:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 
 from bench import command, measured_points, published, validation_tables
@@ -28,10 +30,17 @@ KINDS = {"profiled": "pair", "roofline": "published ratio"}
 Row = dict[str, Any]
 
 
-def validate() -> None:
+def validate(
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of the recorded traces; runs need theirs."
+        ),
+    ] = None,
+) -> None:
     """Predict everything that is known, and say how far off it was."""
     origin = provenance()
-    own = measured_points.points(ROOT / "bench" / "results", read(RESULTS))
+    own = measured_points.points(ROOT / "bench" / "results", read(RESULTS), traces)
     rows = [*own, *({**row, **origin} for row in published.rows(SEED))]
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_validity(rows)
@@ -59,8 +68,13 @@ def write_validity(rows: list[Row]) -> None:
 
 def errors(rows: list[Row], kind: str) -> dict[str, float]:
     """Number of the ratios of a kind, mean absolute error, and what at most a tenth was missed by
-    more than. Points that are kept from older code say nothing about this one."""
-    found = [abs(row["error"]) for row in rows if row["kind"] == kind and not row.get("kept")]
+    more than. Points that are kept from older code say nothing about this one, and those of experts
+    that were not profiled nothing about profiles."""
+    found = [
+        abs(row["error"])
+        for row in rows
+        if row["kind"] == kind and not row.get("kept") and row.get("profiled", True)
+    ]
     return {
         "points": len(found),
         "mean": round(statistics.mean(found), 3),

@@ -1,19 +1,24 @@
 """Points of the validation: rows of each machine against that machine's file, and no other's."""
 
+import json
 import statistics
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from measured import latency, row
+from tiny_model import CONFIG
 
-from bench import measured_points, predictions, run_files, validation_tables
+from bench import measured_points, predictions, real_size_model, run_files, validation_tables
 from bench.load import Load
+from bench.predictions import Recorded
 from bench.provenance import ROOT, config_hash
 from bench.validation import RESULTS
+from vllm_balance import traces
 from vllm_balance.measurement import KernelTime, newest_by_machine, read_measurements
 from vllm_balance.simulate import Layout, hardware
 from vllm_balance.simulate.sweep import read
+from vllm_balance.traces import Trace
 
 HERE, OTHER, UNKNOWN = "Machine of a file", "Another machine of a file", "Machine of no file"
 NAMES = {HERE: "here", OTHER: "other"}
@@ -41,21 +46,22 @@ def asked(monkeypatch):
     """What was predicted, (arm, hardware file): static 100 ms, others 90, on `other` 10 times."""
     seen = []
 
-    def predict(settings, load, arm, machine):
+    def predict(settings, load, arm, machine, recorded=None):
         seen.append((arm, machine))
         return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
 
     monkeypatch.setattr(measured_points, "predict", predict)
     monkeypatch.setattr(measured_points, "profiled_dtype", lambda machine: "bfloat16")
+    monkeypatch.setattr(measured_points, "is_profiled", lambda settings, machine: True)
     monkeypatch.setattr(measured_points, "hardware_names", lambda: NAMES)
     return seen
 
 
-def points(tmp_path, rows, old=()):
+def points(tmp_path, rows, old=(), folder=None):
     for name in {each.run for each in rows}:
         text = "".join(each.model_dump_json() + "\n" for each in rows if each.run == name)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    return list(measured_points.points(tmp_path, list(old)))
+    return list(measured_points.points(tmp_path, list(old), folder))
 
 
 def test_each_machine_is_checked_against_its_own_file(tmp_path, asked):
@@ -136,6 +142,50 @@ def test_rows_of_another_number_format_are_left_out(tmp_path, asked, capsys):
         " ".join(capsys.readouterr().out.split())
     )
     assert predictions.profiled_dtype("cpu-avx512") == "bfloat16"
+
+
+def recorded(folder, *, used, seed=0):
+    """A trace of slow_rank.toml's name and shape whose tokens use some experts alone."""
+    noise = np.random.default_rng(seed).random((640, 4, len(used)))
+    found = Trace(
+        name="t",
+        num_experts=64,
+        top_k=6,
+        layer_index_L=np.arange(4),
+        topk_ids_TLK=np.array(used, np.uint8)[np.argsort(noise, axis=2)[..., :6]],
+        request_id_T=np.repeat(np.arange(64), 10),
+    )
+    folder.mkdir(exist_ok=True)
+    traces.save(folder / "dsv2lite_esft-intent.npz", found)
+    return folder
+
+
+def test_runs_that_replay_a_trace_are_predicted_where_it_is_there(
+    tmp_path, asked, capsys, monkeypatch
+):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(real_size_model, "ensure", lambda **shape: tmp_path)
+    rows = [cell("static", HERE, "slow_rank", load="decode")]
+    rows += [cell("gem", HERE, "slow_rank", load="decode", slow=1.28)]
+    assert points(tmp_path, rows) == [] and not asked
+    assert "slow_rank replayed a trace that is not there (--traces)" in capsys.readouterr().out
+    folder = recorded(tmp_path / "traces", used=range(8))
+    assert {p["arm"] for p in points(tmp_path, rows, folder=folder)} == {"decode static"}
+    other = [row.model_copy(update={"traffic": "of another"}) for row in rows]
+    assert points(tmp_path, other, folder=folder) == []
+
+
+def test_a_recorded_load_is_predicted_by_what_servers_replay_and_maps_know(tmp_path):
+    settings = run_files.read(run_files.FOLDER / "slow_rank.toml")
+    load = Load(requests=8, prompt_tokens=2, max_tokens=8)
+    trace = recorded(tmp_path, used=range(16)) / "dsv2lite_esft-intent.npz"
+    worst = {}
+    for arm in ("static", "gem"):
+        made = predictions.predict(settings, load, arm, "cpu-amx", Recorded(trace, trace))
+        worst[arm] = made.pairs_N
+    pairs = 2 * 6 * np.array([8] * len(worst["static"]))
+    assert (worst["static"] % 12 == 0).all() and worst["static"][-1] == pairs[-1]
+    assert worst["gem"].sum() < 0.7 * worst["static"].sum()
 
 
 def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path, asked):

@@ -233,7 +233,7 @@ def test_experts_are_placed_without_a_profile_by_the_speeds_that_are_given(folde
     shares = []
     for speeds in ("1,1", "1,0.5"):
         done = run("place", "--model", tmp_path, "--speeds", speeds, "--trace", folder / "t.npz",
-                   "-o", tmp_path / "m.json", "--batch", 4096)  # fmt: skip
+                   "-o", tmp_path / "m.json", "--batch", 4096, "--force")  # fmt: skip
         assert done.exit_code == 0, done.output
         assert "times of a token" in done.output
         found = maps.load(tmp_path / "m.json")
@@ -290,7 +290,7 @@ def test_a_gem_map_beats_a_linear_one_on_the_trace(folder):
     ranks = Cluster(costs=profiles.load(folder / "p.json").costs)
     score = {}
     for name in ("linear", "gem"):
-        out = folder / f"{name}.json"
+        out = folder / f"{name} of all.json"
         done = run("place", "--policy", name, "--profile", folder / "p.json", "--trace",
                    folder / "t.npz", "--ranks", 2, "-o", out)  # fmt: skip
         assert done.exit_code == 0, done.output
@@ -326,13 +326,13 @@ def test_place_looks_at_the_folder_of_the_map_before_anything_else(folder):
 
 def test_place_knows_the_policy_before_it_reads_the_files(folder):
     refused = run("place", "--profile", "lost.json", "--trace", "lost.npz", "--ranks", 2,
-                  "--policy", "ex_flow", "-o", folder / "m.json").exception  # fmt: skip
+                  "--policy", "ex_flow", "-o", folder / "new.json").exception  # fmt: skip
     assert isinstance(refused, BalancerError) and "Did you mean 'exflow'?" in str(refused)
 
 
 def test_a_missing_profile_says_how_to_make_one(folder):
     refused = run("place", "--profile", "lost.json", "--trace", folder / "t.npz", "--ranks", 2,
-                  "-o", folder / "m.json").exception  # fmt: skip
+                  "-o", folder / "new.json").exception  # fmt: skip
     assert isinstance(refused, BalancerError)
     assert "lost.json cannot be read: No such file" in str(refused)
     assert "made by `vllm-balance profile`" in str(refused)
@@ -424,7 +424,7 @@ def test_a_profile_is_not_begun_if_its_results_have_no_place(tmp_path, monkeypat
 
     monkeypatch.setattr(sys.modules[sample.__module__], "probing", begun)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    lost, there = tmp_path / "lost" / "p", tmp_path / "p"
+    lost, there = tmp_path / "lost" / "p.png", tmp_path / "p.png"
     for arguments in (("-o", lost), ("-o", there, "--plot", lost), ("-o", tmp_path)):
         refused = run("profile", tmp_path, "--ranks", 1, *arguments).exception
         assert isinstance(refused, BalancerError) and "was to be written to" in str(refused)

@@ -53,7 +53,7 @@ def test_experts_are_listed(info):
 
 
 def test_counts_are_in_steps_already(info):
-    with pytest.raises(BalancerError, match=r"--batch 7 was given, and trace \w+ holds counts"):
+    with pytest.raises(BalancerError, match=r"--batch 7 was given, and trace \S+ holds counts"):
         info("--batch", 7)
 
 

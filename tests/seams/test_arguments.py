@@ -321,8 +321,8 @@ def test_a_recording_alone_takes_static_and_an_absolute_path(moe_model, tmp_path
     config = configured(moe_model, *TWO_RANKS, "--moe-record", "t.npz")
     settled = config.additional_config["moe_balancer"]
     assert settled["name"] == "static"
-    assert len(settled["record"].pop("run")) == 32
     assert settled["record"] == {
+        "run": "",
         "file": str(tmp_path / "t.npz"),
         "what": "counts",
         "max_bytes": 256 * 2**20,

@@ -68,7 +68,7 @@ class Traffic:
 
 
 def skewed(settings: ReplaySettings, model: Model, num_layers: int, rank: int = 0) -> Traffic:
-    """What `replay` makes a server serve: the same rows, in the same order.
+    """What `replay` makes a server serve, a skew or a trace: the same rows, in the same order.
 
     Another rank draws other tokens from the same distributions: to place experts by, without
     knowing the tokens that are served.
@@ -83,13 +83,20 @@ def skewed(settings: ReplaySettings, model: Model, num_layers: int, rank: int = 
         rank=rank,
     )
     rows_LNK = np.stack([replay.rows(layer, settings.rows).numpy() for layer in range(num_layers)])
-    kind = "zipf" if settings.zipf is not None else "hot"
     return Traffic(
-        name=f"{kind} {settings.zipf if settings.hot is None else settings.hot.fraction:g}",
+        name=_name(settings),
         num_experts=model.num_experts.value,
         decode_LNK=rows_LNK,
         prefill_LNK=rows_LNK,
     )
+
+
+def _name(settings: ReplaySettings) -> str:
+    if settings.trace is not None:
+        return settings.trace.stem
+    if settings.hot is not None:
+        return f"hot {settings.hot.fraction:g}"
+    return f"zipf {settings.zipf:g}"
 
 
 def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int = 16384) -> Traffic:
