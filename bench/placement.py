@@ -101,6 +101,7 @@ def grow() -> Iterator[Row]:
         ("gem", 32, 128, 8, 256, 0),
         ("gem", 58, 256, 16, 16, 0),
         ("gem", 58, 256, 64, 16, 0),
+        ("gem", 58, 256, 64, 128, 0),
         ("gem_r", 32, 128, 8, 16, 32),
         ("gem_r", 32, 128, 8, 128, 32),
         ("gem_r", 32, 128, 8, 256, 32),
@@ -108,7 +109,9 @@ def grow() -> Iterator[Row]:
         random = np.random.default_rng(SEED)
         weight_LE = random.permuted(np.tile(np.arange(1, experts + 1) ** -0.8, (layers, 1)), axis=1)
         weight_LE /= weight_LE.sum(1, keepdims=True)
-        history_NLE = random.multinomial(32_768, weight_LE, (steps, layers))
+        history_NLE, held_out_NLE = (
+            random.multinomial(32_768, weight_LE, (steps, layers)) for _ in range(2)
+        )
         cost = COSTS["tempo"]
         cluster = Cluster(
             costs=(cost.slowed(1.16), *(cost,) * (num_ranks - 1)), num_redundant=redundant
@@ -122,7 +125,7 @@ def grow() -> Iterator[Row]:
             "experts": experts,
             "ranks": num_ranks,
             "steps": [steps, steps],
-            **_scores(history_NLE, history_NLE, cluster, ("linear", "eplb", policy), repeats=3),
+            **_scores(history_NLE, held_out_NLE, cluster, ("linear", "eplb", policy), repeats=3),
         }
 
 

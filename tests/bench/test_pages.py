@@ -8,6 +8,7 @@ import pytest
 
 from bench import metro_gpu, run_files, tables, validation
 from bench.provenance import ROOT
+from vllm_balance.simulate import validity
 
 UNMEASURED = "**Not measured in a server so far:**"
 RESULTS = ROOT / "bench" / "results"
@@ -36,6 +37,16 @@ def _anchors(page: Path) -> set[str]:
     """What links to a page's headings look like on GitHub."""
     headings = re.findall(r"^#+ (.*)$", page.read_text().lower(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_guide_of_the_simulator_names_the_errors_that_plan_shows():
+    shown = validity.load()
+    said = (
+        f"missed by more than {shown.profiled.one_in_ten.value:.0%} on profiled CPUs and "
+        f"{shown.roofline.one_in_ten.value:.0%} on GPUs"
+    )
+    page = (ROOT / "docs" / "simulator.md").read_text()
+    assert said.replace("%", " %") in " ".join(page.split())
 
 
 def test_every_place_for_a_table_is_written_by_something():
