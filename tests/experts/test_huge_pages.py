@@ -74,5 +74,7 @@ def test_memory_of_a_file_stays_as_it_is(tmp_path: Path) -> None:
     weights = torch.from_file(
         str(tmp_path / "weights"), size=2 * HUGE_PAGE_BYTES, dtype=torch.uint8
     )
-    gather_into_huge_pages([weights])
+    found = gather_into_huge_pages([weights])
+    assert found % HUGE_PAGE_BYTES == 0 and found <= weights.nbytes
     assert weights[-1] == 255 and weights[HUGE_PAGE_BYTES + 3] == 3
+    assert (tmp_path / "weights").read_bytes() == weights.numpy().tobytes()

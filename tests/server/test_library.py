@@ -8,9 +8,11 @@ import pytest
 from serving import FLOAT32, MAX_TOKENS, MOVING, PROMPTS, TENSOR_PARALLEL, VLLM
 
 from bench.server import environment
+from vllm_balance import traces
 
 pytestmark = pytest.mark.timeout(600)
 
+LAYERS, TOP_K = 4, 4
 PROGRAM = """
 import json, sys
 
@@ -75,10 +77,15 @@ def test_vllms_benchmark_command_takes_the_flag(model, tmp_path):
         *(VLLM, "bench", "throughput", "--model", str(model), *TENSOR_PARALLEL, *FLOAT32),
         *("--moe-balancer", "metro", "--enforce-eager", "--max-model-len", "512"),
         *("--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "8"),
-        *("--num-prompts", "4", "--output-json", "out.json"),
+        *("--num-prompts", "4", "--output-json", "out.json", "--moe-record", "trace.npz"),
         folder=tmp_path,
     )
     assert "Throughput:" in said
     assert json.loads((tmp_path / "out.json").read_text())["num_requests"] == 4
     log = (tmp_path / "log").read_text() + said
     assert "MoE balancer metro" in log
+    # The balancer saw every token but the last of each answer, in every layer.
+    recorded = traces.load(tmp_path / "trace.npz").chunks(1).sum((0, 2))
+    tokens = recorded / TOP_K
+    assert len(recorded) == LAYERS and len(set(tokens)) == 1
+    assert tokens[0] >= 4 * (16 + 8 - 1)
