@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import markdown
 from bench.provenance import ROOT, code, commit, digest_of, versions
+from vllm_balance.commands.printing import progress
 from vllm_balance.measured_tables import rate_at
 from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
 from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
@@ -147,10 +147,9 @@ def speed() -> None:
 def _run(
     name: str, cells: list[Cell], results: Path | None = None, address: str | None = None
 ) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     path = results or RESULTS / f"{name}.jsonl"
     left = missing(cells, path, decided_by)
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    with progress() as bar:
         task = bar.add_task(name, total=len(cells), completed=len(cells) - len(left))
         sweep(
             left,

@@ -12,12 +12,11 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_balance import documents, maps, profiles, traces
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.commands.printing import say, spans
+from vllm_balance.commands.printing import progress, say, spans
 from vllm_balance.cost import GPU_KNEE_TOKENS, CostModel
 from vllm_balance.errors import BalancerError, unknown
 from vllm_balance.model_shape import ModelShape, from_config
@@ -366,8 +365,7 @@ def with_progress(
     policy: str, num_layers: int, place: Callable[[Callable[[int], None]], np.ndarray]
 ) -> np.ndarray:
     """What `place` returns, which is given a function to call for each layer, behind a bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    with progress() as bar:
         task = bar.add_task(f"placing by {policy}", total=num_layers)
         found = place(lambda _: bar.advance(task))
         bar.update(task, completed=num_layers)

@@ -6,11 +6,18 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def say(line: str, style: str | None = None) -> None:
     """Prints a line as it is, however long, also into a pipe. `style`: its colour."""
     Console().print(line, style=style, markup=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A bar on standard error: what is done, how far it is, and for how long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -13,14 +13,13 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands import pictures
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.commands.printing import say
+from vllm_balance.commands.printing import progress, say
 from vllm_balance.commands.profile_check import check_profile
 from vllm_balance.commands.rank_curves import ROUNDS, curves, fastest
 from vllm_balance.cost import GROUPED, CostModel
@@ -205,9 +204,8 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
     """Points of each round and rank, the same batches in each: few far from the knee, many around
     it, and skewed ones.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     begun = time.monotonic()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    with progress() as bar:
         task = bar.add_task("finding the knee", total=None)
 
         def measure(tokens_E: Sequence[int]) -> list[Point]:
