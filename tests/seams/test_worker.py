@@ -10,7 +10,12 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import device
 from vllm_balance.seams.device import processor
-from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, knee_and_free
+from vllm_balance.seams.worker import (
+    BalancedWorker,
+    explaining_eplb,
+    knee_and_free,
+    require_alike,
+)
 
 
 def worker(name: str, **settings) -> BalancedWorker:

@@ -108,6 +108,7 @@ class BalancedWorker(RecordingWorker):
                 f"balanced; remove the flag."
             )
         self._runners = runners
+        require_alike(runners)
         if self.balancer_config.replay is not None:
             self._replay_as = partial(_register_replay, vllm_config, runners)
             self._replay_as(self.balancer_config.replay)
@@ -342,6 +343,17 @@ class BalancedWorker(RecordingWorker):
         except ValueError as error:
             return {"error": f"`replay` cannot be changed: {error}."}
         return None
+
+
+def require_alike(runners: Sequence[Any]) -> None:
+    """Returns if all MoE layers have as many experts. Raises BalancerError if not."""
+    counts = {runner.moe_config.num_experts for runner in runners}
+    if len(counts) > 1:
+        raise BalancerError(
+            f"The MoE layers of this model have different numbers of slots "
+            f"({', '.join(map(str, sorted(counts)))}), and --moe-balancer, its recordings and "
+            f"maps take one number for all layers. Remove the flag for this model."
+        )
 
 
 def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySettings) -> None:
