@@ -164,7 +164,7 @@ class Profile(Document):
         if len(self.ranks) not in (1, num_ranks):
             raise BalancerError(
                 f"{num_ranks} ranks were asked for, and the profile has {len(self.ranks)}. Profile "
-                f"that many (`vllm-balance profile --ranks {num_ranks}`), or one rank if all are "
+                f"that many (`vllm-balance profile MODEL --ranks {num_ranks}`), or one if all are "
                 f"alike."
             )
         return self.costs if len(self.ranks) == num_ranks else self.costs * num_ranks

@@ -180,6 +180,13 @@ def test_ranks_are_compared_only_where_their_sums_may_differ(monkeypatch, way, i
     )
 
 
+def test_layers_of_different_sizes_are_refused():
+    layers = [SimpleNamespace(moe_config=SimpleNamespace(num_experts=n)) for n in (8, 8, 16)]
+    require_alike(layers[:2])
+    with pytest.raises(BalancerError, match=r"different numbers of slots \(8, 16\)"):
+        require_alike(layers)
+
+
 class Stock:
     """What is left of vLLM's worker: new weights come with new kernels."""
 
