@@ -5,9 +5,10 @@
 #   PIP_FLAGS=...    more flags for pip, for machines whose pip does not find the CPU build of
 #                    torch by itself (see the top of configs/cpu.lock)
 #   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
-#                    slow_rank.toml and turns-gem.toml replay, and dsv2lite_esft-law.npz, which
-#                    turns-slow.toml does; bench.recovery needs both. Without DIR these four are
-#                    left out
+#                    slow_rank.toml and turns-gem.toml replay, dsv2lite_esft-law.npz, which
+#                    turns-slow.toml does (bench.recovery needs both), and gptoss20b-mmlu.npz of
+#                    recorded-bfloat16.toml and harmoeny-recorded.toml. Without DIR they are left
+#                    out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3

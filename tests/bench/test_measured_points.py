@@ -183,8 +183,8 @@ def test_a_recorded_load_is_predicted_by_what_servers_replay_and_maps_know(tmp_p
     for arm in ("static", "gem"):
         made = predictions.predict(settings, load, arm, "cpu-amx", Recorded(trace, trace))
         worst[arm] = made.pairs_N
-    pairs = 2 * 6 * np.array([8] * len(worst["static"]))
-    assert (worst["static"] % 12 == 0).all() and worst["static"][-1] == pairs[-1]
+    # Two layers, eight tokens, six experts of each: all of rank 0 but by the map.
+    assert set(worst["static"][2:-1]) == {2 * 8 * 6}
     assert worst["gem"].sum() < 0.7 * worst["static"].sum()
 
 
@@ -200,7 +200,7 @@ def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path,
 def test_a_load_with_a_skew_of_its_own_is_predicted_under_it(tmp_path, monkeypatch, asked):
     seen = {}
 
-    def predict(tables, load, arm, machine):
+    def predict(tables, load, arm, machine, recorded=None):
         seen[arm] = predictions.predict(tables, load, arm, "cpu-avx512")
         return outcome(100e3)
 
