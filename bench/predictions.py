@@ -19,7 +19,8 @@ BASE = "qwen3-30b-a3b"
 SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads", "head_dim")
 SHAPE += ("vocabulary",)
 """What a benchmark's model may have otherwise than BASE."""
-TOKEN_BUDGET = 8192
+BUDGET, TOKEN_BUDGET = "--max-num-batched-tokens", 8192
+"""The flag, and where a run file lacks it a limit that its loads stay below."""
 NUMBERS = {dtype: (NUMBER_OF[dtype], width) for dtype, width in (("bfloat16", 2), ("float32", 4))}
 """What a model is served in: the format of its arithmetic, bytes of a weight or cached element."""
 Row = dict[str, Any]
@@ -46,13 +47,13 @@ def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16", **cha
     return base.model_copy(update={"expert_number": number, "dense_number": number, **stored})
 
 
-def burst(load: Asked, engines: int = 1) -> Load:
+def burst(load: Asked, engines: int = 1, token_budget: int = TOKEN_BUDGET) -> Load:
     """What the first requests of a benchmark's load ask for: they arrive at once."""
     return Load(
         concurrency=load.at_once,
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.max_tokens,
-        token_budget=TOKEN_BUDGET,
+        token_budget=token_budget,
         engines=engines,
         max_steps=1000,
         steady=False,
@@ -99,12 +100,19 @@ def predict(
         layout=layout,
         balancer=own.get("balancer", name),
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
-        load=burst(load, layout.data),
+        load=burst(load, layout.data, _token_budget(serve["flags"])),
         warm_batches=_warm_batches(settings, load),
     )
     layers = model.num_moe_layers
     traffic, placed_by = (skewed(ReplaySettings(**each), model, layers) for each in (served, known))
     return simulate(arm, traffic, placed_by)
+
+
+def _token_budget(flags: list[str]) -> int:
+    """Most tokens of a step of an engine."""
+    if BUDGET not in flags:
+        return TOKEN_BUDGET
+    return int(flags[flags.index(BUDGET) + 1])
 
 
 def _warm_batches(settings: Row, load: Asked) -> int:

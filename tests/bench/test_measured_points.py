@@ -188,6 +188,20 @@ def test_a_recorded_load_is_predicted_by_what_servers_replay_and_maps_know(tmp_p
     assert worst["gem"].sum() < 0.7 * worst["static"].sum()
 
 
+def test_steps_are_as_large_as_the_servers(monkeypatch):
+    """Four prompts of 1,000 tokens by 2,048 a step take two steps; vLLM's own limit is larger."""
+    asked = []
+    monkeypatch.setattr(
+        predictions, "simulate", lambda arm, *_: asked.append(arm.load.token_budget)
+    )
+    settings = run_files.read(run_files.FOLDER / "decode.toml")
+    flags = ["--enforce-eager", "--max-num-batched-tokens", "2048"]
+    for serve in (settings["serve"], settings["serve"] | {"flags": flags}):
+        predictions.predict(settings | {"serve": serve}, Load(requests=4, max_tokens=2,
+                            prompt_tokens=1000), "static", "cpu-amx")  # fmt: skip
+    assert asked == [8192, 2048]
+
+
 def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path, asked):
     loads = ("even", "0.9 onto 10", "0.9 onto 10, changing")
     rows = [cell("harmoeny", HERE, "harmoeny-short", load=load, output_tokens=1) for load in loads]
