@@ -7,7 +7,10 @@ import pytest
 
 from bench.provenance import ROOT
 
-RECORDED = {"slow_rank.toml", "turns-gem.toml", "turns-slow.toml"}
+RECORDED = {
+    *("slow_rank.toml", "turns-gem.toml", "turns-slow.toml"),
+    *("recorded-bfloat16.toml", "harmoeny-recorded.toml"),
+}
 
 
 def planned(*variables):
