@@ -118,13 +118,13 @@ def _of_machine(
                 f"out.[/]"
             )
             return
+        profiled = {"profiled": is_profiled(settings, machine)}
         for variant, arms in groups.items():
             tables, load = _variant(settings, *variant)
             # The simulator's traffic keeps its popular experts.
             if "change_every" not in (load.replay or tables["replay"]):
                 made = {arm: predict(tables, load, arm, machine, files) for arm in arms}
                 slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
-                profiled = {"profiled": is_profiled(settings, machine)}
                 yield from (
                     point | profiled for point in _group(name, variant, arms, made, slow, load)
                 )

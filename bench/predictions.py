@@ -27,12 +27,12 @@ Row = dict[str, Any]
 
 
 class Recorded(NamedTuple):
-    """Files of a trace that a run replays."""
+    """Files of the trace that a run with `[place]` replays, half of its requests each."""
 
     known: Path
     """What arms with a placement are placed by."""
     replayed: Path
-    """What servers are given; without such arms the whole trace."""
+    """What servers are given."""
 
 
 def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16", **changes: int) -> Model:

@@ -150,19 +150,16 @@ def check_gpu_limits(
         )
 
 
-ONLINE_INSTEAD = {"gem": ", or let gem find one while serving with `online`"}
-"""What else a balancer without a map may be told."""
-
-
 def _check_sources(config: BalancerConfig) -> None:
     """Raises BalancerError if the balancer lacks a file that it needs, or has one it cannot use."""
     check_online(config)
     if config.name in LOADED_BY_MAP and config.map is None and config.online is None:
+        finds = ", or let gem find one while serving with `online`" if config.name == "gem" else ""
         raise BalancerError(
             f"--moe-balancer {config.name} loads the weights by a placement map, and `map` is "
             f"missing. Make one with `vllm-balance place --policy {config.name} --trace TRACE "
             f"--profile PROFILE -o FILE` (without a profile: --model MODEL --ranks N) and pass "
-            f'--moe-balancer-config \'{{"map": "FILE"}}\'{ONLINE_INSTEAD.get(config.name, "")}.'
+            f'--moe-balancer-config \'{{"map": "FILE"}}\'{finds}.'
         )
     if config.name == "static" and config.map is not None:
         raise BalancerError(
