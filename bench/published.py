@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Setup:
     """None: vLLM's default, of each engine."""
     engines: int | None = None
     """None: one for each data-parallel rank."""
-    hidden_fetches: bool = False
+    prefetch: Literal["async", "sync"] = "async"
     steady: bool = True
     """False: only its first batch, which finds the dynamic slots empty."""
 
@@ -107,7 +107,7 @@ def _arm(setup: Setup, balancer: str, redundancy: float, seed: int) -> Arm:
         balancer=balancer,
         redundancy=redundancy,
         seed=seed,
-        hidden_fetches=setup.hidden_fetches,
+        prefetch=setup.prefetch,
         load=Load(
             concurrency=setup.concurrency,
             prompt_tokens=setup.prompt_tokens,
@@ -259,7 +259,7 @@ def harmoeny(seed: int) -> Iterator[Row]:
             model=model, hardware="v100-dgx1",
             layout=Layout(data=8, dispatch="all_to_all"), concurrency=64, prompt_tokens=1024,
             output_tokens=1, skew=ReplaySettings(hot=Hot(experts=1, fraction=0.9), seed=1),
-            token_budget=BATCH, hidden_fetches=True,
+            token_budget=BATCH,
         )  # fmt: skip
         base, ours = run(setup, "static", 1.0, seed), run(setup, "harmoeny_paper", 1.25, seed)
         yield _row("harmoeny", f"{name}, alpha 0.9, round robin: waiting share", "82.6 %",
@@ -271,8 +271,8 @@ def harmoeny(seed: int) -> Iterator[Row]:
                    ratio=False)  # fmt: skip
         cold = replace(setup, concurrency=1, prompt_tokens=BATCH, engines=1, steady=False)
         beside, before = (
-            _layer(run(replace(cold, hidden_fetches=hidden), "harmoeny_paper", 1.25, seed))
-            for hidden in (True, False)
+            _layer(run(replace(cold, prefetch=prefetch), "harmoeny_paper", 1.25, seed))
+            for prefetch in ("async", "sync")
         )
         yield _row("harmoeny", f"{name}, fetches beside experts against before: layer latency",
                    "-8.6 %", -0.086, beside / before - 1,

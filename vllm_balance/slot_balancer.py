@@ -28,6 +28,8 @@ class SlotBalancer(LayerBalancer):
 
     policy: FetchingPolicy  # type: ignore[assignment]
     dynamic: LayerSlots
+    experts_wait: bool = False
+    """The layer's experts compute those that are there and then wait for copies themselves."""
     look_ahead: LookAhead | None = None
     """Guesses what ``following`` will ask for; None: no guess."""
     following: SlotBalancer | None = None
@@ -55,7 +57,7 @@ class SlotBalancer(LayerBalancer):
             add_plan(self.tables.counters, schedule.plan, schedule.placement, _regime(schedule))
         else:
             _record(physical_TK, schedule, self.tables, num_valid_tokens)
-        if self.experts is None:
+        if not self.experts_wait:
             self.dynamic.wait()
         return physical_TK
 

@@ -88,7 +88,7 @@ def test_an_answer_names_slots_host_memory_and_what_a_gpu_needs_for_them():
         "Yes: harmoeny with 8 dynamic slots per rank is predicted to give +20.0% tokens/s" in said
     )
     assert "3.2 GB more memory on each rank and 58 GB of host memory" in said
-    assert "with --enforce-eager --moe-balancer harmoeny" in said
+    assert "with --enforce-eager --moe-backend triton --moe-balancer harmoeny" in said
     assert f"one ratio in ten was missed by more than {errors.one_in_ten.value:.0%}" in said
     caveat = "Decoding without CUDA graphs, which it needs, is slower than modelled here."
     assert caveat in said and caveat not in answer(

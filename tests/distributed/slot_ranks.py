@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cases
@@ -23,6 +24,7 @@ from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
 from vllm_balance.experts.local_pairs import LocalPairExperts
 from vllm_balance.experts.look_ahead import LookAhead
+from vllm_balance.experts.mapped_experts import as_they_arrive
 from vllm_balance.experts.prefetch import Copy, Prefetch, RunCopy, SyncPrefetch, ThreadPrefetch
 from vllm_balance.kernels.rebalance import Rules
 from vllm_balance.routing import FETCHING, LayerTables
@@ -33,8 +35,9 @@ WAYS = ("replicated", "after_gather", "all_reduce")
 NUM_EXPERTS, TOP_K, HIDDEN, NUM_DYNAMIC = 12, 3, 6, 2
 INNER = 5
 BATCHES = 10
-COPIES = {2: ("async", "slow", "sync"), 4: ("async", "slow")}
-"""How copies run, by the number of ranks. Synchronous ones are no other in a larger group."""
+COPIES = {2: ("async", "slow", "sync", "slow, mapped"), 4: ("async", "slow")}
+"""How copies run, by the number of ranks. Synchronous ones are no other in a larger group, nor is a
+kernel that takes an expert map."""
 KINDS = ("memory_bound_batches", "compute_bound_batches", "empty_batches")
 
 
@@ -58,6 +61,16 @@ class Layer:
         w1, w2 = self.tensors
         for row, local in enumerate(ids.flatten().tolist()):
             out[row] = torch.tanh(rows[row] @ w1[local]) @ w2[local] * weights[row].double()
+
+    def mapped(self, out_GH, rows_GH, weights_GK, ids_GK, expert_map_P) -> torch.Tensor:
+        """As a GPU's kernel: skips what the map does not have, and reuses its output's memory."""
+        out_GH.zero_()
+        local_GK = torch.where(ids_GK >= 0, expert_map_P[ids_GK], -1)
+        token_N, choice_N = (local_GK >= 0).nonzero(as_tuple=True)
+        rows_NH = torch.empty(len(token_N), HIDDEN, dtype=torch.float64)
+        where = (token_N, choice_N)
+        self.kernel(rows_NH, rows_GH[token_N], weights_GK[where], local_GK[where])
+        return out_GH.index_add_(0, token_N, rows_NH)
 
     def dense(self, ids_GK, weights_GK, hidden_GH) -> torch.Tensor:
         output_GH = torch.zeros_like(hidden_GH)
@@ -85,9 +98,13 @@ class Model:
                 self.store.write(index, rank * num_home + slot, slot, layer.tensors)
         machine.share(None)
         self.random = np.random.default_rng(rank)
-        run = self.copy_slowly if copies == "slow" else self.copy
+        run = self.copy_slowly if copies.startswith("slow") else self.copy
         self.prefetch = self.running(run, copies)
+        self.expert_map_P = self.expert_map(world_size)
         self.balancers = [self.balancer(i, policy, world_size) for i in range(2)]
+        if copies.endswith("mapped"):
+            for balancer in self.balancers:
+                balancer.experts = None
         first = self.balancers[0]
         first.following = self.balancers[1]
         first.look_ahead = LookAhead(
@@ -113,12 +130,16 @@ class Model:
         time.sleep(self.random.choice([0.0, 0.003, 0.01]))
         self.copy(copy)
 
-    def balancer(self, index: int, policy: str, world_size: int) -> SlotBalancer:
+    def expert_map(self, world_size: int) -> torch.Tensor:
+        """The local id of each slot, -1 for those of other ranks, int32 [P]."""
         num_physical = NUM_EXPERTS + world_size * NUM_DYNAMIC
         per_rank = num_physical // world_size
         expert_map_P = torch.full((num_physical,), -1, dtype=torch.int32)
         own = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
         expert_map_P[own] = torch.arange(per_rank, dtype=torch.int32)
+        return expert_map_P
+
+    def balancer(self, index: int, policy: str, world_size: int) -> SlotBalancer:
         dynamic = LayerSlots(
             layer=index,
             rank=self.rank,
@@ -128,13 +149,13 @@ class Model:
             prefetch=self.prefetch,
             expert_bytes=self.store.layout.expert_bytes,
         )
-        experts = LocalPairExperts(expert_map_P)
+        experts = LocalPairExperts(self.expert_map_P)
         tables = LayerTables(
             logical_to_physical_ER=torch.arange(NUM_EXPERTS)[:, None],
             num_replicas_E=torch.ones(NUM_EXPERTS, dtype=torch.int64),
             num_ranks=world_size,
-            num_physical=num_physical,
-            load_P=torch.zeros(num_physical, dtype=torch.int32),
+            num_physical=len(self.expert_map_P),
+            load_P=torch.zeros(len(self.expert_map_P), dtype=torch.int32),
             record_enabled=torch.tensor(True),
             counters=new_counters(world_size, torch.device("cpu")),
         )
@@ -147,6 +168,7 @@ class Model:
             all_reduce=self.link.all_reduce,
             experts=experts,
             dynamic=dynamic,
+            experts_wait=True,
         )
         experts.arrivals, experts.before = dynamic, made.before_experts
         return made
@@ -166,13 +188,18 @@ class Model:
             parts = [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK]
             hidden, weights, ids_GK = link.all_gatherv(parts, sizes=batches.sizes)
             slots_GK = balancer.after_gather(ids_GK)
-        partial = torch.full_like(hidden, torch.nan)
-        balancer.experts(partial, hidden, weights, slots_GK, layer.kernel)
+        part = torch.full_like(hidden, torch.nan)
+        if balancer.experts is None:
+            balancer.before_experts(hidden)
+            kernel = partial(layer.mapped, part, hidden, weights, slots_GK)
+            part = as_they_arrive(balancer.dynamic, self.expert_map_P, kernel)
+        else:
+            balancer.experts(part, hidden, weights, slots_GK, layer.kernel)
         expected = layer.dense(batches.ids_GK, batches.weights_GK, batches.hidden_GH)
         if self.way == "replicated":
-            output = link.all_reduce(partial)
+            output = link.all_reduce(part)
         else:
-            output = link.reduce_scatterv(partial, dim=0, sizes=batches.sizes)
+            output = link.reduce_scatterv(part, dim=0, sizes=batches.sizes)
             expected = expected[mine]
         assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12), where
         return slots_GK.tolist()

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import torch
@@ -121,6 +122,18 @@ def test_synchronous_copies_are_done_when_started():
     prefetch.close()
 
 
+class FakeEvent:
+    """An event that lies behind copies, which end when a test says so."""
+
+    ended: ClassVar[set[int]] = set()
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def query(self) -> bool:
+        return self.number in self.ended
+
+
 class FakeStream:
     """Writes down what a CUDA stream is asked for; its events are numbered."""
 
@@ -130,13 +143,13 @@ class FakeStream:
     def wait_stream(self, other: "FakeStream") -> None:
         self.said.append(f"{self.name} waits for {other.name}")
 
-    def record_event(self) -> str:
+    def record_event(self) -> "FakeEvent":
         self.events += 1
         self.said.append(f"{self.name} records {self.events}")
-        return f"event {self.events}"
+        return FakeEvent(self.events)
 
-    def wait_event(self, event: str) -> None:
-        self.said.append(f"{self.name} waits for {event}")
+    def wait_event(self, event: "FakeEvent") -> None:
+        self.said.append(f"{self.name} waits for event {event.number}")
 
     def synchronize(self) -> None:
         self.said.append(f"{self.name} ends")
@@ -174,14 +187,28 @@ def test_a_stream_copies_behind_what_computes_and_what_computes_waits_for_its_ev
         "off copying",
     ]
     said.clear()
-    assert prefetch.pending(0) == set()
+    assert prefetch.pending(0) == {0, 1} and prefetch.pending(1) == {1}
     prefetch.wait(0)
+    assert prefetch.pending(0) == prefetch.pending(2) == set(), "what is given now runs behind it"
     prefetch.wait(0)
     prefetch.wait(2)
     assert said == ["computing waits for event 1"], "once, and for its own layer only"
     prefetch.wait(1)
     prefetch.close()
     assert said[1:] == ["computing waits for event 2", "copying ends"]
+
+
+def test_copies_of_a_stream_that_have_ended_are_not_pending(said, monkeypatch):
+    prefetch = StreamPrefetch(lambda copy: None)
+    prefetch.start(copies(0))
+    prefetch.start(copies(2))
+    monkeypatch.setattr(FakeEvent, "ended", {1})
+    assert prefetch.pending(0) == {0, 2}, "the copies end in order, and the last one has not"
+    monkeypatch.setattr(FakeEvent, "ended", {1, 2})
+    assert prefetch.pending(0) == set()
+    said.clear()
+    prefetch.wait(0)
+    assert said == []
 
 
 def test_a_copy_that_a_stream_refuses_is_an_error_at_once(said):

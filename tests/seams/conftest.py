@@ -8,7 +8,7 @@ from vllm_balance import seams
 from vllm_balance.commands.doctor import all_seams
 from vllm_balance.seams.arguments import REFUSING_SEAMS
 
-EVERY_SEAM = (*all_seams(cpu=True), *REFUSING_SEAMS)
+EVERY_SEAM = (*all_seams(), *REFUSING_SEAMS)
 
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],

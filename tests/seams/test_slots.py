@@ -41,7 +41,9 @@ def runner(seed: int, *, hidden: int = 8, gate=None):
         router=CPURouter(top_k=2, global_num_experts=NUM_EXPERTS),
         tensors=tensors,
         get_expert_weights=lambda: tensors,
-        routed_experts=SimpleNamespace(),
+        routed_experts=SimpleNamespace(
+            expert_map=None, quant_method=SimpleNamespace(moe_kernel=None)
+        ),
         moe_config=SimpleNamespace(num_logical_experts=NUM_EXPERTS, experts_per_token=2),
     )
 

@@ -17,8 +17,8 @@ from vllm_balance.commands.doctor import all_places, all_seams
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams.source import problems, signatures
 
-SEAMS = all_seams(cpu=True)
-PLACES = all_places(cpu=True)
+SEAMS = all_seams()
+PLACES = all_places()
 INSTALLED = Path(vllm.__file__).parents[1]
 RECORDED = Path(__file__).parent / "vllm-0.33.0.json"
 """Made by `vllm-balance doctor --against vllm-0.33.0-*.whl --json`."""

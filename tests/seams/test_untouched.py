@@ -14,7 +14,7 @@ from vllm_balance.commands.doctor import all_seams
 from vllm_balance.seams.arguments import ARGUMENT_SEAMS, REFUSING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 
-ALL_SEAMS = all_seams(cpu=True)
+ALL_SEAMS = all_seams()
 
 
 def functions_of(package_name: str) -> dict[str, object]:

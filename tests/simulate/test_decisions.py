@@ -365,13 +365,13 @@ def test_an_unknown_balancer_is_refused():
         policy_of("fair", 4)
 
 
-def test_fetches_of_the_papers_system_hide_behind_computation_until_they_are_longer():
+def test_fetches_of_gpus_hide_behind_experts_that_are_there_until_they_are_longer():
     time_LS, activated_LS = np.array([[100.0, 100.0, 100.0]]), np.array([[10, 10, 10]])
     made = with_fetches(time_LS, activated_LS, np.array([[0, 1, 3]]), 40.0, hidden=True)
-    assert made.tolist() == [[100.0, 100.0, 3 * 40.0 + 10.0]]
+    assert made.tolist() == [[100.0, 100.0, 3 * 40.0 + 3 * 10.0]]
 
 
-def test_fetches_of_production_take_a_ranks_own_time():
+def test_fetches_of_cpus_take_a_ranks_own_time():
     time_LS, activated_LS = np.array([[100.0, 50.0]]), np.array([[10, 0]])
     made = with_fetches(time_LS, activated_LS, np.array([[0, 3]]), 40.0)
     assert made.tolist() == [[100.0, 50.0 + 3 * 40.0]]

@@ -78,7 +78,7 @@ def examine_source(vllm: Path) -> Findings:
     """
     from vllm_balance.seams.source import problems, signatures
 
-    places = all_places(cpu=True)
+    places = all_places()
     found = signatures(places, vllm)
     complaints = problems(places, found)
     return Findings(
@@ -112,23 +112,24 @@ def _finding(place: Place, problem: str | None, *, needed: bool) -> SeamFinding:
     )
 
 
-def all_places(*, cpu: bool) -> tuple[Place, ...]:
+def all_places(*, cpu: bool = True, gpu: bool = True) -> tuple[Place, ...]:
     """Every seam, and what is called without being wrapped."""
     from vllm_balance.seams.used import USED
 
-    return (*all_seams(cpu=cpu), *USED)
+    return (*all_seams(cpu=cpu, gpu=gpu), *USED)
 
 
-def all_seams(*, cpu: bool) -> tuple[Seam, ...]:
-    """Every seam, with those that only a CPU needs or without."""
+def all_seams(*, cpu: bool = True, gpu: bool = True) -> tuple[Seam, ...]:
+    """Every seam of servers on these devices."""
     from vllm_balance.seams.arguments import ARGUMENT_SEAMS
     from vllm_balance.seams.cpu import CPU_SEAMS
+    from vllm_balance.seams.gpu import GPU_SEAMS
     from vllm_balance.seams.loading import LOADING_SEAMS
     from vllm_balance.seams.router import ROUTER_SEAMS
     from vllm_balance.seams.server import SERVER_SEAMS
 
-    worker = (*ROUTER_SEAMS, *LOADING_SEAMS, *(CPU_SEAMS if cpu else ()))
-    return (*ARGUMENT_SEAMS, *SERVER_SEAMS, *worker)
+    devices = (*(CPU_SEAMS if cpu else ()), *(GPU_SEAMS if gpu else ()))
+    return (*ARGUMENT_SEAMS, *SERVER_SEAMS, *ROUTER_SEAMS, *LOADING_SEAMS, *devices)
 
 
 def examine() -> Findings:
@@ -161,7 +162,8 @@ def examine() -> Findings:
             f"servers were run on x86 CPUs with vLLM {TESTED} only, and this is vLLM "
             f"{findings.vllm} on {other or findings.platform}"
         )
-    places = all_places(cpu=current_platform.is_cpu())
+    on_cpu = current_platform.is_cpu()
+    places = all_places(cpu=on_cpu, gpu=not on_cpu)
     findings.seams = [_examined(place) for place in places]
     return findings
 

@@ -236,7 +236,7 @@ def _cells(question: Question, each: Candidate, base: float) -> list[str]:
 
 def answer(question: Question, found: Advice, errors: Errors) -> str:
     """What to do, in one paragraph."""
-    from vllm_balance.simulate.advice import host_bytes, settings_of
+    from vllm_balance.simulate.advice import flags_of, settings_of
 
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
     if len(found.candidates) == 1:
@@ -250,23 +250,22 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
             f"No, leave it off: the best, {name}, is predicted to give {found.gain:+.1%} tokens/s "
             f"{at}, which is within the model's error ({band})."
         )
-    fetches = host_bytes(question, found.best) > 0
-    eager = "--enforce-eager " if fetches and question.hardware.experts == "together" else ""
+    flags = "".join(f"{flag} " for flag in flags_of(question, found.best))
     return (
         f"Yes: {name} is predicted to give {found.gain:+.1%} tokens/s {at} ({band}), for "
         f"{_memory(question, found.best)}. The band is what a TPOT means that is longer or shorter "
         f"by {errors.mean.value:.1%}, the mean error where the simulator could be checked; one "
         f"ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. "
-        f"{_uncounted(question, eager)}"
-        f"Measure before you believe it, with {eager}--moe-balancer {found.best.balancer} "
+        f"{_uncounted(question, flags)}"
+        f"Measure before you believe it, with {flags}--moe-balancer {found.best.balancer} "
         f"--moe-balancer-config '{json.dumps(settings_of(question, found.best))}'."
         f"{_how_to_place(question, found.best) if found.best.balancer == 'gem' else ''}"
     )
 
 
-def _uncounted(question: Question, eager: str) -> str:
+def _uncounted(question: Question, flags: str) -> str:
     """What no candidate is charged with: eager decoding, where a balancer needs it."""
-    if not eager or question.output_tokens == 1:
+    if not flags or question.output_tokens == 1:
         return ""
     return "Decoding without CUDA graphs, which it needs, is slower than modelled here. "
 

@@ -137,7 +137,8 @@ class StreamPrefetch:
     def __init__(self, run: RunCopy) -> None:
         self._run = run
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._events: dict[int, torch.cuda.Event] = {}
+        self._under_way: dict[int, tuple[set[int], torch.cuda.Event]] = {}
+        """Of each layer whose copies nobody has waited for: their slots, and the last one's end."""
 
     def start(self, copies: Sequence[Copy]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -148,14 +149,19 @@ class StreamPrefetch:
                 except (RuntimeError, ValueError) as error:
                     raise failed(copy, error) from error
             for layer in {copy.layer for copy in copies}:
-                self._events[layer] = self._stream.record_event()
+                slots = {copy.slot for copy in copies if copy.layer == layer}
+                before, _ = self._under_way.get(layer, (set(), None))
+                self._under_way[layer] = (before | slots, self._stream.record_event())
 
     def pending(self, layer: int) -> set[int]:
-        """None: kernels on the computing stream run behind :meth:`wait`."""
-        return set()
+        slots, event = self._under_way.get(layer, (set(), None))
+        if event is not None and event.query():  # type: ignore[no-untyped-call]
+            del self._under_way[layer]
+            return set()
+        return slots
 
     def wait(self, layer: int) -> None:
-        event = self._events.pop(layer, None)
+        _, event = self._under_way.pop(layer, (set(), None))
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 

@@ -25,6 +25,7 @@ from vllm_balance.experts.prefetch import (
 from vllm_balance.fetch_cost import FetchCost
 from vllm_balance.kernels.rebalance import Rules
 from vllm_balance.seams.fetch_speed import copy_bytes_per_s, token_us
+from vllm_balance.seams.gpu import ARRIVALS, computes_as_they_arrive, experts_of
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
 
@@ -77,8 +78,28 @@ class ModelSlots:
         threshold = self._config.threshold_tokens
         if threshold is None:
             threshold = self._derived_threshold(costs)
-        # Nothing hides a copy: on CPU it takes the core that computes, a GPU's experts wait for it.
-        return Rules(threshold_tokens=threshold, fetch_tokens=threshold, knee_tokens=knee_tokens)
+        return Rules(
+            threshold_tokens=threshold,
+            fetch_tokens=0 if self._hides_copies() else threshold,
+            knee_tokens=knee_tokens,
+        )
+
+    def _hides_copies(self) -> bool:
+        """Whether copies run beside the experts of every layer; logged if experts must wait.
+
+        Never on CPU, where a copy takes the core that computes.
+        """
+        if self._on_cpu or self._config.prefetch == "sync":
+            return False
+        waiting = [runner for runner in self._runners if not computes_as_they_arrive(runner)]
+        if waiting:
+            _say(
+                f"MoE balancer {self._config.name}: experts of {len(waiting)} layers "
+                f"({experts_of(waiting[0])}) take all of a batch in one call, so they wait for "
+                f"fetched ones, and every fetch counts as time of its rank. vLLM's Triton experts "
+                f"do not wait: --moe-backend triton, if the checkpoint's format allows it."
+            )
+        return not waiting
 
     def _derived_threshold(self, costs: Sequence[CostModel] | None) -> int:
         """q from the speeds of this device, means over the ranks."""
@@ -104,10 +125,15 @@ class ModelSlots:
 
     def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:
         """Tells the experts of each layer what to wait for, and each layer which one is next."""
-        for layer in layers:
+        for runner, layer in zip(self._runners, layers, strict=True):
             if layer.experts is not None:
                 layer.experts.arrivals = layer.dynamic
                 layer.experts.before = layer.before_experts
+                layer.experts_wait = True
+            elif computes_as_they_arrive(runner):
+                experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+                setattr(experts, ARRIVALS, layer.dynamic)
+                layer.experts_wait = True
         if self._config.look_ahead != "router":
             return
         for index, layer in enumerate(layers[:-1]):

@@ -55,6 +55,16 @@ USED = (
         why="gem moves experts while serving",
     ),
     Place(
+        target=f"{_MOE}.experts.triton_moe:TritonExperts.apply",
+        parameters=("output", "topk_ids", "expert_map"),
+        why="experts that are there are computed before fetched ones",
+    ),
+    Place(
+        target=f"{_MOE}.prepare_finalize.no_dp_ep:MoEPrepareAndFinalizeNoDPEPModular.prepare",
+        parameters=("topk_ids",),
+        why="a dispatch that leaves all tokens to the experts",
+    ),
+    Place(
         target=f"{_MOE}.router.base_router:eplb_map_to_physical_and_record",
         parameters=(
             "topk_ids",

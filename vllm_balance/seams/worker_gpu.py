@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_balance.seams import install
 from vllm_balance.seams.fetch_failure import own_signals
+from vllm_balance.seams.gpu import GPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
@@ -19,7 +20,7 @@ class BalancedGPUWorker(BalancedWorker, Worker):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.read_settings(vllm_config)
         own_signals(vllm_config.parallel_config.distributed_executor_backend)
-        install((*ROUTER_SEAMS, *LOADING_SEAMS))
+        install((*ROUTER_SEAMS, *LOADING_SEAMS, *GPU_SEAMS))
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:

@@ -204,6 +204,15 @@ def settings_of(question: Question, candidate: Candidate) -> dict[str, float | s
     return settings
 
 
+def flags_of(question: Question, candidate: Candidate) -> tuple[str, ...]:
+    """Flags of `vllm serve` beside the balancer's own: what one that fetches needs on GPUs."""
+    if candidate.balancer not in FETCHING or question.hardware.experts != "together":
+        return ()
+    arm = _arm(question, candidate.balancer, candidate.redundancy, 1)
+    overlapping = ("--moe-backend triton",) if arm.hides_fetches else ()
+    return ("--enforce-eager", *overlapping)
+
+
 def host_bytes(question: Question, candidate: Candidate) -> float:
     """Host memory of a candidate that fetches: one copy of all experts; else 0."""
     if candidate.balancer not in FETCHING:

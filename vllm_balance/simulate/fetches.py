@@ -1,9 +1,8 @@
 """Balancers with dynamic slots (HarMoEny and its baselines), and what their fetches cost.
 
 The schedule is production's own (`FetchingPolicy.schedule`). A fetched expert's weights come over
-the host link of its rank, one expert after the other. In production nothing hides that: a CPU's
-core copies and computes, and a GPU's experts wait. HarMoEny's own system computes the resident
-experts meanwhile (`hidden`).
+the host link of its rank, one expert after the other. A GPU computes the experts that are there
+meanwhile (`hidden`); a CPU's core copies and computes.
 """
 
 from __future__ import annotations
@@ -110,12 +109,11 @@ def with_fetches(
 ) -> Array:
     """Time of each rank with its fetches, [L, S].
 
-    `hidden`: fetches run beside the experts that are there. A rank ends when it has computed
-    everything, and not before its last fetched expert, which starts after its weights have come and
-    takes as long as the rank's mean expert.
+    `hidden`: fetches run beside the experts that are there. The fetched ones are computed behind
+    the last copy; each takes as long as the rank's mean expert.
     """
+    copies_LS = fetched_LS * each_us
     if not hidden:
-        return np.asarray(time_LS + fetched_LS * each_us)
-    last_LS = time_LS / np.maximum(activated_LS, 1)
-    waits_LS = np.where(fetched_LS > 0, fetched_LS * each_us + last_LS, 0.0)
-    return np.maximum(time_LS, waits_LS)
+        return np.asarray(time_LS + copies_LS)
+    late_LS = time_LS * fetched_LS / np.maximum(activated_LS, 1)
+    return np.asarray(np.maximum(time_LS - late_LS, copies_LS) + late_LS)

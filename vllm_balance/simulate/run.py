@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Arm:
     profile: Profile | None = None
     """Measured expert times in place of the roofline."""
     seed: int = 0
-    hidden_fetches: bool = False
-    """Fetches run beside the resident experts, as in HarMoEny's own system."""
+    prefetch: Literal["async", "sync"] = "async"
+    """`sync`: experts that are there wait for fetched ones too; on CPUs nothing hides a fetch."""
     warm_batches: int = 0
     """Batches as large as the load's largest that were served before and filled dynamic slots; at
     least one if the load is steady."""
@@ -68,6 +68,15 @@ class Arm:
         if self.balancer == "static":
             return 0
         return num_redundant(self.model.num_experts.value, self.layout.num_ranks, self.redundancy)
+
+    @property
+    def hides_fetches(self) -> bool:
+        """Fetches run beside the experts that are there: if vLLM's Triton experts compute them.
+
+        These take no weights of less than 8 bits.
+        """
+        by_triton = self.hardware.experts == "together" and self.model.expert_weight.value >= 1
+        return by_triton and self.prefetch == "async"
 
     @property
     def redundant_bytes(self) -> float:
@@ -129,7 +138,7 @@ def decider_of(
     free = times.free_tokens if arm.hardware.experts == "in_turn" else None
     if arm.balancer in FETCHING:
         fetching = fetching_policy(
-            arm.balancer, arm.model, arm.hardware, knee, hidden=arm.hidden_fetches
+            arm.balancer, arm.model, arm.hardware, knee, hidden=arm.hides_fetches
         )
         num_experts = arm.model.num_experts.value
         return FetchingDecider.of(
@@ -192,7 +201,7 @@ class _MoeStage:
         time_LS, activated_LS, pairs_LS = self.times.of(tokens_LP, self.decider.num_ranks)
         busy = float(time_LS.mean(1).sum())
         if fetched_LS is not None:
-            hidden = self.arm.hidden_fetches
+            hidden = self.arm.hides_fetches
             time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us, hidden=hidden)
         layers = len(tokens_LP)
         exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
