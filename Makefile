@@ -7,8 +7,8 @@
 #   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
 #                    slow_rank.toml and turns-gem.toml replay, dsv2lite_esft-law.npz, which
 #                    turns-slow.toml does (bench.recovery needs both), and gptoss20b-mmlu.npz of
-#                    recorded-bfloat16.toml and harmoeny-recorded.toml. Without DIR they are left
-#                    out
+#                    recorded-bfloat16.toml, harmoeny-recorded.toml and harmoeny-dp.toml. Without
+#                    DIR they are left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3

@@ -1,8 +1,8 @@
 """How far each routing is from the least possible lambda, and how long the choice takes.
 
 ``python -m bench.metro_routing [--traces DIR]`` runs the grid of sources x ranks x redundancy x
-batch and writes bench/results/metro_routing.jsonl, the tables of docs/metro.md between their
-markers and docs/metro-lambda.svg; ``--only times`` measures the times alone and replaces only
+batch and writes bench/results/metro_routing.jsonl, the tables of docs/metro-results.md between
+their markers and docs/metro-lambda.svg; ``--only times`` measures the times alone and replaces only
 their rows; ``--render`` writes tables and plot from the committed lines.
 
 Placements are vLLM's own EPLB policy, fitted on the first half of a source; batches are random

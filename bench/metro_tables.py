@@ -1,4 +1,4 @@
-"""Tables of docs/metro.md, between their markers, and docs/metro-lambda.svg from the rows."""
+"""Tables of docs/metro-results.md between their markers, and docs/metro-lambda.svg."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def plot(rows: list[dict]) -> None:
 
 
 def writer(rows: list[dict]) -> Callable[[str], str]:
-    """What goes to each place of docs/metro.md, by its name."""
+    """What goes to each place of docs/metro-results.md, by its name."""
     grid = [row for row in rows if row["kind"] == "grid"]
     times = [row for row in rows if row["kind"] == "time"]
     replicated = sorted(grid, key=lambda row: (row["S"], row["redundancy"]))

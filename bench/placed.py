@@ -57,6 +57,12 @@ def said(shown: Mapping[Slowed, float]) -> str:
     )
 
 
+def num_ranks(serve: dict[str, Any]) -> int:
+    """Expert-parallel ranks of a run file's `serve`."""
+    ranks: int = serve.get("tensor_parallel", 1) * serve.get("data_parallel", 1)
+    return ranks
+
+
 def slowdowns(settings: dict[str, Any]) -> list[Slowed]:
     """What `slow` and `slow_rank` of a run file, or of each of its cases, ask for."""
     cases = [settings | case for case in settings.get("cases", {"": {}}).values()]
@@ -114,12 +120,16 @@ class Placed:
         """The half of the trace that servers replay."""
         return self.folder / "replayed.npz"
 
-    def map(self, policy: str, asked: Slowed) -> Path:
-        """The placement map of a policy that knows the slowdown of the slow rank."""
+    def map(self, policy: str, asked: Slowed, redundant: int = 0) -> Path:
+        """The placement map of a policy that knows the slowdown of the slow rank.
+
+        Args:
+            redundant: experts of a layer, over all ranks.
+        """
         shown = asked._replace(factor=self.shown_slowdown[asked])
         curves = self.folder / f"profile-{asked.rank}-{asked.factor:g}.json"
         documents.write(curves, _with_slow_rank(profiles.load(self.profile), shown))
-        output = self.folder / f"{policy}-{asked.rank}-{asked.factor:g}.json"
+        output = self.folder / f"{policy}-{redundant}-{asked.rank}-{asked.factor:g}.json"
         known = self.folder / "known.npz"
         place(
             profile=curves,
@@ -128,6 +138,7 @@ class Placed:
             output=output,
             force=True,
             policy=policy,
+            redundant=redundant,
             seed=self.seed,
             **self.settings,
         )
@@ -246,7 +257,7 @@ def prepared(
         model=model,
         trace=recorded(settings, folder),
         folder=_folder(digest),
-        num_ranks=settings["serve"].get("tensor_parallel", 1),
+        num_ranks=num_ranks(settings["serve"]),
         settings=settings["place"],
         seed=settings["seed"],
     )

@@ -187,7 +187,7 @@ def _write(rows: Iterator[Row]) -> None:
 
 
 def writer(rows: list[Row]) -> Callable[[str], str]:
-    """What goes to each place of docs/placement.md, by its name."""
+    """What goes to each place of docs/placement-results.md, by its name."""
     return lambda name: _table(name, rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import demo_trace
 from bench.load import Load
-from bench.placed import SLOW_RANK, Placed, Slowed
+from bench.placed import SLOW_RANK, Placed, Slowed, num_ranks
 from bench.server import Arm
 from vllm_balance.config import FETCHES
 from vllm_balance.measurement import Key
@@ -39,9 +39,7 @@ class Start:
 
     @property
     def num_ranks(self) -> int:
-        serve = self.settings["serve"]
-        ranks: int = serve.get("tensor_parallel", 1) * serve.get("data_parallel", 1)
-        return ranks
+        return num_ranks(self.settings["serve"])
 
     @property
     def slow_rank(self) -> int:
@@ -118,7 +116,9 @@ def arm_of(start: Start, placed: Placed | None = None) -> Arm:
     if placed is not None:
         asked["replay"]["trace"] = str(placed.replayed)
         if "place" in own:
-            asked["map"] = str(placed.map(own["place"], Slowed(start.slow_rank, start.factors[0])))
+            slow = Slowed(start.slow_rank, start.factors[0])
+            redundant = asked.get("num_redundant_experts", 0)
+            asked["map"] = str(placed.map(own["place"], slow, redundant))
         if "online" in own:
             asked["profile"] = str(placed.profile)
     elif asked["replay"].get("trace") == "demo":

@@ -3,7 +3,8 @@
 Replaces what stands between `<!-- KIND:NAME -->` and `<!-- end -->` in README.md and docs/*.md.
 Tables of other kinds than `table` are those of a benchmark of its own, which writes them too.
 Ratios compare medians of the same run; every table names machine, commit and command. A run that
-was measured on several machines has a table for each, the newest first; NAME-newest is that one.
+was measured on several machines has a table for each, the newest first; NAME-brief is that one with
+the columns that a first look needs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +47,8 @@ WRITERS = {
     "validation": (validation.writer, "validation"),
 }
 """Of kinds that are tables of one file of rows: what writes them, and the file."""
+BRIEF = ("arm", "TPOT ms", "TPOT against static", "TPOT against eplb", "tokens/s", "memory GiB")
+"""Headings of a table for a first look."""
 
 
 def tables(
@@ -156,16 +160,26 @@ def exchange_table(run: str) -> str:
 
 
 def measured_table(name: str) -> str:
-    """The newest rows of a run file on each machine, or on the newest alone.
+    """The newest rows of a run file on each machine.
 
-    `RUN` by arm, `RUN-slo` throughput within the SLO; behind either `-newest`: one machine.
+    `RUN` by arm, `RUN-slo` throughput within the SLO, `RUN-brief` by arm, of the newest alone.
     """
-    run = name.removesuffix("-newest")
+    run = name.removesuffix("-brief")
     kind = _kind(run)
     path = ROOT / "bench" / "results" / f"{run.removesuffix('-slo')}.jsonl"
-    every = list(newest_by_machine(read_measurements(path)).values())
-    shown = every if run == name else every[:1]
-    return "\n\n".join(_written(kind(rows)) for rows in shown)
+    every = [kind(rows) for rows in newest_by_machine(read_measurements(path)).values()]
+    return "\n\n".join(map(_written, every if run == name else [_brief(every[0])]))
+
+
+def _brief(found: MeasuredTable) -> MeasuredTable:
+    """The columns that a first look needs, of those that are there."""
+    columns = [found.headings.index(heading) for heading in BRIEF if heading in found.headings]
+    return replace(
+        found,
+        caption=found.caption.replace(measured_tables.CORES_NOTE, ""),
+        headings=[found.headings[column] for column in columns],
+        body=[[line[column] for column in columns] for line in found.body],
+    )
 
 
 def _kind(run: str) -> Callable[[list[Measurement]], MeasuredTable]:

@@ -43,23 +43,32 @@ class SlotBalancer(LayerBalancer):
         """Schedules the batch, starts this rank's fetches, maps and counts its pairs."""
         offset_E = None
         if self.way == "all_reduce":
-            counts_FE = self._exchanged_counts(topk_ids_TK).cpu()
+            counts_FE = self._on_host(self._exchanged_counts(topk_ids_TK))
             offset_E = counts_FE[: self.rank].sum(0, dtype=torch.int32)
         else:
+            valid = None if num_valid_tokens is None else self._on_host(num_valid_tokens)
             num_experts = self.dynamic.state.num_logical
-            counts_FE = _count(topk_ids_TK, num_experts, num_valid_tokens)
+            counts_FE = _count(self._on_host(topk_ids_TK), num_experts, valid)
         schedule = self._schedule(counts_FE)
-        before_ns = self.dynamic.waiting_ns
-        self.dynamic.follow(schedule)
-        self.decide_ns -= self.dynamic.waiting_ns - before_ns
+        # Before the copies of experts, behind which these small ones would wait on a GPU.
         physical_TK = _assign(topk_ids_TK, schedule, offset_E, num_valid_tokens)
         if self.way == "all_reduce":
             add_plan(self.tables.counters, schedule.plan, schedule.placement, _regime(schedule))
         else:
             _record(physical_TK, schedule, self.tables, num_valid_tokens)
+        before_ns = self.dynamic.waiting_ns
+        self.dynamic.follow(schedule)
+        self.decide_ns -= self.dynamic.waiting_ns - before_ns
         if not self.experts_wait:
             self.dynamic.wait()
         return physical_TK
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same on the host; waiting for a device that still computes it is no deciding."""
+        start = time.perf_counter_ns()
+        found = tensor.cpu()
+        self.decide_ns -= time.perf_counter_ns() - start
+        return found
 
     def _schedule(self, counts_FE: torch.Tensor) -> Schedule:
         """What to do with a batch that has these pairs by source rank, int32 [F, E]."""
@@ -81,7 +90,7 @@ class SlotBalancer(LayerBalancer):
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        counts_FE = _count(ids_TK, self.dynamic.state.num_logical, None)
+        counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical, None)
         schedule = self._schedule(counts_FE)
         _record(_assign(ids_TK, schedule, None, None), schedule, tables, None)
 
@@ -114,9 +123,8 @@ class SlotBalancer(LayerBalancer):
 def _count(
     topk_ids_TK: torch.Tensor, num_experts: int, num_valid_tokens: torch.Tensor | None
 ) -> torch.Tensor:
-    """Pairs of each expert, int32 [1, E] on the host, which waits for a device."""
-    valid = None if num_valid_tokens is None else num_valid_tokens.cpu()
-    return count(topk_ids_TK.cpu(), num_experts, valid)[None]
+    """Pairs of each expert, int32 [1, E]; all on the host."""
+    return count(topk_ids_TK, num_experts, num_valid_tokens)[None]
 
 
 def _assign(

@@ -49,6 +49,15 @@ class TraceSummary:
     drift_LN: Array
     """Share of the load that sits elsewhere than in the first tenth of the steps, per tenth."""
 
+    @property
+    def group_LE(self) -> Array:
+        """Number of each expert's group in its layer, from 0; -1 for those in none."""
+        found_LE = np.full(self.consistent_LE.shape, -1)
+        for layer, groups_of_layer in enumerate(self.groups_L):
+            for number, group in enumerate(groups_of_layer):
+                found_LE[layer, list(group)] = number
+        return found_LE
+
 
 def summarise(trace: Trace, batch: int) -> TraceSummary:
     """Figures of a trace cut into steps of `batch` consecutive tokens (counts: its own steps).

@@ -15,9 +15,9 @@ from vllm_balance.traces import Trace
 
 
 def test_the_rules_are_those_of_a_server_with_this_threshold():
-    config = SimpleNamespace(threshold_tokens=RULES.threshold_tokens)
-    served = ModelSlots.rules(SimpleNamespace(_config=config), knee_tokens=RULES.knee_tokens)
-    assert served == RULES
+    slots = object.__new__(ModelSlots)
+    slots._on_cpu, slots._config = True, SimpleNamespace(threshold_tokens=RULES.threshold_tokens)
+    assert slots.rules(knee_tokens=RULES.knee_tokens) == RULES
 
 
 def test_a_fetch_that_no_server_would_pay_for_is_not_made():

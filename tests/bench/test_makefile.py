@@ -9,7 +9,7 @@ from bench.provenance import ROOT
 
 RECORDED = {
     *("slow_rank.toml", "turns-gem.toml", "turns-slow.toml"),
-    *("recorded-bfloat16.toml", "harmoeny-recorded.toml"),
+    *("recorded-bfloat16.toml", "harmoeny-recorded.toml", "harmoeny-dp.toml"),
 }
 
 

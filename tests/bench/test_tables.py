@@ -118,10 +118,15 @@ def test_a_run_on_several_machines_has_a_table_for_each(root):
     path = root / "bench" / "results" / "decode.jsonl"
     with path.open("a") as file:
         file.write(row("static", machine="Another machine").model_dump_json() + "\n")
-    both, newest = tables.table("decode"), tables.table("decode-newest")
+    both, brief = tables.table("decode"), tables.table("decode-brief")
     assert [line for line in both.splitlines() if line.startswith("Measured on")] == [
         f"Measured on {name}; commit abc1234; `python -m bench.run configs/runs/decode.toml`."
         for name in ("Another machine", "A machine")
     ]
-    assert both.startswith(newest + "\n\n")
-    assert "A machine;" not in newest and "metro" not in newest
+    assert "A machine;" not in brief and "metro" not in brief
+    (head,) = [line for line in brief.splitlines() if line.startswith("| arm")]
+    named = [cell.strip() for cell in head.strip("|").split("|")]
+    assert set(named) <= set(tables.BRIEF) and {"arm", "TPOT ms", "tokens/s"} <= set(named)
+    (line,) = [line for line in brief.splitlines() if line.startswith("| static")]
+    (whole,) = [line for line in both.splitlines()[:8] if line.startswith("| static")]
+    assert [cell in whole.split("|") for cell in line.split("|")] == [True] * len(line.split("|"))

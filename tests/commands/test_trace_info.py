@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_balance import commands, traces
+from vllm_balance.commands import pictures
 from vllm_balance.commands.printing import spans
 from vllm_balance.errors import BalancerError
 from vllm_balance.traces import Trace
@@ -68,3 +69,18 @@ def test_numbers_in_a_row_are_told_by_their_ends():
     assert spans([]) == "-"
     assert spans(np.array([4])) == "4"
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_the_picture_shows_kind_and_group_of_every_expert(info, tmp_path, monkeypatch):
+    """In decode experts 2, 3 and 4 rise together, and expert 5 is alone with its temporal load."""
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append((figure, path)))
+    info("--plot", tmp_path / "t.png")
+    ((figure, path),) = drawn
+    assert path == tmp_path / "t.png"
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:2] == ["skew", "drift"] and "consistent" in titles[2] and "group" in titles[3]
+    kinds, groups = (axis.images[0].get_array() for axis in figure.axes[2:])
+    assert kinds.tolist() == [[0, 0, 0, 0, 0, -1]]
+    assert groups.mask.tolist() == [[True, True, False, False, False, True]]
+    assert groups.compressed().tolist() == [0, 0, 0]

@@ -104,6 +104,14 @@ def test_vllms_own_dotted_syntax_works(moe_model):
     assert config.parallel_config.eplb_config.num_redundant_experts == 4
 
 
+def test_two_numbers_of_redundant_experts_are_refused(moe_model):
+    config = configured(moe_model, *TWO_RANKS)
+    config.parallel_config.eplb_config.num_redundant_experts = 4
+    config.additional_config = {"moe_balancer": {"name": "metro", "num_redundant_experts": 8}}
+    with pytest.raises(BalancerError, match=r"is 8 in the settings .* and 4 in --eplb-config"):
+        configure(config)
+
+
 def test_vllms_own_redundancy_setting_is_taken(moe_model):
     """vLLM takes it with --enable-eplb only, and that not on CPU, hence the direct way."""
     config = configured(moe_model, *TWO_RANKS)

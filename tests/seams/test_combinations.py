@@ -111,6 +111,50 @@ def test_steps_are_not_tried_again_by_balancers_with_a_memory_of_them(moe_model)
     combinations.check_combination(BalancerConfig(name="metro"), config)
 
 
+@pytest.mark.parametrize(
+    ("backend", "layers", "is_on"), [("auto", 2, True), ("prefetch", 2, True), ("uva", 2, False)]
+)
+def test_weights_in_buffers_that_layers_share_cannot_be_fetched_or_moved(
+    moe_model, backend, layers, is_on
+):
+    config = stock_config(moe_model)
+    combinations.check_combination(BalancerConfig(name="harmoeny"), config)
+    config.offload_config.offload_backend = backend
+    config.offload_config.prefetch.offload_group_size = layers
+    combinations.check_combination(BalancerConfig(name="static"), config)
+    for name in ("harmoeny", "metro"):
+        if is_on:
+            with pytest.raises(BalancerError, match="offloading by prefetch"):
+                combinations.check_combination(BalancerConfig(name=name), config)
+        else:
+            combinations.check_combination(BalancerConfig(name=name), config)
+
+
+def test_of_a_pooling_model_counts_are_recorded_and_no_ids(moe_model, tmp_path):
+    config = stock_config(moe_model)
+    config.model_config.runner_type = "pooling"
+    record = {"file": str(tmp_path / "r.npz")}
+    combinations.check_combination(BalancerConfig(name="static", record=record), config)
+    with pytest.raises(BalancerError, match="recording ids of a pooling model"):
+        asked = BalancerConfig(name="static", record=record | {"what": "ids"})
+        combinations.check_combination(asked, config)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "is_eager", "is_refused"),
+    [(True, False, False), (False, True, False), (False, False, True)],
+)
+def test_a_captured_graph_cannot_replay(moe_model, on_cpu, is_eager, is_refused):
+    model = stock_config(moe_model).model_config
+    replayed = BalancerConfig(name="metro", replay={"zipf": 0.8, "seed": 1})
+    asked = (replayed, model, facts(on_cpu=on_cpu, is_eager=is_eager, num_experts=8))
+    if is_refused:
+        with pytest.raises(BalancerError, match="would repeat those of its capture"):
+            combinations.check_replay(*asked)
+    else:
+        combinations.check_replay(*asked)
+
+
 @pytest.fixture
 def on_gpus(monkeypatch):
     found = facts(on_cpu=False, num_experts=8)

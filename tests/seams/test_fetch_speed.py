@@ -8,7 +8,13 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 from vllm_balance.seams import fetch_speed
-from vllm_balance.seams.fetch_speed import TOKENS, copy_bytes_per_s, token_us
+from vllm_balance.seams.fetch_speed import (
+    GPU_REPEATS,
+    GPU_TOKENS,
+    TOKENS,
+    copy_bytes_per_s,
+    token_us,
+)
 
 
 class Clock:
@@ -70,3 +76,34 @@ def test_the_kernel_is_called_as_vllm_defines_it(clock):
     assert all(call["hidden_states"].shape == (TOKENS, 4) for call in calls)
     assert all(call["hidden_states"].dtype is torch.bfloat16 for call in calls)
     assert all(call["topk_ids"].shape == (TOKENS, 1) for call in calls)
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """On tensors without memory, as there is no GPU: which work lies between the two events."""
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end) -> float:
+            return 40.0
+
+    multiply = torch.mm
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "mm", lambda a, b: said.append("product") or multiply(a, b))
+    experts = SimpleNamespace(
+        w13_weight=torch.zeros(3, 8, 4, device="meta"),
+        moe_config=SimpleNamespace(
+            hidden_dim=4, intermediate_size_per_partition=6, in_dtype=torch.bfloat16
+        ),
+    )
+    assert token_us(experts) == pytest.approx(40e3 / GPU_REPEATS / GPU_TOKENS)
+    expected = ["product"] * 2 + ["event"] + ["product"] * 2 * GPU_REPEATS + ["event", "wait"]
+    assert said == expected

@@ -49,6 +49,7 @@ class StockWorker:
 class Worker(RecordingWorker, StockWorker):
     def __init__(self, settings, *, rank=0, way="replicated", num_ranks=2):
         self.order = None
+        self.model_config = SimpleNamespace(runner_type="generate")
         self.model_runner = SimpleNamespace(
             execute_model_state=None, input_batch=SimpleNamespace(req_ids=[])
         )
@@ -217,3 +218,24 @@ def test_a_start_that_fails_is_an_answer_and_not_an_exception(tmp_path):
     assert "is running" in worker.moe_record_start({"file": str(tmp_path / "x.npz")})["error"]
     worker.shutdown()
     assert np.load(tmp_path / "new.npz")["num_experts"] == EXPERTS
+
+
+def test_a_pooling_model_has_counts_without_the_order_of_requests(tmp_path):
+    """Its runner has forgotten the order when a step ends."""
+    worker = Worker(None)
+    worker.compile_or_warm_up_model()
+    worker.model_config.runner_type = "pooling"
+    asked = {"file": str(tmp_path / "r.npz")}
+    assert "not `ids`" in worker.moe_record_start(asked | {"what": "ids"})["error"]
+    assert worker.moe_record_start(asked)["state"] == "recording"
+    route = worker.route
+
+    def forgetting(num_tokens: int) -> None:
+        route(num_tokens)
+        worker.model_runner = None
+
+    worker.route = forgetting
+    worker.execute_model(output(new={"a": 3, "b": 2}))
+    worker.moe_record_stop()
+    found = traces.load(tmp_path / "r.npz")
+    assert found.counts_NLE.sum() == 5 * TOP_K * len(LAYERS)

@@ -108,11 +108,20 @@ def test_fetching_needs_a_host_link_and_one_node(changes):
 
 
 def test_a_model_without_eplb_leaves_static_and_maps_without_copies():
-    made = advise(question(model=OSS, concurrency=8), error=0.0)
+    without = OSS.model_copy(update={"support": "no eplb"})
+    made = advise(question(model=without, concurrency=8), error=0.0)
     assert [each.balancer for each in made.candidates] == ["static", "gem"] and made.best.outcome
     ((reason, names),) = made.left_out.items()
     assert "does not support EPLB for GptOssForCausalLM" in reason
     assert names == ("eplb", "first_copy", "metro", "harmoeny")
+
+
+def test_a_model_whose_experts_are_loaded_at_once_leaves_static():
+    made = advise(question(model=OSS, concurrency=8), error=0.0)
+    assert [each.balancer for each in made.candidates] == ["static"]
+    found = {name: reason for reason, names in made.left_out.items() for name in names}
+    assert found.keys() == {"eplb", "gem", "first_copy", "metro", "harmoeny"}
+    assert "loads all experts of GptOssForCausalLM at once" in found["gem"]
 
 
 def many(**counts):

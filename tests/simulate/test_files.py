@@ -1,5 +1,6 @@
 """Hardware and model files: those of the catalogue are usable, damaged ones are refused."""
 
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,8 +79,10 @@ def test_model_files_say_what_vllm_supports(name):
     if known is None:
         assert model.support == "no model"
     else:
-        balances = MixtureOfExperts in known.load_model_cls().__mro__
-        assert model.support == ("eplb" if balances else "no eplb")
+        built = known.load_model_cls()
+        # gpt-oss's loader copies the experts of a layer in one piece: seams/loading.py refuses it.
+        without = "no map" if "mxfp4" in inspect.getsource(inspect.getmodule(built)) else "no eplb"
+        assert model.support == ("eplb" if MixtureOfExperts in built.__mro__ else without)
 
 
 @pytest.mark.parametrize("name", catalogue.names("hardware"))

@@ -321,12 +321,24 @@ def test_larger_models_take_longer():
     assert run(replace(ARM, model=narrow)).tpot_us < run().tpot_us
 
 
-def test_a_profile_of_other_experts_does_not_count():
+def test_a_profile_of_other_experts_counts_by_their_size():
     machine, profile = hardware.load("cpu-avx512")
     arm = replace(ARM, hardware=machine, profile=profile, layout=Layout(tensor=2))
+    own = expert_times(arm)
+    large = expert_times(replace(arm, model=models.load("mixtral-8x7b")))
+    assert len(own.stream_SN) == 2
+    size = (4096 * 14336) / (2048 * 768)
+    assert large.stream_SN == pytest.approx(own.stream_SN * size)
+    assert (large.fixed_S2 == own.fixed_S2).all()
+    assert large.knee_tokens == pytest.approx(own.knee_tokens)
+
+
+def test_a_profile_in_another_format_does_not_count():
+    _, profile = hardware.load("cpu-avx512")
+    arm = replace(ARM, hardware=H100, profile=profile)
     assert len(expert_times(arm).stream_SN) == 2
-    other = replace(arm, model=models.load("mixtral-8x7b"))
-    assert len(expert_times(other).stream_SN) == 1
+    quantised = models.load("qwen3-235b-a22b-fp8")
+    assert len(expert_times(replace(arm, model=quantised)).stream_SN) == 1
 
 
 def test_the_layers_simulated_stand_for_all():

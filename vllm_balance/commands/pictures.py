@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NUM_COLOURS = 20
+"""Of the groups of a layer; further ones begin again."""
+
+
 def require_drawable(path: Path) -> None:
     """Returns if a picture can be put at `path`; for a look before long work.
 
@@ -63,19 +67,25 @@ def draw_profile(profile: Profile, path: Path) -> None:
 
 
 def draw_trace(trace: Trace, summary: TraceSummary, path: Path) -> None:
-    """Load and activity of every expert, and drift. Raises as `draw_profile` does."""
-    figure, (left, middle, right) = _figure(1, 3)
-    left.plot(trace.layer_index_L, summary.skew_L, "o-")
-    left.set(xlabel="layer", ylabel="busiest expert / mean", ylim=(0, None), title="skew")
+    """Skew and drift of the layers, and kind and group of every expert. Raises as `draw_profile`
+    does."""
+    figure, (skew, drift, kinds, groups) = _figure(2, 2)
+    skew.plot(trace.layer_index_L, summary.skew_L, "o-")
+    skew.set(xlabel="layer", ylabel="busiest expert / mean", ylim=(0, None), title="skew")
+    drift.plot(summary.drift_LN.T, color="tab:blue", alpha=0.3)
+    drift.plot(summary.drift_LN.mean(0), color="black", label="mean of the layers")
+    drift.set(xlabel="tenth of the trace", ylabel="share of the load that moved", ylim=(0, None))
+    drift.set(title="drift")
+    drift.legend()
     kind_LE = summary.consistent_LE.astype(int) - summary.temporal_LE.astype(int)
-    middle.imshow(kind_LE, aspect="auto", cmap="coolwarm", vmin=-1, vmax=1, interpolation="none")
-    middle.set(xlabel="expert", ylabel="recorded layer")
-    middle.set(title="consistent (red), temporal (blue)")
-    right.plot(summary.drift_LN.T, color="tab:blue", alpha=0.3)
-    right.plot(summary.drift_LN.mean(0), color="black", label="mean of the layers")
-    right.set(xlabel="tenth of the trace", ylabel="share of the load that moved", ylim=(0, None))
-    right.set(title="drift")
-    right.legend()
+    by_expert = {"aspect": "auto", "interpolation": "none"}
+    kinds.imshow(kind_LE, cmap="coolwarm", vmin=-1, vmax=1, **by_expert)
+    kinds.set(title="consistent (red), temporal (blue)")
+    group_LE = np.where(summary.group_LE < 0, np.nan, summary.group_LE % NUM_COLOURS)
+    groups.imshow(group_LE, cmap="tab20", vmin=0, vmax=NUM_COLOURS - 1, **by_expert)
+    groups.set(title="experts that rise together: a colour per group")
+    for axis in (kinds, groups):
+        axis.set(xlabel="expert", ylabel="recorded layer")
     figure.suptitle(f"{trace.name}: {trace.num_experts} experts, top-{trace.top_k}")
     _save(figure, path)
 

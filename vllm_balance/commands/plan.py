@@ -240,7 +240,8 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
 
     at = f"at {question.slo_tpot_us / 1e3:g} ms per token" if question.slo_tpot_us else "here"
     if len(found.candidates) == 1:
-        return "No: a server would refuse every balancer here but static, and exflow with a map."
+        maps = "" if question.model.support == "no map" else ", and exflow with a map"
+        return f"No: a server would refuse every balancer here but static{maps}."
     if found.best.balancer == "static":
         return f"No, leave it off: nothing beats serving without a balancer {at}."
     band = " to ".join(f"{gain:+.1%}" for gain in found.band)

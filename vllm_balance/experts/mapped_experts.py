@@ -32,8 +32,10 @@ def as_they_arrive(
         pending = arrivals.pending()
         if not pending:
             return kernel(expert_map_P)
-        late = torch.tensor(sorted(pending), dtype=expert_map_P.dtype, device=expert_map_P.device)
-        is_late_P = torch.isin(expert_map_P, late)
+        is_late_P = torch.zeros_like(expert_map_P, dtype=torch.bool)
+        for slot in pending:  # A tensor of them would be a copy that the host waits for.
+            is_late_P |= expert_map_P == slot
         present_TH = kernel(expert_map_P.masked_fill(is_late_P, -1)).clone()
         arrivals.wait()
-        return present_TH.add_(kernel(expert_map_P.masked_fill(~is_late_P, -1)))
+        # Into the memory of the second output: with some dispatches it must be that of all ranks.
+        return kernel(expert_map_P.masked_fill(~is_late_P, -1)).add_(present_TH)

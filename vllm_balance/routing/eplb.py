@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -51,8 +50,7 @@ def _vllm_hash(
         record_enabled=tables.record_enabled,
         num_unpadded_tokens=num_valid_tokens,
     )
-    counted_only = replace(tables, load_P=None, record_enabled=None)
-    record(
-        physical_TK, regime=Regime.COMPUTE_BOUND, **counted_only.kernel_arguments(num_valid_tokens)
-    )
+    arguments = tables.kernel_arguments(num_valid_tokens)
+    counted_only = arguments | {"load_P": None, "record_enabled": None}
+    record(physical_TK, regime=Regime.COMPUTE_BOUND, **counted_only)
     return physical_TK

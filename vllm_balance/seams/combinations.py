@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_balance.config import BalancerConfig
+from vllm_balance.deployment import Deployment
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.online import require_whole_batch
@@ -55,6 +56,10 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     # vLLM gives adapters to experts by the linear placement.
     if config.fetches or config.uses_eplb or config.map is not None:
         refused["LoRA"] = vllm_config.lora_config is not None
+        # Its buffers are shared by layers, and are the weights that a rank shows once it has loaded.
+        refused["weight offloading by prefetch (--offload-group-size)"] = _prefetches(vllm_config)
+    if config.record is not None and config.record.what == "ids":
+        refused["recording ids of a pooling model"] = is_pooling(vllm_config.model_config)
     if config.fetches:
         refused["sleep mode"] = vllm_config.model_config.enable_sleep_mode
     # A step that is tried again would be counted, fetched for or recorded twice on some ranks.
@@ -75,6 +80,18 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
             f"--moe-balancer {config.name} leaves every expert where it was loaded, and "
             f"--enable-eplb asks to move them. Use --moe-balancer eplb, or remove --enable-eplb."
         )
+
+
+def is_pooling(model_config: Any) -> bool:
+    """Whether a model's runner forgets the order of a step's requests before the step has ended."""
+    return bool(model_config.runner_type == "pooling")
+
+
+def _prefetches(vllm_config: Any) -> bool:
+    """Whether vLLM keeps weights in host memory and brings those of a layer when they are needed."""
+    offload = vllm_config.offload_config
+    by_size = offload.offload_backend == "auto" and offload.prefetch.offload_group_size > 0
+    return bool(by_size or offload.offload_backend == "prefetch")
 
 
 def way_of(config: BalancerConfig, parallel: Any) -> Way:
@@ -113,9 +130,18 @@ def check_device(config: BalancerConfig) -> None:
         )
 
 
-def check_replay(config: BalancerConfig, model_config: Any) -> None:
-    """Draws one layer, so that a skew or trace that does not fit the model is refused here."""
+def check_replay(config: BalancerConfig, model_config: Any, deployment: Deployment) -> None:
+    """Returns if a replay can drive the model, of which one layer is drawn.
+
+    Raises:
+        BalancerError: a skew or trace does not fit it, or CUDA graphs would be captured.
+    """
     assert config.replay is not None
+    if not deployment.on_cpu and not deployment.is_eager:
+        raise BalancerError(
+            "`replay` chooses on the host which rows come next, and a captured CUDA graph would "
+            "repeat those of its capture for ever. Add --enforce-eager."
+        )
     experts, top_k = model_config.get_num_experts(), model_config.get_num_experts_per_tok()
     try:
         for phase in config.replay.phases:

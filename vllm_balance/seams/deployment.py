@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import multiprocessing
 import os
 import sys
@@ -79,7 +78,7 @@ def configure(vllm_config: Any) -> None:
         if is_first:
             warn_of_another_name(found, vllm_config)
     if config.replay is not None:
-        check_replay(config, vllm_config.model_config)
+        check_replay(config, vllm_config.model_config, deployment)
     settled = _settled(config, vllm_config, redundant)
     _set_up(vllm_config, config, settled)
     if is_first:
@@ -133,10 +132,17 @@ def _set_up(vllm_config: Any, config: BalancerConfig, settled: dict[str, Any]) -
 def _with_redundancy(
     config: BalancerConfig, vllms_own: int, found: PlacementMap | None
 ) -> BalancerConfig:
-    """The settings with vLLM's own number of redundant experts or the map's, if they name none."""
-    if config.num_redundant_experts is None and vllms_own:
+    """The settings with vLLM's own number of redundant experts or the map's, if they name none.
+
+    Raises:
+        BalancerError: both name a number, and the numbers differ.
+    """
+    ours = config.num_redundant_experts
+    if ours is None and vllms_own:
         return config.model_copy(update={"num_redundant_experts": vllms_own})
-    if found is None or config.num_redundant_experts is not None or config.redundancy is not None:
+    if vllms_own and ours != vllms_own:
+        raise _differ(config, "num_redundant_experts", ours, vllms_own)
+    if found is None or ours is not None or config.redundancy is not None:
         return config
     count = found.num_physical - found.shape.num_experts
     return config.model_copy(update={"num_redundant_experts": count})
@@ -157,11 +163,15 @@ def _with_intervals(config: BalancerConfig, eplb: Any) -> BalancerConfig:
         if name not in config.model_fields_set:
             taken[name] = vllms
         elif ours != vllms:
-            raise BalancerError(
-                f"`{name}` is {ours} in the settings of --moe-balancer {config.name} and {vllms} "
-                f"in --eplb-config, and one value is used. Give it in one of the two."
-            )
+            raise _differ(config, name, ours, vllms)
     return config.model_copy(update=taken)
+
+
+def _differ(config: BalancerConfig, name: str, ours: int | None, vllms: int) -> BalancerError:
+    return BalancerError(
+        f"`{name}` is {ours} in the settings of --moe-balancer {config.name} and {vllms} in "
+        f"--eplb-config, and one value is used. Give it in one of the two."
+    )
 
 
 def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
@@ -185,6 +195,7 @@ def _is_first_process() -> bool:
 
 def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> None:
     """Turns on vLLM's own EPLB: placement, load window, exchange of weights."""
+    from vllm.config.utils import replace
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
@@ -204,5 +215,5 @@ def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> No
         return
     # Another ParallelConfig checks EPLB and chooses its communicator, and draws ports of its own:
     # the first one stays, whose ports other processes know.
-    checked = dataclasses.replace(parallel, enable_eplb=True, eplb_config=eplb)
+    checked = replace(parallel, enable_eplb=True, eplb_config=eplb)
     parallel.enable_eplb, parallel.eplb_config = True, checked.eplb_config

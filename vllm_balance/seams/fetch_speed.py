@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 TOKENS = 256
-"""Tokens of one measured call: enough for any device to be bound by arithmetic."""
+"""Tokens of one measured call on a core: enough for it to be bound by arithmetic."""
+GPU_TOKENS = 8192
+"""Of one on a GPU, which fewer would not fill."""
 REPEATS = 3
+GPU_REPEATS = 20
 
 
 def copy_bytes_per_s(copy: Callable[[int], None], expert_bytes: int, num_experts: int) -> float:
@@ -29,7 +32,7 @@ def token_us(routed_experts: Any) -> float:
     """Time of one (token, choice) pair in a layer's experts, loaded and ready to run."""
     if routed_experts.w13_weight.is_cpu:
         return _median_us([_kernel_call(routed_experts)] * REPEATS) / TOKENS
-    return _median_us([_matrix_products(routed_experts)] * REPEATS) / TOKENS
+    return _products_us(routed_experts) / GPU_TOKENS
 
 
 def _kernel_call(routed_experts: Any) -> Callable[[], None]:
@@ -57,21 +60,24 @@ def _kernel_call(routed_experts: Any) -> Callable[[], None]:
     return lambda: experts.apply(**call)
 
 
-def _matrix_products(routed_experts: Any) -> Callable[[], None]:
-    """The arithmetic of one expert as plain products, on a device whose kernels we cannot call."""
+def _products_us(routed_experts: Any) -> float:
+    """Time of the arithmetic of one expert as plain products, on a device whose kernels we cannot
+    call: by the device's own clock, so that the time to launch them does not count."""
     config, device = routed_experts.moe_config, routed_experts.w13_weight.device
     inner = config.intermediate_size_per_partition
-    shapes = ((TOKENS, config.hidden_dim), (config.hidden_dim, 2 * inner), (inner, TOKENS))
+    shapes = ((GPU_TOKENS, config.hidden_dim), (config.hidden_dim, 2 * inner), (inner, GPU_TOKENS))
     hidden_NH, up_HI, inner_IN = (
         torch.randn(shape, device=device, dtype=config.in_dtype) for shape in shapes
     )
-
-    def run() -> None:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for repeat in range(1 + GPU_REPEATS):
+        if repeat == 1:  # The first warms up.
+            start.record()
         torch.mm(hidden_NH, up_HI)
         torch.mm(up_HI[:, :inner], inner_IN)
-        torch.cuda.synchronize()
-
-    return run
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / GPU_REPEATS
 
 
 def _median_us(calls: list[Callable[[], None]]) -> float:

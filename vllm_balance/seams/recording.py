@@ -12,6 +12,7 @@ from vllm_balance.balancer import LayerBalancer
 from vllm_balance.errors import BalancerError
 from vllm_balance.recorder import RecordedModel, Recorder
 from vllm_balance.recording import Phase, RecordSettings
+from vllm_balance.seams.combinations import is_pooling
 from vllm_balance.step_writer import Step
 
 
@@ -108,7 +109,13 @@ class RecordingWorker:
         if self.recorder is None:
             return None
         try:
-            self.recorder.start(RecordSettings.model_validate(settings))
+            asked = RecordSettings.model_validate(settings)
+            if asked.what == "ids" and is_pooling(self.model_config):  # type: ignore[attr-defined]
+                raise BalancerError(
+                    "Of a pooling model `counts` can be recorded, not `ids`: its runner does not "
+                    "tell whose tokens a step's rows were. Leave `what` out."
+                )
+            self.recorder.start(asked)
         except (BalancerError, OSError, RuntimeError, ValueError) as error:
             return {"error": str(error)}
         self._requests, self._asked_by = {}, asked_by
@@ -130,10 +137,9 @@ class RecordingWorker:
         return None if self.recorder is None else self.recorder.status()
 
     def _step(self, scheduler_output: Any, *, with_tokens: bool) -> Step:
-        runner = self.model_runner  # type: ignore[attr-defined]
-        # vLLM's second model runner keeps the order of a step's requests with the step.
-        batch = getattr(runner.execute_model_state, "input_batch", None) or runner.input_batch
-        request_ids = [r for r in batch.req_ids if r in scheduler_output.num_scheduled_tokens]
+        request_ids = list(scheduler_output.num_scheduled_tokens)
+        if with_tokens:
+            request_ids = self._in_order(request_ids)
         num_tokens_R = [scheduler_output.num_scheduled_tokens[r] for r in request_ids]
         decoding = _decoding(scheduler_output)
         phase_R = [int(request in decoding) for request in request_ids]
@@ -155,6 +161,14 @@ class RecordingWorker:
             + np.repeat(start_R - first_token_R, num_tokens_R),
             phase_T=np.repeat(phase_R, num_tokens_R),
         )
+
+    def _in_order(self, request_ids: list[str]) -> list[str]:
+        """The requests of a step in the order of their tokens."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        # vLLM's second model runner keeps it with the step.
+        batch = getattr(runner.execute_model_state, "input_batch", None) or runner.input_batch
+        scheduled = set(request_ids)
+        return [request for request in batch.req_ids if request in scheduled]
 
     def _numbers(self, scheduler_output: Any, request_ids: list[str]) -> list[int]:
         """A number for each request, which it keeps as long as it lives."""

@@ -107,6 +107,11 @@ USED = (
         why="profiles of CPUs",
     ),
     Place(
+        target="vllm.config.utils:replace",
+        parameters=("dataclass_instance",),
+        why="EPLB's settings, checked by vLLM",
+    ),
+    Place(
         target="vllm.forward_context:get_forward_context",
         parameters=(),
         why="padding of a batch, the layer of a replay",

@@ -46,11 +46,13 @@ def refusal(
     if balancer == "static":
         return None
     needs_eplb = balancer != "gem" or num_redundant > 0
-    if needs_eplb and model.support == "no eplb":
+    if needs_eplb and model.support in ("no eplb", "no map"):
         return (
             f"{VLLM} does not support EPLB for {model.architecture}, which redundant and moving "
             f"experts need"
         )
+    if balancer == "gem" and model.support == "no map":
+        return f"{VLLM} loads all experts of {model.architecture} at once, and no map can place them"
     if balancer in FETCHING and (reason := _no_fetching(hardware, layout)):
         return reason
     if num_redundant > MAX_REDUNDANT:

@@ -61,6 +61,15 @@ class ExpertTimes:
             compute_SN=self.compute_SN / speed,
         )
 
+    def of_size(self, size: float) -> ExpertTimes:
+        """The same for experts with so many times the weights: streaming them and multiplying by
+        them take so many times as long."""
+        return ExpertTimes(
+            fixed_S2=self.fixed_S2,
+            stream_SN=self.stream_SN * size,
+            compute_SN=self.compute_SN * size,
+        )
+
     def curves(self, num_ranks: int) -> tuple[CostModel, ...]:
         """The two-piece curve of each rank, by which placements weigh experts and tokens."""
         rows = zip(self.fixed_S2, self.stream_SN, self.compute_SN, strict=True)

@@ -30,7 +30,9 @@ class Window(Document):
     layers: Count
 
 
-Support = Literal["eplb", "no eplb", "no model"]
+Support = Literal["eplb", "no eplb", "no map", "no model"]
+"""What vLLM does with an architecture: all; no EPLB, so no redundant or moving experts; no EPLB and
+no maps, as all experts are loaded at once; nothing."""
 
 
 class Model(Sourced):

@@ -39,6 +39,8 @@ HISTORY_STEPS, HISTORY_TOKENS = 64, 256
 """Batches that experts are placed by; their size where it does not matter."""
 MOST_HISTORY_TOKENS = 4096
 """Of a batch as large as a step of the load: half the rows of a drawn skew."""
+PROFILED_MATRICES = 3
+"""Of an expert that `vllm-balance profile` measures: gate, up and down."""
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
 
@@ -171,18 +173,26 @@ def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
 
 
 def expert_times(arm: Arm) -> ExpertTimes:
-    """Measured times where the profile is of these experts, else the roofline."""
-    if arm.profile is not None and is_of(arm.profile, arm.model):
-        served = arm.hardware.efficiency.served_experts
-        return measured(arm.profile).at(served.value if served else 1.0)
-    return roofline(arm.model, arm.hardware)
+    """Measured times where the profile is of experts in the model's format, in proportion to their
+    weights; else the roofline."""
+    profile, model = arm.profile, arm.model
+    if profile is None or not _is_in_format_of(profile, model):
+        return roofline(model, arm.hardware)
+    served = arm.hardware.efficiency.served_experts
+    profiled_weights = PROFILED_MATRICES * profile.shape.hidden * profile.shape.inner
+    size = model.expert_weights / profiled_weights
+    return measured(profile).of_size(size).at(served.value if served else 1.0)
 
 
 def is_of(profile: Profile, model: Model) -> bool:
     """Whether a profile is of experts of the model's size and format."""
     shape = profile.shape
     same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
-    return same_size and NUMBER_OF.get(shape.dtype) == model.expert_number
+    return same_size and _is_in_format_of(profile, model)
+
+
+def _is_in_format_of(profile: Profile, model: Model) -> bool:
+    return NUMBER_OF.get(profile.shape.dtype) == model.expert_number
 
 
 class _MoeStage:
