@@ -56,7 +56,8 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
     # vLLM gives adapters to experts by the linear placement.
     if config.fetches or config.uses_eplb or config.map is not None:
         refused["LoRA"] = vllm_config.lora_config is not None
-        # Its buffers are shared by layers, and are the weights that a rank shows once it has loaded.
+    # Layers share its buffers, and these are the weights that a rank shows once it has loaded.
+    if config.fetches or config.uses_eplb:
         refused["weight offloading by prefetch (--offload-group-size)"] = _prefetches(vllm_config)
     if config.record is not None and config.record.what == "ids":
         refused["recording ids of a pooling model"] = is_pooling(vllm_config.model_config)
@@ -88,7 +89,7 @@ def is_pooling(model_config: Any) -> bool:
 
 
 def _prefetches(vllm_config: Any) -> bool:
-    """Whether vLLM keeps weights in host memory and brings those of a layer when they are needed."""
+    """Whether vLLM keeps weights in host memory and brings a layer's when they are needed."""
     offload = vllm_config.offload_config
     by_size = offload.offload_backend == "auto" and offload.prefetch.offload_group_size > 0
     return bool(by_size or offload.offload_backend == "prefetch")
