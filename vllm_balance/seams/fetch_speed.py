@@ -69,7 +69,10 @@ def _products_us(routed_experts: Any) -> float:
     hidden_NH, up_HI, inner_IN = (
         torch.randn(shape, device=device, dtype=config.in_dtype) for shape in shapes
     )
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     for repeat in range(1 + GPU_REPEATS):
         if repeat == 1:  # The first warms up.
             start.record()

@@ -52,9 +52,7 @@ def refusal(
             f"experts need"
         )
     if balancer == "gem" and model.support == "no map":
-        return (
-            f"{VLLM} loads all experts of {model.architecture} at once, and no map can place them"
-        )
+        return f"{VLLM} loads all experts of {model.architecture} at once; no map can place them"
     if balancer in FETCHING and (reason := _no_fetching(hardware, layout)):
         return reason
     if num_redundant > MAX_REDUNDANT:
