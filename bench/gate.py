@@ -98,7 +98,9 @@ def with_stand_ins(arm: Arm, model: Path, folder: Path) -> Arm:
     settings = dict(arm.settings)
     if "map" in settings:
         settings["map"] = str(folder / "map.json")
-        maps.save(folder / "map.json", shuffled_map(from_config(model), 0, arm.num_ranks))
+        redundant = settings.get("num_redundant_experts", 0)
+        shuffled = shuffled_map(from_config(model), redundant, arm.num_ranks)
+        maps.save(folder / "map.json", shuffled)
     if "profile" in settings:
         settings["profile"] = str(folder / "profile.json")
         documents.write(folder / "profile.json", made_up_profile(model))

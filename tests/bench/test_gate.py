@@ -57,6 +57,10 @@ def test_files_of_one_model_are_replaced_by_such_of_the_demo_model(tmp_path):
     assert sorted(layer.physical_to_logical) == list(range(8))
     assert layer.physical_to_logical != list(range(8))
     assert profiles.load(Path(served.settings["profile"])).shape.num_experts == 8
+    with_copies = {"map": "m.json", "num_redundant_experts": 2}
+    served = gate.with_stand_ins(replace(ARM, settings=with_copies), model, tmp_path)
+    (layer,) = maps.load(Path(served.settings["map"])).layers
+    assert len(layer.physical_to_logical) == 10 and set(layer.physical_to_logical) == {*range(8)}
 
 
 def test_equal_tokens_pass():
