@@ -6,12 +6,10 @@ biases, with an activation of gpt-oss, and with replicas.
 
 import pytest
 import torch
+from moe_configs import moe_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    RoutingMethodType,
     biased_moe_quant_config,
 )
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
@@ -61,7 +59,16 @@ class Layer:
         quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
         if self.biases is not None:
             quant_config = biased_moe_quant_config(*(bias[slots] for bias in self.biases))
-        config = moe_config(len(slots), self.dtype, self.activation)
+        config = moe_config(
+            slots=len(slots),
+            local=len(slots),
+            logical=NUM_EXPERTS,
+            top_k=TOP_K,
+            hidden=HIDDEN,
+            inner=INNER,
+            dtype=self.dtype,
+            activation=self.activation,
+        )
         kernel = FusedMoEKernel(
             MoEPrepareAndFinalizeNoDPEPModular(), self.experts_cls(config, quant_config)
         )
@@ -105,22 +112,6 @@ def activated(rows: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
         return torch.nn.functional.silu(gate) * up
     gate, up = rows[:, ::2].clamp(max=7.0), rows[:, 1::2].clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-
-
-def moe_config(num_local: int, dtype: torch.dtype, activation: MoEActivation) -> FusedMoEConfig:
-    return FusedMoEConfig(
-        num_experts=num_local,
-        experts_per_token=TOP_K,
-        hidden_dim=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=num_local,
-        num_logical_experts=NUM_EXPERTS,
-        activation=activation,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=dtype,
-    )
 
 
 def on_ranks(layer: Layer) -> list[torch.Tensor]:

@@ -8,14 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from moe_configs import moe_config
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import (
-    FUSED_MOE_UNQUANTIZED_CONFIG,
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    RoutingMethodType,
-)
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import (
     TritonExperts,
@@ -46,6 +42,14 @@ NUM_HOME = NUM_EXPERTS // NUM_RANKS
 PER_RANK = NUM_HOME + NUM_DYNAMIC
 NUM_PHYSICAL = NUM_RANKS * PER_RANK
 BATCHES = 2 * NUM_RANKS * NUM_HOME
+CONFIG = moe_config(
+    slots=NUM_PHYSICAL,
+    local=PER_RANK,
+    logical=NUM_EXPERTS,
+    top_k=TOP_K,
+    hidden=HIDDEN,
+    inner=INNER,
+)
 
 
 class LatePrefetch(SyncPrefetch):
@@ -86,7 +90,7 @@ class Rank:
         )
         self.kernel = modular_kernel.FusedMoEKernel(
             MoEPrepareAndFinalizeNoDPEPModular(),
-            TritonExperts(moe_config(), FUSED_MOE_UNQUANTIZED_CONFIG),
+            TritonExperts(CONFIG, FUSED_MOE_UNQUANTIZED_CONFIG),
         )
         self.kernel.fused_experts.apply = self.compute
         self.calls = 0
@@ -153,22 +157,6 @@ class Rank:
 def mlp(rows_NH, w1_IH, w2_HI) -> torch.Tensor:
     gate, up = (rows_NH @ w1_IH.T).chunk(2, dim=1)
     return torch.nn.functional.silu(gate) * up @ w2_HI.T
-
-
-def moe_config() -> FusedMoEConfig:
-    return FusedMoEConfig(
-        num_experts=NUM_PHYSICAL,
-        experts_per_token=TOP_K,
-        hidden_dim=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=PER_RANK,
-        num_logical_experts=NUM_EXPERTS,
-        activation=MoEActivation.SILU,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.float32,
-    )
 
 
 def tables() -> LayerTables:
