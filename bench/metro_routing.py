@@ -1,9 +1,8 @@
 """How far each routing is from the least possible lambda, and how long the choice takes.
 
 ``python -m bench.metro_routing [--traces DIR]`` runs the grid of sources x ranks x redundancy x
-batch and writes bench/results/metro_routing.jsonl, the tables of docs/metro-results.md between
-their markers and docs/metro-lambda.svg; ``--only times`` measures the times alone and replaces only
-their rows; ``--render`` writes tables and plot from the committed lines.
+batch and writes bench/results/metro_routing.jsonl and docs/metro-lambda.svg; ``--only times``
+measures the times alone and replaces only their rows. ``python -m bench.tables`` writes the tables.
 
 Placements are vLLM's own EPLB policy, fitted on the first half of a source; batches are random
 rows of the second half. Traces are .npz files (``topk_ids`` [tokens, layers, k], or ``counts``
