@@ -130,15 +130,32 @@ def test_all_tokens_to_one_expert_beyond_sixteen_bits(tmp_path):
     assert traces.load(tmp_path / "t.npz").counts_NLE[0, 2].tolist() == [0, 0, 0, 0, 80_000, 0, 0]
 
 
-def test_it_is_written_without_a_stop(tmp_path, monkeypatch):
-    """What a killed server leaves: a thread writes what there is, every few seconds."""
-    monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
+@pytest.mark.parametrize("waits", [{"FLUSH_S": 0.01}, {"LOOK_S": 0.01, "FLUSH_S": 600.0}])
+def test_it_is_written_without_a_stop(tmp_path, monkeypatch, waits):
+    """What a killed server leaves: a thread writes what there is every few seconds, and at once if
+    no more steps come."""
+    for name, seconds in waits.items():
+        monkeypatch.setattr(step_writer, name, seconds)
     chosen = recorder()
     chosen.start(settings(tmp_path))
     run(chosen, 0, random_ids(4, 0))
     wait_until(lambda: chosen.status()["steps"] > 0)
     assert traces.load(tmp_path / "t.npz").counts_NLE.sum() == 4 * TOP_K * LAYERS
     chosen.stop()
+
+
+def test_steps_are_gathered_while_they_come(tmp_path):
+    """A member of the archive for each step would be larger than its counts."""
+    chosen = recorder()
+    chosen.start(settings(tmp_path))
+    for number in range(60):
+        run(chosen, number, random_ids(4, number))
+        time.sleep(0.01)
+    chosen.stop()
+    with np.load(tmp_path / "t.npz") as archive:
+        chunks = [name for name in archive if name.startswith("counts.")]
+    assert len(traces.load(tmp_path / "t.npz").counts_NLE) == 60
+    assert len(chunks) < 10
 
 
 def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Takes recorded steps from the device to a file, in a thread of its own.
 
-Steps are copied, still on the device, into a block of many; the thread takes full blocks (or what
-there is, every few seconds) to the host and appends them to the file. There are two blocks. If the
-thread falls behind, steps are left out and counted: serving never waits.
+Steps are copied, still on the device, into a block of many; the thread takes full blocks to the
+host and appends them to the file. What there is it takes after a few seconds, or as soon as no more
+steps come: behind a SIGTERM vLLM kills its workers without waiting for them, so a server that has
+answered its last request must have everything in its file. There are two blocks. If the thread
+falls behind, steps are left out and counted: serving never waits.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from vllm_balance.recording import Phase, RecordingFile, RecordSettings
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLUSH_S = 2.0
-"""Seconds after which recorded steps are written at the latest: what a kill can lose."""
+"""Seconds after which recorded steps are written at the latest: what a kill under load can lose."""
+LOOK_S = 0.25
+"""Seconds between looks whether steps still come; if not, what is there is written."""
 BLOCK_BYTES = 8 * 2**20
 
 
@@ -172,15 +176,20 @@ class StepWriter:
 
     def _next_block(self) -> _Block | None:
         """The next block with steps in it; None when the recording has ended."""
+        flush_at, num_seen = time.monotonic() + FLUSH_S, 0
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._full or not self.is_writing, FLUSH_S)
-                if not self._full and self._filling.steps:
+                self._changed.wait_for(lambda: self._full or not self.is_writing, LOOK_S)
+                num_steps = len(self._filling.steps)
+                is_late = time.monotonic() + LOOK_S > flush_at
+                due = num_steps == num_seen or is_late or not self.is_writing
+                if num_steps and due and not self._full:
                     self._hand_over()
                 if self._full:
                     return self._full.pop(0)
                 if not self.is_writing:
                     return None
+                num_seen = num_steps
 
     def _chunk(self, block: _Block, stream: torch.cuda.Stream | None) -> dict[str, Array]:
         """The arrays of a chunk of the file."""

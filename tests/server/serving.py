@@ -43,6 +43,8 @@ TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 DATA_PARALLEL = ("--data-parallel-size", "2", "--enable-expert-parallel")
 FLOAT32 = ("--dtype", "float32")
 EAGER = ("--enforce-eager",)
+GENTLY = ("--shutdown-timeout", "30")
+"""Behind a SIGTERM, workers end by themselves."""
 MOVING = {"redundancy": 1.5, "window_size": 15, "step_interval": 20}
 """Experts are placed anew every 20 steps, so several times while a test's requests run."""
 REARRANGED = "Rearranged experts"
@@ -145,10 +147,14 @@ class Server:
         _, alive = psutil.wait_procs(descendants(self.process.pid), timeout=DIES_WITHIN_S)
         assert alive == []
 
-    def assert_ends_well(self) -> None:
-        """Ends the server as its operator does."""
+    def end(self) -> int:
+        """Ends the server as its operator does; its exit status.
+
+        That is 0 with `GENTLY` only. Else vLLM kills its engine at once, and may then fail on a
+        process that is a zombie still.
+        """
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=DIES_WITHIN_S) == 0, self.tail()
+        return self.process.wait(timeout=DIES_WITHIN_S)
 
     def count_in_log(self, text: str) -> int:
         return self.log.read_text(errors="replace").count(text)

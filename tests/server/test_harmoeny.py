@@ -12,6 +12,7 @@ from serving import (
     DATA_PARALLEL,
     EAGER,
     FLOAT32,
+    GENTLY,
     LONG_PROMPT,
     PROMPTS,
     TENSOR_PARALLEL,
@@ -142,7 +143,7 @@ def test_a_rank_that_cannot_get_an_expert(server, layout):
 
 def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):
     """Default settings and torch.compile: q from measured speeds, decode on one replica each."""
-    flags = (*TENSOR_PARALLEL, "--moe-balancer", "harmoeny", *FLOAT32)
+    flags = (*TENSOR_PARALLEL, "--moe-balancer", "harmoeny", *FLOAT32, *GENTLY)
     log = tmp_path / "log"
     with serve(model, *flags, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as server:
         assert server.all_tokens(PROMPTS) == dense.tokens
@@ -150,4 +151,4 @@ def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):
         assert float(found) >= 1
         for rank in server.status():
             assert rank["stepped_aside"]["memory_bound"] > 0
-        server.assert_ends_well()
+        assert server.end() == 0, server.tail()

@@ -11,6 +11,7 @@ from serving import (
     DATA_PARALLEL,
     EAGER,
     FLOAT32,
+    GENTLY,
     LONG_PROMPT,
     MAX_TOKENS,
     PROMPTS,
@@ -127,7 +128,7 @@ def wait_until_written(server, pairs: int) -> None:
 def test_bfloat16(start, dense, layout):
     """Greedy tokens may differ by rounding; log probabilities of the dense texts must not, nor may
     those of tokens as they were decoded differ from those in a prompt."""
-    with start(*layout, *METRO, "--dtype", "bfloat16") as server:
+    with start(*layout, *METRO, *GENTLY, "--dtype", "bfloat16") as server:
         with ThreadPoolExecutor(12) as clients:
             answers = list(clients.map(partial(server.complete, logprobs=0), PROMPTS))
         assert server.count_in_log(REARRANGED) > 0
@@ -136,7 +137,7 @@ def test_bfloat16(start, dense, layout):
         with ThreadPoolExecutor(8) as clients:
             found = list(clients.map(server.logprobs, dense.texts))
             prefilled = list(clients.map(server.logprobs, own_texts))
-        server.assert_ends_well()
+        assert server.end() == 0, server.tail()
     decoded = [answer["logprobs"]["token_logprobs"] for answer in answers]
     # bfloat16 itself is 0.007 and 0.14 off here; one wrong expert of 128 is up to 4 off.
     assert_close(found, dense.logprobs, mean=0.014, most=0.3)
