@@ -41,8 +41,8 @@ TOKENS = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
 TIMED_SLOTS = 4
 TIMED = ((64, 2), (128, 2), (128, 4), (128, 8), (256, 16), (512, 64))
 """Experts and ranks of a time row."""
-TIMED_RECORDED = 8
-"""Ranks of the time row of a recorded load."""
+TIMED_RECORDED = (4, 8, 16)
+"""Ranks of the time rows of a recorded load, where its experts divide over them."""
 SWEEPS = 9
 Row = dict[str, Any]
 
@@ -136,16 +136,15 @@ def quality_row(load: Load, num_ranks: int, num_dynamic: int) -> Row:
 
 def time_rows(repetitions: int, folder: Path | None, seed: int) -> Iterator[Row]:
     """Whole calls of every schedule from Python, counts given, by sweeps: of the skew model, and of
-    the first recorded load in a folder whose experts divide over TIMED_RECORDED ranks."""
+    the recorded loads in a folder."""
     for num_experts, num_ranks in TIMED:
         for alpha in (0.0, 0.9):
             tokens_SE = _skewed_tokens(num_experts, num_ranks, alpha)
             yield _time_row(tokens_SE, repetitions) | {"alpha": alpha}
     for load in recorded(folder, seed) if folder else ():
-        if load.num_experts % TIMED_RECORDED == 0:
-            tokens_SE = load.counts_NE[:TIMED_RECORDED].astype(np.int32)
+        for num_ranks in (ranks for ranks in TIMED_RECORDED if load.num_experts % ranks == 0):
+            tokens_SE = load.counts_NE[:num_ranks].astype(np.int32)
             yield _time_row(tokens_SE, repetitions) | {"alpha": None, "load": load.name}
-            break
 
 
 def _skewed_tokens(num_experts: int, num_ranks: int, alpha: float) -> np.ndarray:

@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from bench import placed, real_size_model, run_files, speed
 from bench.load import Load as Asked
+from bench.placed import SLOW_RANK, Slowed
 from bench.predictions import Recorded, is_profiled, predict, profiled_dtype
 from bench.provenance import provenance
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
@@ -34,13 +35,29 @@ RUNS = (
     "harmoeny-short",
     "harmoeny-moe-heavy",
 )
-RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "trace", "recorded-bfloat16", "slow_rank")
+RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "trace")
+RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow")
+NOT_SIMULATED = "exflow"
+"""It is placed by which experts follow each other, and not by counts."""
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
 Slowness = tuple[float, float]
 """Of steps with prompts and of those without, against the profile."""
+
+
+class Variant(NamedTuple):
+    """What arms that are compared have in common."""
+
+    case: str
+    load: str
+    slow: float
+    """What one rank was asked to be slower by."""
+
+    def __str__(self) -> str:
+        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
+        return " ".join(filter(None, (self.case, self.load, slowed)))
 
 
 def hardware_names() -> dict[str, str]:
@@ -107,10 +124,11 @@ def _of_machine(
             f"rows are left out.[/]"
         )
         return
-    groups: dict[tuple[str, str], Arms] = {}
+    groups: dict[Variant, Arms] = {}
     for row in rows:
-        if row.slow == 1:  # The simulator's ranks are alike.
-            groups.setdefault((row.case, row.load), {}).setdefault(row.arm, []).append(row)
+        if row.arm != NOT_SIMULATED:
+            variant = Variant(row.case, row.load, row.slow)
+            groups.setdefault(variant, {}).setdefault(row.arm, []).append(row)
     with _recorded(settings, rows, traces) as (is_there, files):
         if not is_there:
             Console().print(
@@ -120,10 +138,13 @@ def _of_machine(
             return
         profiled = {"profiled": is_profiled(settings, machine)}
         for variant, arms in groups.items():
-            tables, load = _variant(settings, *variant)
+            tables, load = _of_variant(settings, variant)
             # The simulator's traffic keeps its popular experts.
             if "change_every" not in (load.replay or tables["replay"]):
-                made = {arm: predict(tables, load, arm, machine, files) for arm in arms}
+                made = {
+                    arm: predict(tables, load, arm, machine, files, _slowed(tables, own))
+                    for arm, own in arms.items()
+                }
                 slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
                 yield from (
                     point | profiled for point in _group(name, variant, arms, made, slow, load)
@@ -156,33 +177,38 @@ def _recorded(
         yield True, Recorded(*files)
 
 
-def _variant(settings: Row, case: str, load: str) -> tuple[Row, Asked]:
+def _of_variant(settings: Row, variant: Variant) -> tuple[Row, Asked]:
     """The tables of a server's variant, and a load on it."""
-    tables = settings | settings.get("cases", {}).get(case, {})
-    own = tables.get("loads", {}).get(load, {})
+    tables = settings | settings.get("cases", {}).get(variant.case, {})
+    own = tables.get("loads", {}).get(variant.load, {})
     return tables, Asked(**tables.get("load", {}) | own)
+
+
+def _slowed(tables: Row, rows: list[Measurement]) -> Slowed:
+    """The slow rank of an arm's rows, with the factor that its kernels showed."""
+    factor = statistics.median(row.slow_shown for row in rows)
+    return Slowed(tables.get("slow_rank", SLOW_RANK), factor)
 
 
 def _group(
     name: str,
-    variant: tuple[str, str],
+    variant: Variant,
     arms: Arms,
     made: dict[str, Outcome],
     slow: dict[str, Slowness | None],
     load: Asked,
 ) -> Iterator[Row]:
     """Points of the arms that share a load and a server's variant."""
-    case, load_name = variant
     metric = "tpot_ms" if load.max_tokens > 8 else "ttft_ms"
     found = {arm: _medians(rows, metric) for arm, rows in arms.items()}
     machine = next(iter(arms.values()))[0].machine
-    where = {"run": name, "case": case, "load": load_name, **provenance(), "machine": machine}
+    where = {"run": name, **variant._asdict(), **provenance(), "machine": machine}
     for arm, outcome in made.items():
         for what, value in _predicted(outcome, metric, slow[arm]).items():
             reference = found[arm][what]
             yield {
                 "kind": "measured",
-                "arm": " ".join(filter(None, (case, load_name, arm))),
+                "arm": f"{variant} {arm}".strip(),
                 "what": what,
                 "reference": reference,
                 "predicted": value,
@@ -196,7 +222,7 @@ def _group(
         predicted = both[1] / both[0] - 1
         yield {
             "kind": "pair",
-            "arm": " ".join(filter(None, (case, load_name, f"{second} against {first}"))),
+            "arm": f"{variant} {second} against {first}".strip(),
             "what": metric,
             "reference": reference,
             "predicted": predicted,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bench import markdown
 from bench.provenance import ROOT, code, commit, digest_of, versions
 from vllm_balance.commands.printing import progress
 from vllm_balance.measured_tables import rate_at
 from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
-from vllm_balance.simulate.sweep import Cell, compute, missing, room, sweep
+from vllm_balance.simulate.sweep import Cell, missing, room, sweep
 
 RESULTS = ROOT / "bench" / "results"
 ZIPFS = (0.3, 0.8)
@@ -131,17 +129,6 @@ def phase(
         )
     cells = [*phase_cells(fine), *(() if fine else prefill_cells())]
     _run("phase", cells[:first], results, address)
-
-
-@app.command()
-def speed() -> None:
-    """Seconds of one core to simulate 1,000 steps of 61 layers on 8 ranks."""
-    for name in ORDER:
-        cell = replace(DEEPSEEK, data=8, layers=61, steps=1000, balancer=name, redundancy=1.25)
-        compute(replace(cell, steps=1))
-        start = time.process_time()
-        compute(cell)
-        Console().print(f"{name}: {time.process_time() - start:.1f} s")
 
 
 def _run(

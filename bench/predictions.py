@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bench import real_size_model
 from bench.load import Load as Asked
+from bench.placed import Slowed
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
 from vllm_balance.simulate.hardware import NUMBER_OF
@@ -23,6 +24,7 @@ BUDGET, TOKEN_BUDGET = "--max-num-batched-tokens", 8192
 """The flag, and where a run file lacks it a limit that its loads stay below."""
 NUMBERS = {dtype: (NUMBER_OF[dtype], width) for dtype, width in (("bfloat16", 2), ("float32", 4))}
 """What a model is served in: the format of its arithmetic, bytes of a weight or cached element."""
+AT_FULL_SPEED = Slowed(0, 1.0)
 Row = dict[str, Any]
 
 
@@ -74,12 +76,18 @@ def is_profiled(settings: Row, machine: str) -> bool:
 
 
 def predict(
-    settings: Row, load: Asked, name: str, machine: str, recorded: Recorded | None = None
+    settings: Row,
+    load: Asked,
+    name: str,
+    machine: str,
+    recorded: Recorded | None = None,
+    slow: Slowed = AT_FULL_SPEED,
 ) -> Outcome:
     """The simulation of one arm of a run file on the machine of a hardware file.
 
     Args:
         recorded: the trace that the run replays, if it does.
+        slow: a rank, and how many times longer it takes for everything.
     """
     described, profile = hardware.load(machine)
     model = benchmark_model(**settings["model"])
@@ -99,6 +107,11 @@ def predict(
         profile=profile,
         layout=layout,
         balancer=own.get("balancer", name),
+        placed_by=own["place"] if own.get("place", "gem") != "gem" else None,
+        known_batches=_known_batches(settings["place"]) if "place" in own else (),
+        slowness=tuple(
+            slow.factor if rank == slow.rank else 1.0 for rank in range(layout.num_ranks)
+        ),
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
         load=burst(load, layout.data, _token_budget(serve["flags"])),
         warm_batches=_warm_batches(settings, load),
@@ -106,6 +119,14 @@ def predict(
     layers = model.num_moe_layers
     traffic, placed_by = (skewed(ReplaySettings(**each), model, layers) for each in (served, known))
     return simulate(arm, traffic, placed_by)
+
+
+def _known_batches(place: Row) -> tuple[tuple[int, int], ...]:
+    """Decoding and prompt tokens of the batches that `[place]` of a run file takes."""
+    kinds = [(place["batch"], 0)]
+    if "prefill_batch" in place:
+        kinds.append((0, place["prefill_batch"]))
+    return tuple(kind for kind in kinds for _ in range(place["steps"]))
 
 
 def _token_budget(flags: list[str]) -> int:

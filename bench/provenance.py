@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = {"commands", "simulate", "measurement.py", "measured_tables.py", "skew_table.py"}
+ALONE = {"commands", "simulate"} | {
+    f"{name}.py" for name in ("measurement", "measured_tables", "run_tables", "skew_table")
+}
 """Parts of the package that no server runs."""
 MAKERS = {
     f"vllm_balance/commands/{name}.py"
@@ -22,7 +24,7 @@ MAKERS = {
 """Commands among them that make the files which servers are given: profiles and maps."""
 REPORTING = (
     *("harmoeny_tables", "markdown", "measured_points", "metro_tables", "modelled", "predictions"),
-    *("published", "tables", "validation", "validation_tables"),
+    *("published", "sweep_speed", "tables", "validation", "validation_tables"),
 )
 """Modules of bench that show or predict what others measure: no measured row depends on them."""
 NO_BF16 = "no BF16 units"

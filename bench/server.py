@@ -24,6 +24,9 @@ from bench.starter import Forked, starter
 
 START_TIMEOUT_S = 300.0
 RANKS_NICE = 10
+RESTS_WITHIN_S = 60.0
+REST_LOOK_S = 0.1
+"""A look waits for the step that runs, so between two of them there is one if there are any."""
 PORTS = range(20_000, 29_000)
 """Below those that Linux gives to outgoing connections, 32768 and up: a server binds its port many
 seconds after it was chosen."""
@@ -115,14 +118,15 @@ class Server:
         to spare.
         """
         assert self._process is not None
-        named = [(p, " ".join(p.cmdline())) for p in descendants(self._process.pid)]
+        named = [(p, command_of(p)) for p in descendants(self._process.pid)]
         workers = [process for process, name in named if "VLLM::Worker" in name]
         # An engine of one rank has no worker process of its own.
         engines = [process for process, name in named if "VLLM::EngineCore" in name]
-        ranks = sorted(workers or engines, key=lambda process: process.cmdline())
+        ranks = sorted(workers or engines, key=command_of)
         for process, core in zip(ranks, rank_cores(len(ranks)), strict=True):
             for thread in process.threads():
-                os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
+                with contextlib.suppress(ProcessLookupError):
+                    os.setpriority(os.PRIO_PROCESS, thread.id, RANKS_NICE)
             os.sched_setaffinity(process.pid, {core})
 
     @property
@@ -155,7 +159,7 @@ class Server:
         """
         assert self._process is not None
         name = f"VLLM::Worker_TP{rank}"
-        found = [p.pid for p in descendants(self._process.pid) if name in " ".join(p.cmdline())]
+        found = [p.pid for p in descendants(self._process.pid) if name in command_of(p)]
         if len(found) != 1:
             raise RuntimeError(f"{len(found)} processes are named {name}")
         return found[0]
@@ -173,6 +177,24 @@ class Server:
         for pid in (self._process.pid, *(p.pid for p in descendants(self._process.pid))):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def rest(self) -> None:
+        """Returns when no rank takes a step any more: data-parallel ranks go on for up to 32 behind
+        their last request, and what is asked of them meets each at another one.
+
+        Raises:
+            RuntimeError: they go on for RESTS_WITHIN_S.
+        """
+        deadline = time.monotonic() + RESTS_WITHIN_S
+        before: list[int] = []
+        while (now := [rank["decisions"] for rank in self.status()]) != before:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.arm.name}: {RESTS_WITHIN_S:g} s behind their last request the ranks "
+                    f"still take steps: {before}, then {now} decisions"
+                )
+            before = now
+            time.sleep(REST_LOOK_S)
 
     def reset(self) -> None:
         """Sets the counters to zero."""
@@ -264,6 +286,13 @@ def stop(process: subprocess.Popen[bytes] | Forked, within_s: float = 20) -> Non
         process.kill()
     process.wait()
     psutil.wait_procs(family, timeout=10)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line, which is its title where it has set one; empty if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -29,12 +29,13 @@ from bench import (
     recorder,
     recovery,
     run_files,
+    sweep_speed,
     validation,
 )
 from bench.provenance import ROOT
-from vllm_balance import measured_tables, skew_table
+from vllm_balance import measured_tables, run_tables
 from vllm_balance.measured_tables import MeasuredTable
-from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
+from vllm_balance.measurement import newest_by_machine, read_measurements
 
 Row = dict[str, Any]
 ONE_RUN = ("started", "commit", "config_hash", "machine")
@@ -43,6 +44,7 @@ WRITERS = {
     "accuracy": (placement_accuracy.writer, "placement_accuracy"),
     "metro": (metro_tables.writer, "metro_routing"),
     "placement": (placement.writer, "placement"),
+    "speed": (sweep_speed.writer, "sweep_speed"),
     "schedule": (harmoeny_tables.writer, "harmoeny_schedule"),
     "validation": (validation.writer, "validation"),
 }
@@ -165,7 +167,7 @@ def measured_table(name: str) -> str:
     `RUN` by arm, `RUN-slo` throughput within the SLO, `RUN-brief` by arm, of the newest alone.
     """
     run = name.removesuffix("-brief")
-    kind = _kind(run)
+    kind = measured_tables.slo_table if run.endswith("-slo") else run_tables.main_table
     path = ROOT / "bench" / "results" / f"{run.removesuffix('-slo')}.jsonl"
     every = [kind(rows) for rows in newest_by_machine(read_measurements(path)).values()]
     return "\n\n".join(map(_written, every if run == name else [_brief(every[0])]))
@@ -180,14 +182,6 @@ def _brief(found: MeasuredTable) -> MeasuredTable:
         headings=[found.headings[column] for column in columns],
         body=[[line[column] for column in columns] for line in found.body],
     )
-
-
-def _kind(run: str) -> Callable[[list[Measurement]], MeasuredTable]:
-    if run.startswith("harmoeny-"):
-        return skew_table.table
-    if run in ("slow_rank", "turns-slow", "turns-gem"):
-        return measured_tables.slow_table
-    return measured_tables.slo_table if run.endswith("-slo") else measured_tables.arms_table
 
 
 def _written(found: MeasuredTable) -> str:

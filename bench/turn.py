@@ -100,8 +100,10 @@ class Turn:
 
 def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:
     """Fields of a row: one load, what the client timed and what the counters say."""
+    server.rest()
     server.reset()
     answered = send(load, server.url, model, seed)
+    server.rest()
     ranks = server.status(per_layer=True)
     counters.require_trustworthy(
         server.arm.name,

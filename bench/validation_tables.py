@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import markdown
+from bench.measured_points import Variant
 
 Row = dict[str, Any]
 TIMES = {"tpot_ms": "TPOT ms", "ttft_ms": "TTFT ms"}
 PARTS = ("measured", "predicted", "error")
+AIM = 0.1
+"""Error that the project asked for."""
 COUNTS = {
     "activated_worst_rank": "experts on the worst rank",
     "tokens_worst_rank": "tokens on the worst rank",
@@ -22,6 +25,8 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
     def file(row: Row) -> str:
         return hardware.get(row["machine"], row["machine"])
 
+    if name == "summary":
+        return _summary(rows, file)
     if name == "measured":
         groups = _grouped(rows, "measured", file, lambda row: row["arm"])
         head = ["machine", "run", "arm", "slower than profiled"]
@@ -30,7 +35,7 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
         body = [[*key, *_measured(group)] for key, group in groups.items()]
         return markdown.table(head, body, left=3)
     if name == "pairs":
-        groups = _grouped(rows, "pair", file, lambda row: row.get("load") or "-")
+        groups = _grouped(rows, "pair", file, lambda row: str(_variant(row)) or "-")
         head = ["machine", "run", "load", "pairs", "more than 3 % apart", "ranked right"]
         head += ["wrong: measured, predicted"]
         body = [[*key, *_ranked(group)] for key, group in groups.items()]
@@ -42,6 +47,24 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
         for row in own
     ]
     return markdown.table(head, body, left=1)
+
+
+def _summary(rows: list[Row], file: Callable[[Row], str]) -> str:
+    """Per machine, how many lines are within the aim and how many pairs in the right order; points
+    of older code are left out."""
+    own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
+    body = []
+    for name in sorted({file(row) for row in own}):
+        here = [row for row in own if file(row) == name]
+        cells = []
+        for what in TIMES:
+            near = [abs(row["error"]) <= AIM for row in here
+                    if (row["kind"], row["what"]) == ("measured", what)]  # fmt: skip
+            cells.append(f"{sum(near)} of {len(near)}")
+        ranked = [row["ranked"] for row in here if row["kind"] == "pair" and row["far_apart"]]
+        body.append([name, *cells, f"{sum(ranked)} of {len(ranked)}"])
+    heads = [f"{what.removesuffix(' ms')} within {AIM:.0%}" for what in TIMES.values()]
+    return markdown.table(["machine", *heads, "pairs in order"], body)
 
 
 def _grouped(
@@ -74,11 +97,16 @@ def _slower(slowness: list[float] | None, decodes: bool) -> str:
     return "-" if slowness is None else f"{slowness[decodes] - 1:+.0%}"
 
 
+def _variant(row: Row) -> Variant:
+    """Of a point, which older code may have written."""
+    return Variant(row.get("case", ""), row.get("load", ""), row.get("slow", 1.0))
+
+
 def _ranked(group: list[Row]) -> list[str]:
     """How many pairs of arms there are and were ranked right, and which were not."""
     apart = [row for row in group if row["far_apart"]]
     wrong = [
-        f"{row['arm'].removeprefix(row.get('load', '')).strip()} "
+        f"{row['arm'].removeprefix(str(_variant(row))).strip()} "
         f"{row['reference']:+.1%}, {row['predicted']:+.1%}"
         for row in apart
         if not row["ranked"]

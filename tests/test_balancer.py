@@ -239,16 +239,20 @@ def test_what_a_graph_repeats_on_the_device_is_a_decision_too():
 
 def test_serving_starts_with_zeroed_counters_and_nothing_in_the_online_window():
     class Online:
-        forgotten = 0
+        forgotten = told = 0
 
         def forget(self) -> None:
             assert layer.status()["decisions"] == 0
             self.forgotten += 1
 
+        def counters_are_zero(self) -> None:
+            assert layer.status()["decisions"] == 0
+            self.told += 1
+
     layer, online = balancer(), Online()
     layer.in_router(IDS_TK.clone(), None)
     WorkerBalancer(balancer="gem", rank=0, layers=[layer], online=online).start_serving()
-    assert online.forgotten == 1 and not layer.tables.counters.any()
+    assert online.forgotten == online.told == 1 and not layer.tables.counters.any()
     WorkerBalancer(balancer="metro", rank=0, layers=[layer]).start_serving()
 
 

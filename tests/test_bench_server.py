@@ -54,8 +54,8 @@ def test_a_run_that_is_terminated_takes_its_server_along():
     server = psutil.Process(int(run.stdout.readline()))
     assert server.is_running()
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=30) == 128 + signal.SIGTERM
-    deadline = time.monotonic() + 10
+    assert run.wait(timeout=120) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 60
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the server outlived its run"
         time.sleep(0.05)
@@ -67,14 +67,14 @@ def test_a_suspended_server_takes_no_time_and_goes_on():
     with folder["Fake"](SimpleNamespace(name="fake"), Path("model")) as server:
         server.suspend()
         process = psutil.Process(server._process.pid)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while process.status() != psutil.STATUS_STOPPED:  # A signal takes a moment to arrive.
             assert time.monotonic() < deadline, "the server runs on"
             time.sleep(0.01)
         with pytest.raises(httpx.TimeoutException):
             httpx.get(f"{server.url}/health", timeout=0.5)
         server.resume()
-        assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         server.suspend()
     assert not process.is_running(), "a suspended server ends like any other"
 

@@ -214,6 +214,19 @@ def test_json_that_is_no_object(tmp_path):
     assert "holds a JSON list; an object is needed" in message(read, "metro", str(file))
 
 
+@pytest.mark.parametrize("what", ["placement map", "profile"])
+def test_a_map_or_a_profile_is_no_settings(tmp_path, what):
+    file = tmp_path / "made.json"
+    file.write_text(json.dumps({"kind": f"vllm-balance {what}", "format": 1, "layers": []}))
+    text = message(read, "gem", str(file))
+    assert f"is a {what} and no settings" in text
+    assert f'{{"{what.split()[-1]}": "{file}"}}' in text and "Unknown key" not in text
+
+
+def test_a_folder_of_a_user_that_is_not_there():
+    assert "a user that this machine does not have" in message(read, "gem", "~nobody-of-us/x.toml")
+
+
 def test_flag_and_file_that_name_different_balancers():
     text = message(read, "metro", '{"name": "eplb"}')
     assert "'metro'" in text and "'eplb'" in text and "Name one balancer" in text

@@ -3,8 +3,9 @@
 import pytest
 from measured import row, rows
 
-from vllm_balance.measured_tables import arms_table, grouped, slo_table, slow_table, tables
+from vllm_balance.measured_tables import arms_table, grouped, slo_table, slow_table
 from vllm_balance.measurement import KernelTime
+from vllm_balance.run_tables import main_table, tables
 
 
 def column(table, heading):
@@ -53,7 +54,7 @@ def test_loads_in_turn_are_compared_with_their_neighbours():
         "+0.0% (+0.0 to +0.0)",
         "-25.0% (-32.5 to -17.5)",
     ]
-    assert table.caption.endswith("Ratios are of loads in turn, with quartiles.")
+    assert "Ratios are of loads in turn on one server of each arm" in table.caption
     assert column(arms_table(measured[:4]), "TPOT against static") == ["+0.0%", "-16.7%"]
 
 
@@ -237,3 +238,15 @@ def test_an_arm_that_a_run_did_not_come_to_has_no_latency():
 def test_a_run_with_an_slo_has_one_table_more(own, count):
     assert len(tables(own())) == count
     assert tables(own())[-1] == arms_table(own())
+
+
+def test_loads_of_every_kind_in_turn_are_compared_end_to_end():
+    loads = (("decode", 20), ("prefill", 2))
+    in_turn = [
+        row(arm, load=load, output_tokens=tokens, in_turns=True)
+        for load, tokens in loads
+        for arm in ("static", "gem")
+    ]
+    assert main_table(in_turn) == slow_table(in_turn)
+    decode = [each for each in in_turn if each.load == "decode"]
+    assert main_table(decode) == arms_table(decode)

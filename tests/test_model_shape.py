@@ -39,6 +39,19 @@ def test_other_names_and_nested_text_models_are_read(tmp_path):
     assert (shape.num_experts, shape.inner, shape.architecture) == (8, 14336, "X")
 
 
+def test_ernies_names_are_read(tmp_path):
+    ernie = {**QWEN, "moe_num_experts": 64, "moe_k": 6}
+    del ernie["num_experts"], ernie["num_experts_per_tok"]
+    shape = shape_of(tmp_path, ernie)
+    assert (shape.num_experts, shape.top_k) == (64, 6)
+
+
+def test_a_wrong_value_is_explained_in_a_paragraph(tmp_path):
+    with pytest.raises(BalancerError, match=r"`num_experts` .it is 'many'.: .* valid int") as no:
+        shape_of(tmp_path, {**QWEN, "num_experts": "many"})
+    assert "\n" not in str(no.value) and "http" not in str(no.value)
+
+
 @pytest.mark.parametrize(
     "config", [{}, [], 3, {**QWEN, "num_experts": None}, {**QWEN, "num_experts": "many"},
                {**QWEN, "hidden_size": 0}, {**QWEN, "torch_dtype": 5}]

@@ -158,6 +158,20 @@ def test_steps_are_gathered_while_they_come(tmp_path):
     assert len(chunks) < 10
 
 
+def test_steps_that_found_no_room_in_the_file_are_counted(tmp_path):
+    """One chunk, larger than the file may be: all of it is left out, and what waited behind it."""
+    chosen = recorder()
+    chosen.start(settings(tmp_path, "ids", 2**16))
+    for number in range(3000):
+        run(chosen, number, random_ids(16, number))
+        if not chosen.is_recording:
+            break
+    chosen.stop()
+    status = chosen.status()
+    assert status["state"] == "full" and status["dropped_steps"] > 0
+    assert status["steps"] + status["dropped_steps"] in (number, number + 1)
+
+
 def test_it_stops_at_the_limit_says_so_and_can_start_again(tmp_path, monkeypatch):
     monkeypatch.setattr(step_writer, "FLUSH_S", 0.01)
     lines = []

@@ -352,14 +352,14 @@ def test_an_ordinary_archive_is_no_recording(tmp_path):
 
 def test_a_file_is_made_only_where_there_is_none(tmp_path):
     path = tmp_path / "t.npz"
-    recording.require_new(path, range(2))
+    recording.require_recordable(path, range(2))
     path_of_rank(path, 1).touch()
     with pytest.raises(BalancerError, match=r"t\.rank1\.npz exists"):
-        recording.require_new(path, range(2))
+        recording.require_recordable(path, range(2))
     with pytest.raises(BalancerError, match="File exists"):
         RecordingFile(path_of_rank(path, 1), "counts", 2**20, HEADER)
     with pytest.raises(BalancerError, match="does not exist"):
-        recording.require_new(tmp_path / "missing" / "t.npz", [0])
+        recording.require_recordable(tmp_path / "missing" / "t.npz", [0])
     with pytest.raises(BalancerError, match="No such file"):
         RecordingFile(tmp_path / "missing" / "t.npz", "counts", 2**20, HEADER)
 

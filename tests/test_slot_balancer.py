@@ -142,6 +142,25 @@ def test_every_way_counts_a_batch_as_what_it_is(way, kind):
     assert counters[0] == counters[1]
 
 
+def test_a_gathered_batch_is_counted_by_its_sources(monkeypatch):
+    """Also where one of them has no rows, and where rows are padding."""
+    asked = []
+    balancer = layer(way="after_gather")
+    schedule = type(balancer.policy).schedule
+
+    def seen(self, demand, state):
+        asked.append(demand.tokens_SE)
+        return schedule(self, demand, state)
+
+    monkeypatch.setattr(type(balancer.policy), "schedule", seen)
+    ids_GK = torch.tensor([[0, 1], [0, 2], [-1, -1], [0, 3]])
+    balancer.after_gather(ids_GK, [2, 0, 2])
+    balancer.after_gather(ids_GK)
+    apart, together = asked
+    assert apart[:, :4].tolist() == [[2, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+    assert torch.equal(apart.sum(0, dtype=torch.int32)[None], together)
+
+
 def test_a_whole_expert_moves_in_the_batch_that_says_so():
     """Expert 0 goes as a whole: rank 0 then has 34 tokens, rank 1 its 10 and 20 and a fetch."""
     slots_TK = layer().in_router(BATCHES["fetched whole"], None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -46,7 +46,7 @@ class LayerBalancer:
     ranks_are_alike: bool = True
     """Whether all ranks have the same processor and number of threads."""
     last_physical_TK: torch.Tensor | None = None
-    """Slots of the last batch, for those who ask; on CPU only, where keeping it is free."""
+    """Slots of the last batch, for those who ask; on CPU only, where it takes host memory."""
 
     def in_router(
         self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
@@ -58,17 +58,26 @@ class LayerBalancer:
             return topk_ids_TK
         return self._decide(topk_ids_TK, num_valid_tokens)
 
-    def after_gather(self, topk_ids_GK: torch.Tensor) -> torch.Tensor:
-        """Slots of the pairs of all ranks' tokens; ids of padding rows are below 0 already."""
+    def after_gather(
+        self, topk_ids_GK: torch.Tensor, rows_F: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Slots of the pairs of all ranks' tokens; ids of padding rows are below 0 already.
+
+        Args:
+            rows_F: rows of each source, one behind the other. None: sources are not told apart.
+        """
         if self.way != "after_gather":
             return topk_ids_GK
-        return self._decide(topk_ids_GK, None)
+        return self._decide(topk_ids_GK, None, rows_F)
 
     def _decide(
-        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+        self,
+        topk_ids_TK: torch.Tensor,
+        num_valid_tokens: torch.Tensor | None,
+        rows_F: Sequence[int] | None = None,
     ) -> torch.Tensor:
         start = time.perf_counter_ns()
-        physical_TK = self._route(topk_ids_TK.contiguous(), num_valid_tokens)
+        physical_TK = self._route(topk_ids_TK.contiguous(), num_valid_tokens, rows_F)
         self.decide_ns += time.perf_counter_ns() - start
         self.last_physical_TK = physical_TK if physical_TK.is_cpu else None
         return physical_TK
@@ -118,9 +127,12 @@ class LayerBalancer:
         return total_of_ranks
 
     def _route(
-        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+        self,
+        topk_ids_TK: torch.Tensor,
+        num_valid_tokens: torch.Tensor | None,
+        rows_F: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Maps and counts one batch."""
+        """Maps and counts one batch. Policies on fixed placements do not tell sources apart."""
         if self.way == "all_reduce" and self.policy.counts_decide:
             return self._route_by_exchanged_counts(topk_ids_TK, cast(CountingPolicy, self.policy))
         return self.policy.route(topk_ids_TK, self.tables, num_valid_tokens)
@@ -233,6 +245,10 @@ class FollowsSteps(Protocol):
         """Leaves out what was routed since the last step."""
         ...
 
+    def counters_are_zero(self) -> None:
+        """To be called when the layers' counters were set to zero."""
+        ...
+
     def status(self) -> dict[str, Any]: ...
 
 
@@ -262,9 +278,11 @@ class WorkerBalancer:
             self.online.forget()
 
     def reset(self) -> None:
-        """Sets all counters to zero."""
+        """Sets all counters to zero; what `online` says counts from the start on."""
         for layer in self.layers:
             layer.reset()
+        if self.online is not None:
+            self.online.counters_are_zero()
 
     def status(self, *, per_layer: bool = False) -> dict[str, Any]:
         """What this rank's balancer did since the start or the last reset."""

@@ -12,7 +12,6 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import (
@@ -24,6 +23,7 @@ from pydantic import (
     field_validator,
 )
 
+from vllm_balance import documents
 from vllm_balance.errors import RAISED, BalancerError, unknown
 from vllm_balance.placement.online import OnlineSettings
 from vllm_balance.recording import RecordSettings
@@ -46,6 +46,10 @@ BalancerName = Literal[
     "even_split",
 ]
 BALANCERS: tuple[str, ...] = get_args(BalancerName)
+_STRATEGY_OF = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+"""vLLM's variable that names what takes the place of its routers."""
+_SET_UP = "VLLM_BALANCE_SET_UP"
+"""Names the process that set up a deployment, in those that it starts."""
 FETCHES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
 """Balancers that fetch experts into dynamic slots."""
 LOADED_BY_MAP = ("gem", "exflow")
@@ -146,7 +150,7 @@ class BalancerConfig(BaseModel):
             "window_size": not self.stays,
             "step_interval": not self.stays,
             "knee_tokens": has_regimes,
-            "free_tokens": has_regimes,
+            "free_tokens": self.name == "metro",
             "profile": has_regimes or self.online is not None,
         }
         return [key for key, read in reads.items() if not read and key in self.model_fields_set]
@@ -194,6 +198,7 @@ def read(name: str | None, source: str | None, record: str | None = None) -> dic
             things.
     """
     settings = _load(source) if source is not None else {}
+    _require_no_document(settings, source)
     if record is not None:
         recording = settings.setdefault("record", {})
         if not isinstance(recording, dict) or recording.setdefault("file", record) != record:
@@ -214,11 +219,23 @@ def read(name: str | None, source: str | None, record: str | None = None) -> dic
     return parse(settings).model_dump(mode="json", exclude_unset=True)
 
 
+def _require_no_document(settings: dict[str, Any], source: str | None) -> None:
+    """Raises BalancerError if a map or a profile was given for the settings that name one."""
+    kind = str(settings.get("kind", ""))
+    if kind.startswith("vllm-balance "):
+        what = kind.removeprefix("vllm-balance ")
+        key = "map" if "map" in what else "profile"
+        raise BalancerError(
+            f"--moe-balancer-config names {source!r}, which is a {what} and no settings. Name it "
+            f"in them: --moe-balancer-config '{json.dumps({key: source})}'."
+        )
+
+
 def _load(source: str) -> dict[str, Any]:
     text = source.strip()
     if text.startswith("{"):
         return _parse_json(text, "--moe-balancer-config")
-    path = Path(source).expanduser()
+    path = documents.expanded(source)
     try:
         if not path.is_file():
             raise BalancerError(
@@ -281,9 +298,23 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     return [prefix + key for key in table.model_fields]
 
 
-def route_by_replay() -> None:
-    """Lets vLLM take the experts of each token from our replay, in processes started later."""
-    os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = STRATEGY
+def route_by_replay(wanted: bool) -> None:
+    """Lets vLLM take the experts of each token from our replay, or from its own routers again, in
+    processes started later."""
+    if wanted:
+        os.environ[_STRATEGY_OF] = STRATEGY
+    elif os.environ.get(_STRATEGY_OF) == STRATEGY:
+        del os.environ[_STRATEGY_OF]
+
+
+def note_set_up() -> None:
+    """Tells all processes that this one starts that a deployment was set up here."""
+    os.environ[_SET_UP] = str(os.getpid())
+
+
+def was_set_up_elsewhere() -> bool:
+    """Whether a process that started this one, directly or not, set the deployment up."""
+    return os.environ.get(_SET_UP, str(os.getpid())) != str(os.getpid())
 
 
 def plugins_allowed() -> bool:

@@ -135,6 +135,21 @@ def require_new(path: Path, what: str, force: bool, more: str = "") -> None:
         )
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` as the folder that they stand for.
+
+    Raises:
+        BalancerError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise BalancerError(
+            f"{path} begins with the folder of a user that this machine does not have. Name the "
+            f"file by its full path."
+        ) from error
+
+
 def explain(error: ValidationError) -> str:
     """The first three complaints, each in a sentence, values cut short."""
     parts = []

@@ -3,10 +3,11 @@
 An endpoint plugin of vLLM: loaded only when allow-listed with ``VLLM_PLUGINS=moe_balancer``, which
 names the balancer itself too. ``?per_layer=true`` adds the counters of every layer;
 ``GET /moe_balancer/metrics`` has the counters as Prometheus scrapes them;
-``POST /moe_balancer/reset`` sets all counters to zero. ``POST /moe_balancer/record/start`` with
-``{"file": ..., "what": "counts" or "ids", "max_bytes": ...}`` records what the router chooses into
-a new file on the server, until ``POST /moe_balancer/record/stop`` or the limit. For benchmarks,
-``POST /moe_balancer/replay`` gives a server whose routing is a replay another skew.
+``POST /moe_balancer/reset`` sets all counters but those of ``online`` to zero.
+``POST /moe_balancer/record/start`` with ``{"file": ..., "what": "counts" or "ids", "max_bytes":
+...}`` records what the router chooses into a new file on the server, until
+``POST /moe_balancer/record/stop`` or the limit. For benchmarks, ``POST /moe_balancer/replay`` gives
+a server whose routing is a replay another skew.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ async def replay(request: Request, settings: Annotated[dict[str, Any], Body()]) 
     that cannot be."""
     answers = await _ask(request, "moe_balancer_replay", {"settings": settings})
     refusals = [answer["error"] for answer in answers if answer]
+    if 0 < len(refusals) < len(answers):
+        raise HTTPException(
+            409,
+            f"{refusals[0]} {len(answers) - len(refusals)} of {len(answers)} ranks replay it all "
+            f"the same: post settings that all of them can replay.",
+        )
     if refusals:
         raise HTTPException(409, refusals[0])
     return {"status": "replaying"}

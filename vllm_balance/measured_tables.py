@@ -62,7 +62,7 @@ def cores_ms(row: Measurement) -> float:
     Raises:
         ValueError: the row does not say it.
     """
-    pick = max if _has_few_tokens(row) else min
+    pick = max if has_few_tokens(row) else min
     batch = pick(row.machine_speed or (), key=lambda each: each.tokens_each)
     return statistics.mean(batch.time_us) / 1e3
 
@@ -115,14 +115,6 @@ def table_of(
     )
 
 
-def tables(rows: list[Measurement]) -> list[MeasuredTable]:
-    """The tables of one run: throughput within the SLO if it has one, and a line per arm."""
-    if any(row.slow > 1 for row in rows):
-        return [slow_table(rows)]
-    has_slo = any(row.slo_tpot_ms is not None for row in rows)
-    return [*([slo_table(rows)] if has_slo else []), arms_table(rows)]
-
-
 def slow_table(rows: list[Measurement]) -> MeasuredTable:
     """End-to-end latency by case, load and slowdown of one rank, each arm against the bases.
 
@@ -139,12 +131,12 @@ def slow_table(rows: list[Measurement]) -> MeasuredTable:
         cells = [case] if has_cases else []
         cells += [load, f"{slow - 1:+.0%}", f"{here[0].slow_shown - 1:+.1%}"]
         cells += [f"{median(own[arm], _e2e_ms):.0f}" if own[arm] else "-" for arm in arms]
-        body.append(cells + [_ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
+        body.append(cells + [ratio(own[arm], own[base], _e2e_ms) for arm, base in pairs])
     headings = ["case"] if has_cases else []
     headings += ["load", "asked", "shown", *(f"{arm} ms" for arm in arms)]
     return table_of(
         rows,
-        caption=f"End-to-end latency of a request, medians.{_in_turn(rows)}",
+        caption=f"End-to-end latency of a request, medians.{in_turn(rows)}",
         headings=headings + [f"{arm} against {base}" for arm, base in pairs],
         body=body,
         arguments=" --traces DIR",
@@ -164,13 +156,13 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
         if any(key[place] for key in groups)
     ]
     bases = [base for base in BASES if any(arm.split(" ")[0] == base for _, _, arm in groups)]
-    columns = FIRST_TOKEN_COLUMNS if all(map(_has_few_tokens, rows)) else COLUMNS
+    columns = FIRST_TOKEN_COLUMNS if all(map(has_few_tokens, rows)) else COLUMNS
     watched = all(row.machine_speed for row in rows)
     columns += (CORES,) if watched else ()
     body = []
     for key, own in groups.items():
         cells = [key[place] for _, place in varied] + [key[2]]
-        cells += [_ratio(own, _of_base(groups, key, base), _time_ms) for base in bases]
+        cells += [ratio(own, _of_base(groups, key, base), _time_ms) for base in bases]
         cells.append(_range(own, _time_ms))
         body.append(cells + [format(median(own, value), spec) for _, spec, value in columns])
     headings = [*(heading for heading, _ in varied), "arm"]
@@ -178,7 +170,7 @@ def arms_table(rows: list[Measurement]) -> MeasuredTable:
     headings.append(f"{_compared(rows)} ms, lowest to highest")
     return table_of(
         rows,
-        caption=f"Medians of {_count(groups.values())} per line.{_in_turn(rows)}"
+        caption=f"Medians of {_count(groups.values())} per line.{in_turn(rows)}"
         f"{CORES_NOTE if watched else ''}{_in_small_pages(rows)}",
         headings=headings + [heading for heading, _, _ in columns],
         body=body,
@@ -241,11 +233,11 @@ def _within_slo(slo_ms: float, loads: list[list[Measurement]]) -> list[str]:
     within = [own for own in loads if median(own, _tpot_ms) <= slo_ms]
     if not within:
         return ["-"] * 5
-    best = max(within, key=lambda own: median(own, _tokens_per_s))
+    best = max(within, key=lambda own: median(own, tokens_per_s))
     kept = sum(_tpot_ms(row) <= slo_ms for row in best)
     counted = [row.goodput_per_s for row in best if row.goodput_per_s is not None]
     return [
-        f"{median(best, _tokens_per_s):.1f}",
+        f"{median(best, tokens_per_s):.1f}",
         str(best[0].concurrency),
         f"{median(best, _tpot_ms):.1f}",
         f"{kept} of {len(best)}",
@@ -261,7 +253,7 @@ def throughput_at(tpot_ms: float, loads: list[list[Measurement]]) -> float | Non
     Returns:
         None if every TPOT is above, or every one below, so that it was not reached.
     """
-    points = ((median(own, _tpot_ms), median(own, _tokens_per_s)) for own in loads)
+    points = ((median(own, _tpot_ms), median(own, tokens_per_s)) for own in loads)
     return rate_at(tpot_ms, points)
 
 
@@ -298,7 +290,7 @@ def origin(rows: list[Measurement]) -> str:
     return f"Measured on {last.machine}; commit {commits}"
 
 
-def _ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> str:
+def ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> str:
     """Against a base in the same case and load; of loads in turn with quartiles.
 
     "-" if either was not measured.
@@ -319,29 +311,38 @@ def _range(rows: list[Measurement], value: Value) -> str:
     return f"{min(found):.0f} to {max(found):.0f}"
 
 
-def _has_few_tokens(row: Measurement) -> bool:
+def has_few_tokens(row: Measurement) -> bool:
+    """Whether a load is about first tokens."""
     return row.output_tokens <= FEW_TOKENS
 
 
 def _time_ms(row: Measurement) -> float:
     """What a load is about: time per token, or the first token where there are few."""
-    return row.ttft_ms.p50 if _has_few_tokens(row) else row.tpot_ms.p50
+    return row.ttft_ms.p50 if has_few_tokens(row) else row.tpot_ms.p50
 
 
 def _tpot_ms(row: Measurement) -> float:
     return row.tpot_ms.p50
 
 
-def _tokens_per_s(row: Measurement) -> float:
+def tokens_per_s(row: Measurement) -> float:
+    """That were generated."""
     return row.tokens_per_s
+
+
+def total_tokens_per_s(row: Measurement) -> float:
+    """Those of prompts too."""
+    return row.total_tokens_per_s
 
 
 def _e2e_ms(row: Measurement) -> float:
     return row.e2e_ms.p50
 
 
-def _in_turn(rows: list[Measurement]) -> str:
-    return " Ratios are of loads in turn, with quartiles." if rows[0].in_turns else ""
+def in_turn(rows: list[Measurement]) -> str:
+    """What a caption says of ratios."""
+    said = " Ratios are of loads in turn on one server of each arm, with quartiles."
+    return said if rows[0].in_turns else ""
 
 
 def _in_small_pages(rows: list[Measurement]) -> str:
@@ -353,7 +354,7 @@ def _in_small_pages(rows: list[Measurement]) -> str:
 
 
 def _compared(rows: list[Measurement]) -> str:
-    names = {"TTFT" if _has_few_tokens(row) else "TPOT" for row in rows}
+    names = {"TTFT" if has_few_tokens(row) else "TPOT" for row in rows}
     return " or ".join(sorted(names, reverse=True))
 
 

@@ -10,19 +10,21 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from vllm_balance import documents
 from vllm_balance.documents import Document
 from vllm_balance.errors import BalancerError
 
 NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer"),
-    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "top_k": ("num_experts_per_tok", "moe_top_k", "experts_per_token"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "top_k": ("num_experts_per_tok", "moe_top_k", "experts_per_token", "moe_k", "moe_topk"),
     "hidden": ("hidden_size", "d_model"),
     "inner": ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size"),
 }
 """How the models that vLLM serves call these numbers, most specific name first."""
 _FIRST_MOE_LAYER = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _EVERY_NTH = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval")
+_PERIOD_AND_OFFSET = ("expert_layer_period", "expert_layer_offset")
 _KIND_OF_LAYER: dict[str, Callable[[Any], bool]] = {
     "mlp_layer_types": lambda kind: kind == "sparse",
     "hybrid_override_pattern": lambda kind: kind == "E",
@@ -160,7 +162,9 @@ def from_mapping(config: Mapping[str, Any], *, name: str, where: str) -> ModelSh
             **found,
         )
     except ValidationError as error:
-        raise BalancerError(f"{where} has a value that no MoE model has: {error}.") from error
+        raise BalancerError(
+            f"{where} has a value that is not understood. {documents.explain(error)}"
+        ) from error
 
 
 def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -182,10 +186,14 @@ def moe_layers(text: Any) -> tuple[int, ...]:
     dense = set(getattr(text, "mlp_only_layers", None) or ())
     step = max(_number(text, key) or 1 for key in _EVERY_NTH)
     from_first = _number(text, "moe_layer_freq") or 1
+    period, offset = (_number(text, key) or 0 for key in _PERIOD_AND_OFFSET)
     return tuple(
         layer
         for layer in range(first, text.num_hidden_layers)
-        if layer not in dense and (layer + 1) % step == 0 and layer % from_first == 0
+        if layer not in dense
+        and (layer + 1) % step == 0
+        and layer % from_first == 0
+        and (not period or layer % period == offset)
     )
 
 

@@ -115,7 +115,7 @@ class OnlinePlacement:
         """`load_LP` is what the layers' routing adds to, int32; `swap_us` a measured swap."""
         self._settings, self._costs, self._ranks = settings, tuple(costs), ranks
         self._layers, self._load_LP, self._report = layers, load_LP, report
-        self.placement_LP = placement_LP
+        self._put(placement_LP)
         self._rank, self._slots_per_rank = layers[0].rank, placement_LP.shape[1] // len(self._costs)
         num_layers, num_slots = placement_LP.shape
         self._window = Window(
@@ -132,6 +132,10 @@ class OnlinePlacement:
         self._drift = 0.0
         self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
 
+    def _put(self, placement_LP: Array) -> None:
+        """Notes where experts are: `_expert_of_LP` is the same as an index."""
+        self.placement_LP, self._expert_of_LP = placement_LP, placement_LP.astype(np.int64)
+
     def after_step(self) -> None:
         """Takes the step's load in; every rank calls it after every step.
 
@@ -142,7 +146,7 @@ class OnlinePlacement:
         if not load_LP.any():
             return
         load_LE = np.zeros_like(load_LP)
-        np.put_along_axis(load_LE, self.placement_LP.astype(np.int64), load_LP, axis=1)
+        np.put_along_axis(load_LE, self._expert_of_LP, load_LP, axis=1)
         rank, slots = self._rank, self._slots_per_rank
         self._window.add(load_LE, load_LP[:, rank * slots : (rank + 1) * slots], kernel_us_L)
         self._load_LP.zero_()
@@ -154,11 +158,14 @@ class OnlinePlacement:
         self._load_LP.zero_()
         self._kernel_us_of_step()
 
+    def counters_are_zero(self) -> None:
+        """The layers count from zero again; what is counted here goes on."""
+        self._kernel_ns_L = [0] * len(self._layers)
+
     def _kernel_us_of_step(self) -> Array:
         """Time in each layer's experts since the last call, microseconds [L]."""
         now_L = [layer.experts.kernel_ns if layer.experts else 0 for layer in self._layers]
-        # The counters may have been set to zero in between.
-        spent = [n - b if n >= b else n for n, b in zip(now_L, self._kernel_ns_L, strict=True)]
+        spent = [now - before for now, before in zip(now_L, self._kernel_ns_L, strict=True)]
         self._kernel_ns_L = now_L
         return np.array(spent) / 1e3
 
@@ -193,7 +200,7 @@ class OnlinePlacement:
         start = time.perf_counter()
         placement_LP = decision.placement(self.placement_LP)
         self._ranks.move(placement_LP)
-        self.placement_LP = placement_LP
+        self._put(placement_LP)
         spent_us = (time.perf_counter() - start) * 1e6
         self._swap_us = (self._swap_us + spent_us / len(decision.swaps)) / 2
         self._time_us["moving"] += spent_us

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_balance import documents
 from vllm_balance.errors import BalancerError
 from vllm_balance.recording import Phase, RecordingFile, RecordSettings, What, path_of_rank
 from vllm_balance.step_writer import BLOCK_BYTES, Step, StepWriter
@@ -102,7 +103,7 @@ class Recorder:
                 f"The server's CUDA graphs were captured without recording {settings.what}. Start "
                 f"it with --moe-record (and `what` in `record`), or with --enforce-eager."
             )
-        path = path_of_rank(settings.file.expanduser().absolute(), self.model.rank)
+        path = path_of_rank(documents.expanded(settings.file).absolute(), self.model.rank)
         settings = settings.model_copy(update={"file": path})
         if self._captured != settings.what or self._routed is None:
             self._captured, self._routed = settings.what, self.model.step_buffer(settings.what)

@@ -143,7 +143,7 @@ def path_of_rank(path: Path, rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
-def require_new(path: Path, ranks: Iterable[int]) -> None:
+def require_recordable(path: Path, ranks: Iterable[int]) -> None:
     """Returns if these ranks can record at `path`.
 
     Raises:

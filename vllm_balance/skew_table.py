@@ -5,7 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from vllm_balance.measured_tables import MeasuredTable, Value, median, table_of
+from vllm_balance.measured_tables import (
+    MeasuredTable,
+    has_few_tokens,
+    in_turn,
+    median,
+    ratio,
+    table_of,
+    total_tokens_per_s,
+)
 from vllm_balance.measurement import Measurement
 
 BOUND = ("even", "static")
@@ -30,8 +38,10 @@ HEADINGS = (
 
 
 def has_bound(rows: list[Measurement]) -> bool:
-    """Whether a run has several skews and the load that bounds them."""
-    return bool(_of(rows, *BOUND)) and len({row.load for row in rows}) > 1
+    """Whether a run has several skews of prompts and the load that bounds them. None bounds
+    decode: even routing activates the most experts."""
+    several = len({row.load for row in rows}) > 1
+    return several and bool(_of(rows, *BOUND)) and all(map(has_few_tokens, rows))
 
 
 def table(rows: list[Measurement]) -> MeasuredTable:
@@ -48,7 +58,7 @@ def table(rows: list[Measurement]) -> MeasuredTable:
     shown = [column for column, name in enumerate(HEADINGS) if says or name != MOVED]
     return table_of(
         rows,
-        caption="Medians; the bound is `static` under even routing.",
+        caption=f"Medians; the bound is `static` under even routing.{in_turn(rows)}",
         headings=[HEADINGS[column] for column in shown],
         body=[[line[column] for column in shown] for line in body],
     )
@@ -57,13 +67,13 @@ def table(rows: list[Measurement]) -> MeasuredTable:
 def _numbers(
     here: list[Measurement], base: list[Measurement], bound: list[Measurement]
 ) -> list[str]:
-    speed = median(here, _speed)
+    speed = median(here, total_tokens_per_s)
     return [
         f"{speed:.0f}",
-        f"{speed / median(bound, _speed):.1%}" if bound else "-",
-        _against(here, base, _speed),
+        f"{speed / median(bound, total_tokens_per_s):.1%}" if bound else "-",
+        ratio(here, base, total_tokens_per_s),
         f"{median(here, _ttft_ms):.0f}",
-        _against(here, base, _ttft_ms),
+        ratio(here, base, _ttft_ms),
         f"{median(here, lambda row: row.waiting_share or 0.0):.1%}",
         f"{median(here, lambda row: row.fetch_wait_share or 0.0):.2%}",
         f"{median(here, lambda row: row.batch_time_spread or 0.0):.1%}",
@@ -71,10 +81,6 @@ def _numbers(
         f"{median(here, _fetches):.1f}",
         f"{median(here, lambda row: row.decide_share):.2%}",
     ]
-
-
-def _against(here: list[Measurement], base: list[Measurement], value: Value) -> str:
-    return f"{median(here, value) / median(base, value) - 1:+.1%}" if base else "-"
 
 
 def _of(rows: Iterable[Measurement], load: str, arm: str) -> list[Measurement]:
@@ -90,10 +96,6 @@ def _moved(here: list[Measurement]) -> str:
     """Of batches and layers together; rows of an age agree on whether they say."""
     shares = [row.moved_share for row in here if row.moved_share is not None]
     return f"{statistics.median(shares):.0%}" if shares else "-"
-
-
-def _speed(row: Measurement) -> float:
-    return row.total_tokens_per_s
 
 
 def _ttft_ms(row: Measurement) -> float:

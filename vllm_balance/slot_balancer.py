@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,10 @@ class SlotBalancer(LayerBalancer):
     """Time for guesses, without that for their copies, which the next layer counts as waiting."""
 
     def _route(
-        self, topk_ids_TK: torch.Tensor, num_valid_tokens: torch.Tensor | None
+        self,
+        topk_ids_TK: torch.Tensor,
+        num_valid_tokens: torch.Tensor | None,
+        rows_F: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Schedules the batch, starts this rank's fetches, maps and counts its pairs."""
         offset_E = None
@@ -48,7 +52,7 @@ class SlotBalancer(LayerBalancer):
         else:
             valid = None if num_valid_tokens is None else self._on_host(num_valid_tokens)
             num_experts = self.dynamic.state.num_logical
-            counts_FE = _count(self._on_host(topk_ids_TK), num_experts, valid)
+            counts_FE = _count(self._on_host(topk_ids_TK), num_experts, valid, rows_F)
         schedule = self._schedule(counts_FE)
         # Before the copies of experts, behind which these small ones would wait on a GPU.
         physical_TK = _assign(topk_ids_TK, schedule, offset_E, num_valid_tokens)
@@ -90,7 +94,7 @@ class SlotBalancer(LayerBalancer):
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical, None)
+        counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical)
         schedule = self._schedule(counts_FE)
         _record(_assign(ids_TK, schedule, None, None), schedule, tables, None)
 
@@ -121,10 +125,20 @@ class SlotBalancer(LayerBalancer):
 
 
 def _count(
-    topk_ids_TK: torch.Tensor, num_experts: int, num_valid_tokens: torch.Tensor | None
+    topk_ids_TK: torch.Tensor,
+    num_experts: int,
+    num_valid_tokens: torch.Tensor | None = None,
+    rows_F: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Pairs of each expert, int32 [1, E]; all on the host."""
-    return count(topk_ids_TK, num_experts, num_valid_tokens)[None]
+    """Pairs of each expert from each source, int32 [F, E]; all on the host.
+
+    Args:
+        rows_F: rows of each source, not with `num_valid_tokens`; None: all rows are of one.
+    """
+    if rows_F is None:
+        return count(topk_ids_TK, num_experts, num_valid_tokens)[None]
+    parts = torch.split(topk_ids_TK, list(rows_F))
+    return torch.stack([count(part, num_experts) for part in parts])
 
 
 def _assign(

@@ -64,8 +64,8 @@ def _check_beside_slots(config: BalancerConfig, redundant: int) -> None:
     if found:
         raise BalancerError(
             f"--moe-balancer {config.name} keeps every expert on its home rank and others in "
-            f"dynamic slots, so {' and '.join(found)} cannot be used with it. Give "
-            f"`dynamic_slots`, the number per rank and layer."
+            f"dynamic slots, so {' and '.join(found)} cannot be used with it, neither in its "
+            f"settings nor in --eplb-config. Give `dynamic_slots`, the number per rank and layer."
         )
 
 

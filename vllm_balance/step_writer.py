@@ -158,7 +158,8 @@ class StepWriter:
                 stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             while (block := self._next_block()) is not None:
                 if not file.append(self._chunk(block, stream)):
-                    self._end("full", f"reached its limit of {self.settings.max_bytes:,} bytes")
+                    limit = f"{self.settings.max_bytes:,} bytes"
+                    self._end("full", f"reached its limit of {limit}", block)
                     break
                 with self._changed:
                     self._num_bytes = file.num_bytes
@@ -208,9 +209,14 @@ class StepWriter:
             chunk[name] = np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
         return chunk
 
-    def _end(self, state: Literal["full", "failed"], why: str) -> None:
+    def _end(
+        self, state: Literal["full", "failed"], why: str, left_out: _Block | None = None
+    ) -> None:
+        """Nothing is written any more, nor what is in the blocks."""
         with self._changed:
             self._state, self._reason = state, why
+            for block in filter(None, (left_out, *self._full, self._filling)):
+                self._dropped_steps += len(block.steps)
         self._log(f"The recording {self.settings.file} {why}; recording stopped.")
 
 

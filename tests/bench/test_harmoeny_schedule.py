@@ -32,10 +32,8 @@ def test_a_fetch_that_no_server_would_pay_for_is_not_made():
     assert (free.wanted, free.late) == (1, 1)
 
 
-def test_schedules_are_timed_on_drawn_loads_and_on_the_first_recorded_one_that_divides(
-    tmp_path, monkeypatch
-):
-    """The first of these has 12 experts, which do not divide over eight ranks."""
+def test_schedules_are_timed_on_drawn_and_recorded_loads(tmp_path, monkeypatch):
+    """One of these has 12 experts, which divide over four ranks alone."""
     seen = []
 
     def sweep(tokens_SE, repetitions):
@@ -53,8 +51,13 @@ def test_schedules_are_timed_on_drawn_loads_and_on_the_first_recorded_one_that_d
     drawn = list(harmoeny_schedule.time_rows(1, None, 0))
     assert [(row["E"], row["S"]) for row in drawn[::2]] == list(harmoeny_schedule.TIMED)
     assert (128, 4) in harmoeny_schedule.TIMED
-    *again, recorded = harmoeny_schedule.time_rows(1, tmp_path, 0)
+    every = list(harmoeny_schedule.time_rows(1, tmp_path, 0))
+    again, recorded = every[: len(drawn)], every[len(drawn) :]
     assert again == drawn
-    shape = {"load": "b", "alpha": None, "E": 16, "S": 8, "time_us": {"harmoeny": 8.0}}
-    assert shape.items() <= recorded.items()
-    assert seen[-1].sum() == 8 * BATCH_TOKENS
+    assert [(row["load"], row["E"], row["S"]) for row in recorded] == [
+        ("a", 12, 4),
+        *(("b", 16, ranks) for ranks in (4, 8, 16)),
+        *(("c", 16, ranks) for ranks in (4, 8, 16)),
+    ]
+    assert [row["time_us"]["harmoeny"] for row in recorded] == [4, 4, 8, 16, 4, 8, 16]
+    assert seen[-1].sum() == 16 * BATCH_TOKENS

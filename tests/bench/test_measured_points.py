@@ -11,6 +11,7 @@ from tiny_model import CONFIG
 
 from bench import measured_points, predictions, real_size_model, run_files, validation_tables
 from bench.load import Load
+from bench.placed import Slowed
 from bench.predictions import Recorded
 from bench.provenance import ROOT, config_hash
 from bench.validation import RESULTS
@@ -46,7 +47,7 @@ def asked(monkeypatch):
     """What was predicted, (arm, hardware file): static 100 ms, others 90, on `other` 10 times."""
     seen = []
 
-    def predict(settings, load, arm, machine, recorded=None):
+    def predict(settings, load, arm, machine, recorded=None, slow=None):
         seen.append((arm, machine))
         return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
 
@@ -166,11 +167,12 @@ def test_runs_that_replay_a_trace_are_predicted_where_it_is_there(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     monkeypatch.setattr(real_size_model, "ensure", lambda **shape: tmp_path)
     rows = [cell("static", HERE, "slow_rank", load="decode")]
-    rows += [cell("gem", HERE, "slow_rank", load="decode", slow=1.28)]
+    rows += [cell("gem", HERE, "slow_rank", load="decode", slow=1.28, slow_shown=1.3)]
     assert points(tmp_path, rows) == [] and not asked
     assert "slow_rank replayed a trace that is not there (--traces)" in capsys.readouterr().out
     folder = recorded(tmp_path / "traces", used=range(8))
-    assert {p["arm"] for p in points(tmp_path, rows, folder=folder)} == {"decode static"}
+    made = points(tmp_path, rows, folder=folder)
+    assert {p["arm"] for p in made} == {"decode static", "decode one rank +28% gem"}
     other = [row.model_copy(update={"traffic": "of another"}) for row in rows]
     assert points(tmp_path, other, folder=folder) == []
 
@@ -180,12 +182,47 @@ def test_a_recorded_load_is_predicted_by_what_servers_replay_and_maps_know(tmp_p
     load = Load(requests=8, prompt_tokens=2, max_tokens=8)
     trace = recorded(tmp_path, used=range(16)) / "dsv2lite_esft-intent.npz"
     worst = {}
-    for arm in ("static", "gem"):
+    for arm in ("static", "gem", "eplb"):
         made = predictions.predict(settings, load, arm, "cpu-amx", Recorded(trace, trace))
         worst[arm] = made.pairs_N
-    # Two layers, eight tokens, six experts of each: all of rank 0 but by the map.
+    # Two layers, eight tokens, six experts of each: all of rank 0 but by the maps.
     assert set(worst["static"][2:-1]) == {2 * 8 * 6}
     assert worst["gem"].sum() < 0.7 * worst["static"].sum()
+    assert worst["eplb"].sum() < 0.7 * worst["static"].sum()
+
+
+def test_an_arm_is_predicted_on_the_map_that_its_server_has(tmp_path, monkeypatch):
+    """Of slow_rank.toml: EPLB's placement under the balancer gem, and GEM's, from the batches that
+    `vllm-balance place` is given; the arm without a map is vLLM's own."""
+    made = {}
+    monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.update({arm.placed_by: arm}))
+    settings = run_files.read(run_files.FOLDER / "slow_rank.toml")
+    trace = recorded(tmp_path, used=range(16)) / "dsv2lite_esft-intent.npz"
+    files, slow = Recorded(trace, trace), Slowed(1, 1.28)
+    load = Load(requests=1, prompt_tokens=2, max_tokens=2)
+    for name in ("static", "gem", "eplb"):
+        predictions.predict(settings, load, name, "cpu-amx", files, slow)
+    batches = ((256, 0),) * 128 + ((0, 1000),) * 128
+    assert made.keys() == {None, "eplb"}
+    assert made["eplb"].balancer == "gem" and made["eplb"].known_batches == batches
+    assert all(arm.slowness == (1.0, 1.28) for arm in made.values())
+
+
+def test_gem_and_eplb_on_a_slow_rank_are_predicted_apart(tmp_path):
+    """GEM's map gives the slow rank less; EPLB's does not know that it is slow."""
+    settings = run_files.read(run_files.FOLDER / "slow_rank.toml")
+    load = Load(requests=2, prompt_tokens=1000, max_tokens=2)
+    trace = recorded(tmp_path, used=range(48)) / "dsv2lite_esft-intent.npz"
+    files = Recorded(trace, trace)
+    ttft = {
+        (name, factor): predictions.predict(
+            settings, load, name, "cpu-amx", files, Slowed(1, factor)
+        ).ttft_us_at(0.5)
+        for name in ("gem", "eplb")
+        for factor in (1.0, 1.6)
+    }
+    assert ttft["gem", 1.6] < 0.95 * ttft["eplb", 1.6]
+    assert ttft["eplb", 1.6] > 1.4 * ttft["eplb", 1.0]
 
 
 def test_steps_are_as_large_as_the_servers(monkeypatch):
@@ -214,7 +251,7 @@ def test_balancers_that_fetch_are_predicted_where_popular_experts_stay(tmp_path,
 def test_a_load_with_a_skew_of_its_own_is_predicted_under_it(tmp_path, monkeypatch, asked):
     seen = {}
 
-    def predict(tables, load, arm, machine, recorded=None):
+    def predict(tables, load, arm, machine, recorded=None, slow=None):
         seen[arm] = predictions.predict(tables, load, arm, "cpu-avx512")
         return outcome(100e3)
 
@@ -297,12 +334,33 @@ def test_measured_tpot_is_predicted_within_a_tenth(tmp_path, run, load, file):
     """Nothing is stubbed: what servers took, against what the simulator of this tree says."""
     rows = newest_by_machine(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
     own = [each for each in rows[hardware.load(file)[0].machine] if each.load == load]
-    made = [p for p in points(tmp_path, own) if p["what"] == "tpot_ms"]
+    every = points(tmp_path, own)
+    require_as_published(every)
+    made = [p for p in every if p["what"] == "tpot_ms"]
     found = {p["arm"]: p["error"] for p in made if p["kind"] == "measured"}
     assert len(found) == len({each.arm for each in own}) == 4
     assert {arm: error for arm, error in found.items() if abs(error) > 0.1} == {}
     apart = [p for p in made if p["kind"] == "pair" and p["far_apart"]]
     assert len(apart) >= 5 and [p["arm"] for p in apart if not p["ranked"]] == []
+
+
+def test_first_tokens_of_balancers_that_fetch_are_predicted_as_published(tmp_path):
+    rows = newest_by_machine(read_measurements(ROOT / "bench" / "results" / "harmoeny-short.jsonl"))
+    own = rows[hardware.load("cpu-avx512")[0].machine]
+    every = points(tmp_path, [each for each in own if each.load == "0.9 onto 10"])
+    assert len(every) > 20
+    require_as_published(every)
+
+
+def require_as_published(made):
+    """Returns if what this tree predicts is what the committed rows say."""
+
+    def key(point):
+        return tuple(point[name] for name in ("kind", "machine", "run", "arm", "what"))
+
+    published = {key(p): p["predicted"] for p in read(RESULTS) if p.get("run")}
+    for point in made:
+        assert point["predicted"] == pytest.approx(published[key(point)], rel=1e-6), key(point)
 
 
 def test_what_is_published_is_near_the_aim():
@@ -316,3 +374,23 @@ def test_what_is_published_is_near_the_aim():
     ranked = [p["ranked"] for p in rows
               if p["kind"] == "pair" and p["far_apart"] and p["run"] in decoding]  # fmt: skip
     assert len(ranked) > 80 and statistics.mean(ranked) >= 0.9
+
+
+def test_the_summary_counts_lines_and_pairs_of_present_code():
+    def line(what, error, **more):
+        return {"kind": "measured", "machine": HERE, "what": what, "error": error} | more
+
+    def pair(ranked, far_apart=True):
+        where = {"kind": "pair", "machine": HERE, "what": "tpot_ms"}
+        return where | {"ranked": ranked, "far_apart": far_apart}
+
+    rows = [line("tpot_ms", error) for error in (0.05, -0.1, 0.11)]
+    rows += [line("ttft_ms", 0.3), line("activated_worst_rank", 0.0)]
+    rows += [line("tpot_ms", 0.0, kept=True), line("ttft_ms", 0.0, machine=OTHER)]
+    rows += [pair(True), pair(False), pair(False, far_apart=False)]
+    lines = validation_tables.table("summary", rows, NAMES).splitlines()
+    assert lines[0] == "| machine | TPOT within 10% | TTFT within 10% | pairs in order |"
+    assert lines[2:] == [
+        "| here | 2 of 3 | 0 of 1 | 1 of 2 |",
+        "| other | 0 of 0 | 1 of 1 | 0 of 0 |",
+    ]

@@ -466,6 +466,7 @@ def test_a_profile_is_drawn(folder):
         draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
 
 
+@pytest.mark.timeout(900)
 def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
     """One rank of two cores, which may be threads of one, toy experts, three rounds: a file with
     positive times that loads."""

@@ -6,13 +6,19 @@ import sys
 import time
 
 import pytest
-from measured import row, rows
+from measured import latency, row, rows
 from playwright.sync_api import expect, sync_playwright
 from typer.testing import CliRunner
 
 from vllm_balance import commands
 from vllm_balance.commands.report import _section, report
-from vllm_balance.commands.report_plots import COLOURS, over_time, panels, tokens_per_expert_SE
+from vllm_balance.commands.report_plots import (
+    COLOURS,
+    over_time,
+    panels,
+    pareto,
+    tokens_per_expert_SE,
+)
 from vllm_balance.errors import BalancerError
 from vllm_balance.measurement import Measurement
 
@@ -135,14 +141,12 @@ def test_tabs_change_the_run_and_its_table_has_the_numbers(page):
     expect(page.get_by_role("heading", name="Decode <of> a test")).to_be_hidden()
 
 
-@on_a_desk
 def test_the_slo_has_a_table_of_its_own(page):
     first = page.locator("section:visible table").first
     expect(first.locator("th").nth(1)).to_have_text("tokens/s within the SLO")
     assert first.locator("tbody tr").count() == 3
 
 
-@on_a_desk
 def test_a_choice_draws_another_figure(page):
     choice = page.get_by_role("combobox", name="Latency: which")
     plot = page.locator("section:visible figure").filter(has=choice).locator(".js-plotly-plot")
@@ -152,7 +156,6 @@ def test_a_choice_draws_another_figure(page):
     assert plot.evaluate(f"element => {largest}") == pytest.approx(1.5 * 10 * 114)
 
 
-@on_a_desk
 def test_a_click_into_the_legend_hides_an_arm(page):
     plot = page.locator("section:visible .js-plotly-plot").first
     assert plot.locator(".scatter .lines path").count() == 3
@@ -165,12 +168,13 @@ def test_a_click_into_the_legend_hides_an_arm(page):
 def test_hovering_says_what_a_point_is(page):
     plot = page.locator("section:visible .js-plotly-plot").first
     plot.scroll_into_view_if_needed()
-    box = plot.locator(".scatterlayer .trace").first.locator(".point").nth(1).bounding_box()
+    point = plot.locator(".scatterlayer .trace").first.locator(".point").nth(1)
     said = plot.locator(".hoverlayer .hovertext").first
     deadline = time.monotonic() + PATIENCE_MS / 1000
     while said.count() == 0:  # A plot that is still being drawn does not see the mouse.
         assert time.monotonic() < deadline, "nothing is said"
         page.mouse.move(0, 0)
+        box = point.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_timeout(200)
     expect(said).to_contain_text("batch 8")
@@ -233,7 +237,7 @@ def test_without_plotly_the_error_names_the_extra(results, tmp_path, monkeypatch
 
 def test_a_run_of_several_skews_is_compared_with_its_bound():
     measured = [
-        row(arm, run="skews", load=load, total_tokens_per_s=speed)
+        row(arm, run="skews", load=load, total_tokens_per_s=speed, output_tokens=1)
         for load, speeds in (("even", (100.0, 98.0)), ("0.9 onto 10", (50.0, 90.0)))
         for arm, speed in zip(("static", "harmoeny"), speeds, strict=True)
     ]
@@ -242,3 +246,29 @@ def test_a_run_of_several_skews_is_compared_with_its_bound():
     assert [line[at] for line in bounded.body] == ["100.0%", "98.0%", "50.0%", "90.0%"]
     assert len(others) == 1
     assert len(_section(rows())["tables"]) == 1
+
+
+def test_skews_of_decode_have_no_bound():
+    """Even routing activates the most experts there."""
+    measured = [row("static", load=load) for load in ("even", "Zipf 1.2")]
+    (table,) = _section(measured)["tables"]
+    assert "of the bound" not in table.headings
+
+
+def test_loads_of_first_tokens_are_drawn_over_ttft_and_have_no_time_per_token():
+    few = {"output_tokens": 1, "total_tokens_per_s": 900.0, "ttft_ms": latency(400.0)}
+    first, *_, last = panels([row(arm, **few) for arm in ("static", "harmoeny")])
+    (figure,) = first.figures.values()
+    assert list(first.figures) == ["TTFT"]
+    assert [(trace["x"], trace["y"]) for trace in figure["data"]] == [([400.0], [900.0])] * 2
+    assert figure["layout"]["xaxis"]["title"]["text"] == "TTFT, ms (median)"
+    assert list(last.figures) == ["TTFT", "end to end"]
+    both = [row("static", load="decode"), row("static", load="prefill", **few)]
+    assert list(panels(both)[0].figures) == ["TPOT", "TTFT"]
+
+
+def test_a_line_joins_numbers_of_requests_and_nothing_else():
+    assert {trace["mode"] for trace in pareto(sweep(), "TPOT")["data"]} == {"lines+markers"}
+    skews = [row("static", load=load) for load in ("Zipf 0.8", "Zipf 1.2")]
+    (trace,) = pareto(skews, "TPOT")["data"]
+    assert trace["mode"] == "markers" and len(trace["x"]) == 2

@@ -192,7 +192,7 @@ def main() -> None:
         init_method=f"file://{init}",
         world_size=size,
         rank=rank,
-        timeout=timedelta(seconds=180),
+        timeout=timedelta(seconds=600),
     )
     group = Group(rank, size)
     found = {name: run(group, **case) for name, case in CASES.items()}

@@ -327,7 +327,7 @@ def refuse_dimension(run, tensor: torch.Tensor) -> None:
         raise AssertionError("a dimension that is not served was accepted")
 
 
-def join(world_size: int, rank: int, meeting_file: str, timeout_s: float = 180) -> None:
+def join(world_size: int, rank: int, meeting_file: str, timeout_s: float = 600) -> None:
     """Makes the gloo group; a rank may compile kernels for long before it comes to a collective."""
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -187,7 +187,7 @@ class Model:
             ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
             parts = [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK]
             hidden, weights, ids_GK = link.all_gatherv(parts, sizes=batches.sizes)
-            slots_GK = balancer.after_gather(ids_GK)
+            slots_GK = balancer.after_gather(ids_GK, batches.sizes)
         part = torch.full_like(hidden, torch.nan)
         if balancer.experts is None:
             balancer.before_experts(hidden)

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from gloo import exit_codes, said
+
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_rank_that_cannot_get_an_expert_ends_and_its_peers_do_not_wait_for_it(tmp_path):

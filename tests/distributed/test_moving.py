@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from gloo import run_ranks
 
+pytestmark = pytest.mark.timeout(600)
+
 MOVING = Path(__file__).with_name("moving.py")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from gloo import run_ranks
 
+pytestmark = pytest.mark.timeout(600)
+
 RANKS = Path(__file__).with_name("ranks.py")
 METROS = ("metro", "metro_even", "metro_knee", "metro_turns")
 POLICIES = ("static", "eplb", "first_copy", *METROS, "gem", "exflow")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from gloo import run_ranks
 
+pytestmark = pytest.mark.timeout(600)
+
 POLICIES = ("harmoeny", "harmoeny_paper", "shadow", "even_split")
 WAYS = ("replicated", "after_gather", "all_reduce")
 
@@ -45,12 +47,14 @@ def test_how_a_copy_runs_changes_no_decision(findings):
             assert all(findings[0][case] == findings[0][cases[0]] for case in cases)
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "harmoeny_paper"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_way_of_exchange_changes_no_decision(findings, policy):
-    """The paper's schedule is left out: it tells sources apart, where a way knows them."""
+    """The paper's schedule tells sources apart, where a way knows them: not if all have all."""
+    told_apart = policy == "harmoeny_paper"
+    ways = [way for way in WAYS if not (told_apart and way == "replicated")]
     for what in ("slots", "content", "batches"):
-        found = [findings[0][f"{policy} | {way} | async"][what] for way in WAYS]
-        assert found[0] == found[1] == found[2]
+        first, *others = [findings[0][f"{policy} | {way} | async"][what] for way in ways]
+        assert others and all(found == first for found in others)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -4,16 +4,18 @@ import os
 from types import SimpleNamespace
 
 import deployments
+import numpy as np
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_balance import plugin
+from vllm_balance import config, plugin, traces
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay import STRATEGY
 from vllm_balance.seams import announcements, combinations, deployment, read_deployment
+from vllm_balance.traces import Trace
 
 VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 
@@ -50,6 +52,37 @@ def test_a_replay_that_does_not_fit_the_model_is_refused_before_workers_start(mo
 def test_a_replay_that_fits_is_named_to_vllm(moe_model):
     configure(moe_model, {"zipf": 0.8})
     assert os.environ[VARIABLE] == STRATEGY
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_a_model_after_a_replayed_one_is_routed_by_its_own_router(moe_model, balanced):
+    configure(moe_model, {"zipf": 0.8})
+    settings = {"additional_config": {"moe_balancer": {"name": "static"}}} if balanced else {}
+    layout = {"tensor_parallel_size": 2, "enable_expert_parallel": balanced}
+    EngineArgs(
+        model=moe_model, skip_tokenizer_init=True, max_model_len=64, **settings, **layout
+    ).create_engine_config()
+    assert VARIABLE not in os.environ
+
+
+def test_a_trace_to_replay_is_found_by_workers_in_any_folder(moe_model, tmp_path, monkeypatch):
+    traces.save(
+        tmp_path / "t.npz",
+        Trace(
+            name="t",
+            num_experts=8,
+            top_k=2,
+            layer_index_L=np.arange(2),
+            topk_ids_TLK=np.tile(np.array([0, 1], np.uint8), (9, 2, 1)),
+        ),
+    )
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        deployment, "_set_up", lambda vllm_config, config, settled: seen.append(settled)
+    )
+    configure(moe_model, {"trace": "t.npz"})
+    assert seen[-1]["replay"]["trace"] == str(tmp_path / "t.npz")
 
 
 def test_a_way_of_exchange_that_the_layout_does_not_have_is_refused(moe_model):
@@ -89,18 +122,40 @@ def test_free_memory_is_asked_for_before_there_are_ranks_and_not_again(
     with pytest.raises(BalancerError, match="and 10 bytes"):
         configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: "the first one")
-    monkeypatch.delenv(deployment._SET_UP, raising=False)
+    monkeypatch.delenv(config._SET_UP, raising=False)
     with pytest.raises(BalancerError, match="and 10 bytes"):
         configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
-    monkeypatch.setenv(deployment._SET_UP, "1")
+    monkeypatch.setenv(config._SET_UP, "1")
     configure_with(moe_model, {"name": name}, tensor_parallel_size=2)
 
 
 def test_what_a_deployment_starts_knows_that_it_was_set_up(moe_model, monkeypatch):
-    monkeypatch.delenv(deployment._SET_UP, raising=False)
+    monkeypatch.delenv(config._SET_UP, raising=False)
     configure_with(moe_model, {"name": "static"}, tensor_parallel_size=2)
-    assert os.environ[deployment._SET_UP] == "1"
-    monkeypatch.delenv(deployment._SET_UP)
+    assert os.environ[config._SET_UP] == str(os.getpid())
+    monkeypatch.delenv(config._SET_UP)
+
+
+def test_a_second_deployment_of_a_child_process_is_set_up_as_the_first(moe_model, monkeypatch):
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the one that started it")
+    monkeypatch.delenv(config._SET_UP, raising=False)
+    configure_with(moe_model, {"name": "static"}, tensor_parallel_size=2)
+    assert deployment._is_first_process()
+    monkeypatch.setenv(config._SET_UP, str(os.getpid() + 1))
+    assert not deployment._is_first_process()
+
+
+def test_a_profile_that_is_not_read_need_not_fit(moe_model, monkeypatch):
+    """That it has no effect is said; before, a server could not start with it."""
+    seen = []
+    monkeypatch.setattr(
+        deployment, "_set_up", lambda vllm_config, config, settled: seen.append(settled)
+    )
+    static = {"name": "static", "profile": "no.json"}
+    configure_with(moe_model, static, tensor_parallel_size=2)
+    assert len(seen) == 1
+    with pytest.raises(BalancerError, match=r"profile .*no\.json cannot be read"):
+        configure_with(moe_model, static | {"name": "metro"}, tensor_parallel_size=2)
 
 
 def test_a_cache_on_gpus_takes_nothing_from_the_host(monkeypatch):

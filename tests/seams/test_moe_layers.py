@@ -18,6 +18,7 @@ FAMILIES = {
     "mimo_v2": ({"moe_layer_freq": [0, 1, 1, 1, 1, 1]}, (1, 2, 3, 4, 5)),
     "exaone_moe": ({"mlp_layer_types": ["dense"] + ["sparse"] * 5}, (1, 2, 3, 4, 5)),
     "nemotron_h": ({"hybrid_override_pattern": "ME*EM-"}, (1, 3)),
+    "jamba": ({"expert_layer_period": 2, "expert_layer_offset": 1}, (1, 3, 5)),
     "mixtral": ({}, (0, 1, 2, 3, 4, 5)),
 }
 
@@ -38,3 +39,11 @@ def test_weights_of_an_expert():
 def test_experts_of_unknown_size_have_none():
     assert _expert_weights(SimpleNamespace(d_model=64, expert_intermediate_size=32)) == 3 * 64 * 32
     assert _expert_weights(SimpleNamespace(hidden_size=64)) == 0
+    odd = {"hidden_size": 64, "moe_intermediate_size": "wide"}
+    assert _expert_weights(SimpleNamespace(**odd)) == 0
+
+
+def test_of_experts_of_two_sizes_the_larger_counts():
+    """Ernie 4.5 VL's, of text and of pictures."""
+    ernie = SimpleNamespace(hidden_size=64, moe_intermediate_size=[1536, 512])
+    assert _expert_weights(ernie) == 3 * 64 * 1536

@@ -39,7 +39,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_without_a_balancer_the_original_answers(name):
     wrap, args, kwargs = CALLS[name]
-    answer, calls = SimpleNamespace(additional_config={}), []
+    answer, calls = SimpleNamespace(additional_config={}, model_config=None), []
 
     def original(*given, **named):
         calls.append((given, named))

@@ -31,7 +31,8 @@ class Balancer:
         self.given_TK, self.num_valid_tokens = ids_TK, num_valid_tokens
         return ids_TK if self.way == "after_gather" else slots_of(ids_TK)
 
-    def after_gather(self, ids_GK):
+    def after_gather(self, ids_GK, rows_F):
+        self.rows_F = rows_F
         return slots_of(ids_GK)
 
 
@@ -42,7 +43,8 @@ def slots_of(ids_TK: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def context(monkeypatch) -> SimpleNamespace:
     """vLLM's forward context of a batch with padding rows."""
-    found = SimpleNamespace(is_padding=IS_PADDING_T)
+    sizes = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: [3, 1])
+    found = SimpleNamespace(is_padding=IS_PADDING_T, dp_metadata=sizes)
     monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: found)
     monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "1")
     return found
@@ -68,6 +70,7 @@ def test_nothing_computes_padding_rows_on_cpu():
     ids_TK = routed(balancer, IDS_TK)
     assert ids_TK.tolist() == [[4, 1], [-1, -1], [2, 0], [-1, -1]]
     assert dispatched(balancer, ids_TK).tolist() == [[14, 11], [-1, -1], [12, 10], [-1, -1]]
+    assert balancer.rows_F == [3, 1]
 
 
 GPU_SLOTS = [[14, 11], [0, 3], [12, 10], [-1, -1]]

@@ -16,12 +16,20 @@ from typing import Any
 import psutil
 import requests
 
-from bench.server import descendants, environment, free_port, stop, tail, wait_until_healthy
+from bench.server import (
+    command_of,
+    descendants,
+    environment,
+    free_port,
+    stop,
+    tail,
+    wait_until_healthy,
+)
 from bench.starter import Forked, starter
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 STARTS_WITHIN_S = 400
-DIES_WITHIN_S = 60
+DIES_WITHIN_S = 120
 
 PROMPTS = [
     "The list of all files in a directory",
@@ -44,7 +52,8 @@ DATA_PARALLEL = ("--data-parallel-size", "2", "--enable-expert-parallel")
 FLOAT32 = ("--dtype", "float32")
 EAGER = ("--enforce-eager",)
 GENTLY = ("--shutdown-timeout", "30")
-"""Behind a SIGTERM, workers end by themselves."""
+WORKERS_END_GENTLY = {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "25"}
+"""Flags and environment with which nothing is killed behind a SIGTERM."""
 MOVING = {"redundancy": 1.5, "window_size": 15, "step_interval": 20}
 """Experts are placed anew every 20 steps, so several times while a test's requests run."""
 REARRANGED = "Rearranged experts"
@@ -64,6 +73,8 @@ class Server:
     def __init__(self, process: subprocess.Popen | Forked, port: int, log: Path) -> None:
         self.process, self.log = process, log
         self.url = f"http://127.0.0.1:{port}"
+        self.key = "none"
+        """What a server with --api-key asks for."""
 
     def complete(self, prompt: Any, max_tokens: int = MAX_TOKENS, **more: Any) -> dict[str, Any]:
         """The first choice of a greedy completion that does not stop early, with token ids."""
@@ -75,7 +86,9 @@ class Server:
             "return_token_ids": True,
             **more,
         }
-        answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        url = f"{self.url}/v1/completions"
+        answer = requests.post(url, json=body, headers=headers, timeout=300)
         assert answer.status_code == 200, f"{answer.status_code}: {answer.text}\n{self.tail()}"
         return answer.json()["choices"][0]
 
@@ -89,7 +102,7 @@ class Server:
 
     def ask_long(self, prompt: str | list[int]) -> int | str:
         """HTTP status of a long request, or how its connection ended."""
-        body = {"prompt": prompt, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
         url = f"{self.url}/v1/completions"
         try:
             return requests.post(url, json=body, timeout=DIES_WITHIN_S).status_code
@@ -132,7 +145,7 @@ class Server:
             running = [clients.submit(self.ask_long, prompt) for prompt in PROMPTS[:8]]
             deadline = time.monotonic() + DIES_WITHIN_S
             # Not the metric: several API servers write it seconds later, when requests have ended.
-            while self.status()[0]["decisions"] == 0:
+            while self.status()[0]["pairs"] == 0:
                 assert time.monotonic() < deadline, "the requests did not start"
             deed()
             self._assert_dead(running)
@@ -150,8 +163,8 @@ class Server:
     def end(self) -> int:
         """Ends the server as its operator does; its exit status.
 
-        That is 0 with `GENTLY` only. Else vLLM kills its engine at once, and may then fail on a
-        process that is a zombie still.
+        That is 0 with `GENTLY` and its environment only. Else vLLM kills its engine at once, and
+        may then fail on a process that is a zombie still.
         """
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=DIES_WITHIN_S)
@@ -161,8 +174,7 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that hold a model: vLLM names them after their role."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        named = [(child, " ".join(child.cmdline())) for child in children]
+        named = [(child, command_of(child)) for child in descendants(self.process.pid)]
         workers = [child for child, name in named if "Worker" in name]
         return workers or [child for child, name in named if "EngineCore" in name]
 
@@ -181,12 +193,12 @@ def serve(
 ) -> Iterator[Server]:
     """Starts a server, waits until it is healthy, and leaves no process behind.
 
-    Prompts of up to 512 tokens, 16 at once; more `arguments` win over these. It is forked from a
+    Texts of up to 2,048 tokens, 16 at once; more `arguments` win over these. It is forked from a
     process that has imported vLLM (bench/starter.py), or `spawned` as a user starts it.
     """
     port = free_port()
     command = [VLLM, "serve", str(model), "--port", str(port)]
-    command += ["--max-model-len", "512", "--max-num-seqs", "16", *arguments]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "16", *arguments]
     environ = environment(num_ranks, **environ)
     process: subprocess.Popen | Forked
     if spawned:

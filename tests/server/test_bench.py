@@ -14,7 +14,7 @@ from vllm_balance.commands.report import render
 from vllm_balance.measured_tables import arms_table
 from vllm_balance.measurement import read_measurements
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 FILE = """
 title = "A small run"

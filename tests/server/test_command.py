@@ -6,7 +6,7 @@ from serving import VLLM
 from bench.server import environment
 from bench.starter import starter
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 ENDS_WITHIN_S = 300
 

@@ -16,10 +16,11 @@ from serving import (
     LONG_PROMPT,
     PROMPTS,
     TENSOR_PARALLEL,
+    WORKERS_END_GENTLY,
     serve,
 )
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYERS, TOP_K, EXPERTS = 4, 4, 32
 THRASH = {"dynamic_slots": 2, "threshold_tokens": 2, "knee_tokens": 1.0}
@@ -145,7 +146,8 @@ def test_a_balancer_that_fetches_derives_its_threshold(model, dense, tmp_path):
     """Default settings and torch.compile: q from measured speeds, decode on one replica each."""
     flags = (*TENSOR_PARALLEL, "--moe-balancer", "harmoeny", *FLOAT32, *GENTLY)
     log = tmp_path / "log"
-    with serve(model, *flags, log=log, num_ranks=2, VLLM_PLUGINS="moe_balancer") as server:
+    environ = {"VLLM_PLUGINS": "moe_balancer", **WORKERS_END_GENTLY}
+    with serve(model, *flags, log=log, num_ranks=2, **environ) as server:
         assert server.all_tokens(PROMPTS) == dense.tokens
         (found,) = set(re.findall(r"threshold q = ([\d.]+) tokens", server.log.read_text()))
         assert float(found) >= 1

@@ -10,7 +10,7 @@ from serving import FLOAT32, MAX_TOKENS, MOVING, PROMPTS, TENSOR_PARALLEL, VLLM
 from bench.server import environment
 from vllm_balance import traces
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYERS, TOP_K = 4, 4
 PROGRAM = """
@@ -34,7 +34,8 @@ if __name__ == "__main__":
     answers = llm.generate(asked["prompts"], sampling)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
     ranks = llm.collective_rpc("moe_balancer_status")
-    print("FOUND " + json.dumps({"tokens": tokens, "ranks": ranks}))
+    refused = llm.collective_rpc("moe_record_start", args=({"file": "missing/trace.npz"},))
+    print("FOUND " + json.dumps({"tokens": tokens, "ranks": ranks, "refused": refused}))
 """
 
 
@@ -49,13 +50,13 @@ def run(*command: str, folder) -> str:
             text=True,
             env=environment(2),
             cwd=folder,
-            timeout=500,
+            timeout=840,
         )
     assert done.returncode == 0, log.read_text()[-3000:]
     return done.stdout
 
 
-def test_a_python_program_gets_the_dense_tokens_and_the_counters(model, dense, tmp_path):
+def test_a_python_program_gets_the_dense_tokens_the_counters_and_a_refusal(model, dense, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     asked = {
         "model": str(model),
@@ -70,6 +71,8 @@ def test_a_python_program_gets_the_dense_tokens_and_the_counters(model, dense, t
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     assert all(rank["balancer"] == "metro" for rank in found["ranks"])
     assert all(rank["memory_bound_batches"] > 0 for rank in found["ranks"])
+    first, second = found["refused"]
+    assert "missing/trace.npz cannot be made" in first["error"] and second is None
 
 
 def test_vllms_benchmark_command_takes_the_flag(model, tmp_path):

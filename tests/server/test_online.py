@@ -7,7 +7,7 @@ from bench.stand_ins import made_up_profile, shuffled_map
 from vllm_balance import documents, maps
 from vllm_balance.model_shape import from_config
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYOUTS = {"tensor": TENSOR_PARALLEL, "data": (*DATA_PARALLEL, "--api-server-count", "1")}
 EAGER_TO_MOVE = {"interval": 10, "window": 8, "horizon": 10**9, "hysteresis": 0.0}

@@ -26,7 +26,7 @@ from vllm_balance import maps, traces
 from vllm_balance.model_shape import from_config
 from vllm_balance.recording import Phase
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYERS, TOP_K, NUM_REDUNDANT = 4, 4, 16
 ONE_API_SERVER = ("--api-server-count", "1")

@@ -1,10 +1,11 @@
 """Four ranks, bfloat16, torch.compile; long prompts in pieces, cached prefixes; a recording."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import psutil
 import pytest
 import requests
 from serving import (
@@ -17,15 +18,15 @@ from serving import (
     PROMPTS,
     REARRANGED,
     TENSOR_PARALLEL,
+    WORKERS_END_GENTLY,
     balanced,
     serve,
 )
 
-from bench.server import descendants
 from vllm_balance import traces
 from vllm_balance.step_writer import FLUSH_S
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 METRO = balanced("metro")
 LAYERS, TOP_K = 4, 4
@@ -39,8 +40,8 @@ def start(model, tmp_path_factory):
 
     def run(*arguments: str, num_ranks: int = 2):
         log = tmp_path_factory.mktemp("server") / "log"
-        allowed = {"VLLM_PLUGINS": "moe_balancer"}
-        return serve(model, *arguments, log=log, num_ranks=num_ranks, **allowed)
+        environ = {"VLLM_PLUGINS": "moe_balancer", **WORKERS_END_GENTLY}
+        return serve(model, *arguments, log=log, num_ranks=num_ranks, **environ)
 
     return run
 
@@ -108,8 +109,7 @@ def kill_while_recording(server) -> dict:
         while state["steps"] == before["steps"]:
             assert time.monotonic() < deadline, "nothing was written while requests ran"
             state = server.status()[0]["recording"]
-        for process in [*descendants(server.process.pid), psutil.Process(server.process.pid)]:
-            process.kill()
+        os.killpg(server.process.pid, signal.SIGKILL)
         assert 200 not in [request.result() for request in running], "they had ended before"
     return state
 

@@ -23,12 +23,13 @@ CELLS = [
     for seed in range(30)
 ]  # fmt: skip
 PROGRAM = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from vllm_balance.simulate.sweep import Cell, sweep
 cells = [Cell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
-sweep(cells, Path(sys.argv[2]), {"commit": "test"})
+sweep(cells, Path(sys.argv[2]), {"commit": "test"}, on_rows=lambda added: time.sleep(600))
 """
+"""It stands behind its first rows."""
 
 
 def in_turn(chunks, address):
@@ -43,7 +44,7 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(asked), str(results)], start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while process.poll() is None and (not results.exists() or results.stat().st_size == 0):
         assert time.monotonic() < deadline, "no row was written"
         time.sleep(0.02)
@@ -71,6 +72,7 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     assert sweep(CELLS, results, {"commit": "test"}) == 0
 
 
+@pytest.mark.timeout(600)
 def test_a_sweep_runs_on_the_nodes_of_a_cluster(tmp_path):
     """Two nodes with a core each: the same rows as here."""
     from ray.cluster_utils import Cluster

@@ -17,8 +17,8 @@ SECONDS = 0.25
 """Time that the repeats of one sample may take; at least MIN_REPEATS are made."""
 MIN_REPEATS = 3
 MAX_REPEATS = 15
-_TIMEOUT = 120.0
-"""Seconds after which a rank that does not answer counts as dead."""
+_TIMEOUT, _START_TIMEOUT = 120.0, 600.0
+"""Seconds after which a rank that does not answer counts as dead; while it imports torch first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def probing(
             connections.append(ours)
             processes.append(process)
         for rank, connection in enumerate(connections):
-            _receive(rank, connection)
+            _receive(rank, connection, _START_TIMEOUT)
         yield Probe(connections, [process.pid or 0 for process in processes])
     finally:
         for connection in connections:
@@ -103,11 +103,11 @@ def probing(
                 process.terminate()
 
 
-def _receive(rank: int, connection: Connection) -> Timing:
+def _receive(rank: int, connection: Connection, within_s: float = _TIMEOUT) -> Timing:
     try:
-        if not connection.poll(_TIMEOUT):
+        if not connection.poll(within_s):
             raise BalancerError(
-                f"Rank {rank} did not answer for {_TIMEOUT:.0f} s while profiling. Something else "
+                f"Rank {rank} did not answer for {within_s:.0f} s while profiling. Something else "
                 f"holds its core, or the machine swaps: run it again when the machine is quiet, or "
                 f"with fewer ranks or --experts."
             )

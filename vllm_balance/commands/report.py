@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_balance import documents, skew_table
+from vllm_balance import documents
 from vllm_balance.commands.printing import say
 from vllm_balance.commands.report_plots import panels
 from vllm_balance.errors import BalancerError
-from vllm_balance.measured_tables import tables
 from vllm_balance.measurement import Measurement, is_results, newest, read_measurements
+from vllm_balance.run_tables import tables
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -59,10 +59,7 @@ def _section(rows: list[Measurement]) -> dict[str, Any]:
     return {
         "run": last.run,
         "title": last.title,
-        "tables": [
-            *([skew_table.table(rows)] if skew_table.has_bound(rows) else []),
-            *tables(rows),
-        ],
+        "tables": tables(rows),
         "panels": panels(rows),
         "facts": {
             "versions": ", ".join(f"{name} {found}" for name, found in last.versions.items()),

@@ -11,13 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from vllm_balance.measured_tables import grouped, median
+from vllm_balance.measured_tables import (
+    grouped,
+    has_few_tokens,
+    median,
+    tokens_per_s,
+    total_tokens_per_s,
+)
 from vllm_balance.measurement import Latency, Measurement
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 DASHES = ("solid", "dot", "dash", "dashdot")
 LATENCIES = {"TPOT": "tpot_ms", "TTFT": "ttft_ms", "ITL": "itl_ms", "end to end": "e2e_ms"}
+BETWEEN_TOKENS = ("TPOT", "ITL")
+"""Latencies that a load is not about if its requests have few tokens."""
 
 Figure = dict[str, Any]
 
@@ -35,9 +43,10 @@ def panels(rows: list[Measurement]) -> list[Panel]:
     """All plots of one run."""
     return [
         Panel(
-            title="Throughput against TPOT",
-            note="Up and to the left is better. A point is the median of one arm at one load.",
-            figures={"all loads": pareto(rows)},
+            title="Throughput against latency",
+            note="Up and to the left is better. A point is the median of one arm at one load; a "
+            "line joins numbers of requests at once.",
+            figures=dict(_paretos(rows)),
         ),
         Panel(
             title="Activated experts per rank over time",
@@ -58,26 +67,48 @@ def panels(rows: list[Measurement]) -> list[Panel]:
                 f"{heading}{f', {name}' if name else ''}": latency(own, field)
                 for name, own in _views(rows)
                 for heading, field in LATENCIES.items()
+                if not (heading in BETWEEN_TOKENS and has_few_tokens(own[0]))
             },
         ),
     ]
 
 
-def pareto(rows: list[Measurement]) -> Figure:
-    """Tokens per second over median TPOT, a line through the loads of each arm."""
+def _paretos(rows: list[Measurement]) -> Iterator[tuple[str, Figure]]:
+    """Of the loads that have a time per token, and of those that are about the first one."""
+    for heading in ("TPOT", "TTFT"):
+        own = [row for row in rows if has_few_tokens(row) == (heading == "TTFT")]
+        if own:
+            yield heading, pareto(own, heading)
+
+
+def pareto(rows: list[Measurement], heading: str) -> Figure:
+    """Tokens per second over the median of a latency; of prompts too where that is TTFT.
+
+    A line through the loads of each arm if they differ in how many requests there are at once.
+    """
+
+    def latency_ms(row: Measurement) -> float:
+        found: Latency = getattr(row, LATENCIES[heading])
+        return found.p50
+
+    is_first = heading == "TTFT"
     lines: dict[tuple[str, str], list[list[Measurement]]] = {}
     for (case, _, arm), own in grouped(rows).items():
         lines.setdefault((case, arm), []).append(own)
     data = []
     for (case, arm), loads in lines.items():
         loads.sort(key=lambda own: own[0].concurrency)
+        joined = len({own[0].concurrency for own in loads}) == len(loads)
         data.append(
             {
                 "type": "scatter",
-                "mode": "lines+markers",
+                "mode": "lines+markers" if joined else "markers",
                 "name": " ".join(filter(None, (case, arm))),
-                "x": [_round(median(own, lambda row: row.tpot_ms.p50)) for own in loads],
-                "y": [_round(median(own, lambda row: row.tokens_per_s)) for own in loads],
+                "x": [_round(median(own, latency_ms)) for own in loads],
+                "y": [
+                    _round(median(own, total_tokens_per_s if is_first else tokens_per_s))
+                    for own in loads
+                ],
                 "text": [own[0].load_name or f"{own[0].concurrency} at once" for own in loads],
                 "hovertemplate": "%{text}<br>%{x} ms<br>%{y} tokens/s<extra>%{fullData.name}"
                 "</extra>",
@@ -85,13 +116,16 @@ def pareto(rows: list[Measurement]) -> Figure:
                 "line": {"color": _colour(rows, arm)},
             }
         )
-    layout = _axes("TPOT, ms (median)", "tokens per second")
+    layout = _axes(
+        f"{heading}, ms (median)",
+        "tokens per second, prompts included" if is_first else "tokens per second",
+    )
     layout["yaxis"]["rangemode"] = "tozero"
-    slo = {row.slo_tpot_ms for row in rows if row.slo_tpot_ms is not None}
+    slo = set() if is_first else {row.slo_tpot_ms for row in rows}
     layout["shapes"] = [
         {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1}
         | {"line": {"dash": "dash", "color": "#888"}}
-        for at in sorted(slo)
+        for at in sorted(filter(None, slo))
     ]
     return {"data": data, "layout": layout}
 

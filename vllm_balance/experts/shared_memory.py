@@ -81,7 +81,15 @@ class SharedMemory:
                 f"This rank cannot open the host store of the experts at {path}: "
                 f"{error.strerror}. All ranks must run as one user in one container."
             ) from error
-        return cls(descriptor, address.size_bytes)
+        try:
+            return cls(descriptor, address.size_bytes)
+        except (OSError, ValueError) as error:
+            os.close(descriptor)
+            raise BalancerError(
+                f"This rank cannot map the host store of the experts ({address.size_bytes:,} "
+                f"bytes): {error}. Raise the limit of its address space (`ulimit -v`), or use "
+                f"another --moe-balancer."
+            ) from error
 
     @property
     def address(self) -> Address:

@@ -51,6 +51,9 @@ def _all_gatherv(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def gather_one(self: Any, tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         longest = max(sizes)
+        if longest == min(sizes):
+            whole: torch.Tensor = self.all_gather(tensor.contiguous(), dim=0)
+            return whole
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor
         gathered = self.all_gather(padded, dim=0)

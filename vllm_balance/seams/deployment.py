@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_balance.config import KEY, BalancerConfig, parse, route_by_replay
+from vllm_balance import documents
+from vllm_balance.config import (
+    KEY,
+    BalancerConfig,
+    note_set_up,
+    parse,
+    route_by_replay,
+    was_set_up_elsewhere,
+)
 from vllm_balance.cost import free_of, knee_of
 from vllm_balance.deployment import (
     Deployment,
@@ -19,7 +26,7 @@ from vllm_balance.deployment import (
 )
 from vllm_balance.errors import BalancerError
 from vllm_balance.maps import PlacementMap
-from vllm_balance.recording import RecordSettings, require_new
+from vllm_balance.recording import RecordSettings, require_recordable
 from vllm_balance.seams.announcements import announce, warn_of_another_name
 from vllm_balance.seams.combinations import (
     WORKERS,
@@ -41,9 +48,6 @@ from vllm_balance.seams.settings_files import (
 from vllm_balance.seams.versions import unsupported_version
 from vllm_balance.slot_deployment import num_dynamic_slots
 
-_SET_UP = "VLLM_BALANCE_SET_UP"
-"""Set where a deployment was set up, and so in all processes that it starts."""
-
 
 def settings_of(vllm_config: Any) -> BalancerConfig | None:
     """The balancer's settings in a ``VllmConfig``, or None without a balancer."""
@@ -60,6 +64,8 @@ def configure(vllm_config: Any) -> None:
         BalancerError: the balancer cannot run in this deployment.
     """
     config = settings_of(vllm_config)
+    if vllm_config.model_config is not None and _is_first_process():
+        route_by_replay(False)
     if config is None:
         return
     if (problem := unsupported_version()) is not None:
@@ -83,7 +89,7 @@ def configure(vllm_config: Any) -> None:
     _set_up(vllm_config, config, settled)
     if is_first:
         announce(config, redundant, deployment)
-    os.environ[_SET_UP] = "1"
+    note_set_up()
 
 
 def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_config: Any) -> int:
@@ -107,7 +113,9 @@ def _settled(config: BalancerConfig, vllm_config: Any, redundant: int) -> dict[s
     if config.fetches:
         settled["dynamic_slots"] = redundant // num_ranks(vllm_config)
     settled |= absolute(config)
-    costs = measured_costs(config, vllm_config)
+    if config.replay is not None and config.replay.trace is not None:
+        settled["replay"]["trace"] = str(documents.expanded(config.replay.trace).resolve())
+    costs = None if "profile" in config.without_effect else measured_costs(config, vllm_config)
     if costs is not None and config.knee_tokens is None:
         settled["knee_tokens"] = knee_of(costs)
         settled["free_tokens"] = None if config.fetches else free_of(costs)
@@ -125,7 +133,7 @@ def _set_up(vllm_config: Any, config: BalancerConfig, settled: dict[str, Any]) -
     if config.uses_eplb:
         _enable_eplb(vllm_config, config, settled["num_redundant_experts"])
     if config.replay is not None:
-        route_by_replay()
+        route_by_replay(True)
     install_in_api_server()
 
 
@@ -176,10 +184,10 @@ def _differ(config: BalancerConfig, name: str, ours: int | None, vllms: int) -> 
 
 def _checked_recording(record: RecordSettings, parallel: Any) -> Path:
     """The absolute path to record at, checked where the deployment is set up."""
-    path = record.file.expanduser().absolute()
+    path = documents.expanded(record.file).absolute()
     if _is_first_process():
         first = parallel.data_parallel_rank
-        require_new(path, range(first, first + (parallel.data_parallel_size_local or 1)))
+        require_recordable(path, range(first, first + (parallel.data_parallel_size_local or 1)))
     return path
 
 
@@ -190,7 +198,7 @@ def _is_first_process() -> bool:
     Later processes (API servers, engines) configure themselves again, while the ranks may have
     taken their memory and made their files already.
     """
-    return multiprocessing.parent_process() is None or _SET_UP not in os.environ
+    return multiprocessing.parent_process() is None or not was_set_up_elsewhere()
 
 
 def _enable_eplb(vllm_config: Any, config: BalancerConfig, redundant: int) -> None:

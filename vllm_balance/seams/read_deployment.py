@@ -20,6 +20,7 @@ def read_deployment(vllm_config: Any, *, ranks_hold_memory: bool) -> Deployment:
     Args:
         ranks_hold_memory: they may have taken theirs, so that what is free says nothing.
     """
+    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -40,7 +41,7 @@ def read_deployment(vllm_config: Any, *, ranks_hold_memory: bool) -> Deployment:
         ranks_sharing_memory=local_ranks if on_cpu else 1,
         free_host_bytes=free_host_bytes,
         on_cpu=on_cpu,
-        is_eager=bool(model.enforce_eager),
+        is_eager=vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE,
         one_machine=parallel.nnodes == 1
         and parallel.data_parallel_size == (parallel.data_parallel_size_local or 1),
         ranks_hold_memory=ranks_hold_memory,
@@ -57,8 +58,14 @@ def _expert_weights(text: Any) -> int:
 
 
 def _first(text: Any, *keys: str) -> int:
-    """The first of these numbers that a configuration has; 0 if it has none."""
-    return next((int(found) for key in keys if (found := getattr(text, key, None))), 0)
+    """The first of these numbers that a configuration has, of a list the largest (Ernie 4.5 VL has
+    experts of two sizes); 0 if it has none."""
+    for key in keys:
+        found = getattr(text, key, None)
+        largest = max(found, default=0) if isinstance(found, list | tuple) else found
+        if isinstance(largest, int | float) and largest:
+            return int(largest)
+    return 0
 
 
 def _weight_bytes(model: Any) -> float:

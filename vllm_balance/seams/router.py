@@ -92,10 +92,18 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         if balancer is None:
             return gathered
         hidden_states, scales, meta, topk_ids, topk_weights = gathered
-        slots = _with_padding(balancer.after_gather(topk_ids), topk_ids)
+        slots = _with_padding(balancer.after_gather(topk_ids, _rows_of_sources()), topk_ids)
         return hidden_states, scales, meta, slots, topk_weights
 
     return prepare
+
+
+def _rows_of_sources() -> list[int] | None:
+    """Rows that each rank put into the gather; None if it was not vLLM that did it."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = get_forward_context().dp_metadata
+    return None if metadata is None else metadata.get_chunk_sizes_across_dp_rank()
 
 
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:

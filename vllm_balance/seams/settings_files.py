@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_balance import maps, profiles
+from vllm_balance import documents, maps, profiles
 from vllm_balance.config import BalancerConfig
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
@@ -21,14 +20,14 @@ from vllm_balance.seams.versions import kernel_versions
 
 def read_map(config: BalancerConfig) -> PlacementMap | None:
     """The map that the settings name, or None. Raises BalancerError as `maps.load` does."""
-    return None if config.map is None else maps.load(Path(config.map).expanduser())
+    return None if config.map is None else maps.load(documents.expanded(config.map))
 
 
 def absolute(config: BalancerConfig) -> dict[str, str]:
     """The files of the settings by key, as a worker in any folder finds them."""
     named = {"map": config.map, "profile": config.profile}
     return {
-        key: str(Path(path).expanduser().resolve())
+        key: str(documents.expanded(path).resolve())
         for key, path in named.items()
         if path is not None
     }
@@ -96,7 +95,7 @@ def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel,
         )
     model = vllm_config.model_config
     served = str(model.dtype).removeprefix("torch.")
-    found = profiles.load(Path(config.profile).expanduser())
+    found = profiles.load(documents.expanded(config.profile))
     found.require(
         shape=read_shape(model).model_copy(update={"dtype": served}),
         device=device_name(served),
@@ -111,9 +110,9 @@ def require_profiled_cores(config: BalancerConfig, num_threads: int) -> None:
     Raises:
         BalancerError: it does not.
     """
-    if config.profile is None:
+    if config.profile is None or "profile" in config.without_effect:
         return
-    profiled = profiles.load(Path(config.profile).expanduser()).cores_per_rank
+    profiled = profiles.load(documents.expanded(config.profile)).cores_per_rank
     if profiled != num_threads:
         raise BalancerError(
             f"`profile` names {config.profile}, whose ranks computed with {profiled} cores each, "

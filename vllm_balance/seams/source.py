@@ -72,6 +72,8 @@ def _parameters(target: str, read: Callable[[str], str]) -> list[str] | str | No
         body = ast.parse(read(file)).body
     except (KeyError, FileNotFoundError):
         return f"this vLLM has no file {file}"
+    except SyntaxError as error:
+        return f"{file} cannot be parsed by this Python ({error.msg})"
     for class_name in classes:
         found = [n for n in body if isinstance(n, ast.ClassDef) and n.name == class_name]
         if not found:

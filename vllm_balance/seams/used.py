@@ -116,6 +116,11 @@ USED = (
         parameters=(),
         why="padding of a batch, the layer of a replay",
     ),
+    Place(
+        target="vllm.forward_context:DPMetadata.get_chunk_sizes_across_dp_rank",
+        parameters=(),
+        why="whose tokens a gathered batch holds",
+    ),
     *(
         Place(
             target=f"vllm.v1.worker.gpu_worker:Worker.{name}",

@@ -41,7 +41,7 @@ class BalancedCPUWorker(BalancedWorker, CPUWorker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with explaining_eplb(self.balancer_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
-        if self.parallel_config.enable_eplb:
+        if self.parallel_config.enable_eplb and self.model_runner.eplb_state is None:
             self._attach_eplb()
         model = self.model_runner.get_model()
         # Before it is measured how fast experts are copied and computed.

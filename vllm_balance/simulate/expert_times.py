@@ -11,6 +11,7 @@ compute overlap. A CPU core runs one expert after the other; its measured time p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,18 @@ class ExpertTimes:
             fixed_S2=self.fixed_S2 / speed,
             stream_SN=self.stream_SN / speed,
             compute_SN=self.compute_SN / speed,
+        )
+
+    def slowed(self, slowness: Sequence[float], num_ranks: int) -> ExpertTimes:
+        """The same where each rank takes so many times as long; one number stands for all."""
+        if len(set(slowness)) == 1:
+            return self.at(1 / slowness[0])
+        kind_S = np.arange(num_ranks) % len(self.fixed_S2)
+        longer_S1 = np.array(slowness)[:, None]
+        return ExpertTimes(
+            fixed_S2=self.fixed_S2[kind_S] * longer_S1,
+            stream_SN=self.stream_SN[kind_S] * longer_S1,
+            compute_SN=self.compute_SN[kind_S] * longer_S1,
         )
 
     def of_size(self, size: float) -> ExpertTimes:

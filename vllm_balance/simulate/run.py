@@ -63,6 +63,13 @@ class Arm:
     warm_batches: int = 0
     """Batches as large as the load's largest that were served before and filled dynamic slots; at
     least one if the load is steady."""
+    placed_by: str | None = None
+    """The policy of `PLACEMENT` that made the map of a balancer which takes one; None: its own."""
+    known_batches: tuple[tuple[int, int], ...] = ()
+    """Decoding and prompt tokens of the batches that experts are placed by; empty: in proportion
+    to the load's."""
+    slowness: tuple[float, ...] = (1.0,)
+    """How many times longer each rank takes for everything; one number stands for all ranks."""
 
     @property
     def num_redundant(self) -> int:
@@ -110,11 +117,12 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     rows = [stage.step(traffic, decode, prefill) for decode, prefill in whole_N2.tolist()]
     columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
     names = ("exchange", "decide", "dispatch", "experts", "combine")
+    slowest = max(arm.slowness)
     return Outcome(
         steps=steps,
         stage_us={
-            "attention": dense.attention_us(steps),
-            "rest": dense.rest_us(steps),
+            "attention": slowest * dense.attention_us(steps),
+            "rest": slowest * dense.rest_us(steps),
             **dict(zip(names, columns[:5], strict=True)),
         },
         busy_us_N=columns[5],
@@ -146,7 +154,7 @@ def decider_of(
         return FetchingDecider.of(
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
-    placement = placement_policy(arm.balancer, slots)
+    placement = arm.placed_by or placement_policy(arm.balancer, slots)
     history_NLE = placed_by.history(_history_tokens(arm, steps))
     cluster = Cluster(costs=times.curves(ranks), num_redundant=slots)
     policy = policy_of(arm.balancer, knee, free)
@@ -160,6 +168,8 @@ def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
     weighs one against the other, and is given batches as large as the steps of the load.
     """
     load = arm.load
+    if arm.known_batches:
+        return np.array(arm.known_batches)
     if arm.balancer != "gem":
         computed = load.prompt_tokens + load.output_tokens - 1
         prompts = round(HISTORY_TOKENS * load.prompt_tokens / computed)
@@ -174,7 +184,11 @@ def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
 
 def expert_times(arm: Arm) -> ExpertTimes:
     """Measured times where the profile is of experts in the model's format, in proportion to their
-    weights; else the roofline."""
+    weights; else the roofline. Slow ranks have rows of their own."""
+    return _at_full_speed(arm).slowed(arm.slowness, arm.layout.num_ranks)
+
+
+def _at_full_speed(arm: Arm) -> ExpertTimes:
     profile, model = arm.profile, arm.model
     if profile is None or not _is_in_format_of(profile, model):
         return roofline(model, arm.hardware)
@@ -201,7 +215,8 @@ class _MoeStage:
     def __init__(self, arm: Arm, decider: Decider | FetchingDecider, network: Network) -> None:
         self.arm, self.decider, self.network = arm, decider, network
         self.times = expert_times(arm)
-        self.decide_us = arm.hardware.decide_us(arm.balancer, arm.model.num_experts.value)
+        decide_us = arm.hardware.decide_us(arm.balancer, arm.model.num_experts.value)
+        self.decide_us = max(arm.slowness) * decide_us
         self.fetch_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
 
     def step(self, traffic: Traffic, num_decode: int, num_prefill: int) -> tuple[float, ...]:
