@@ -479,6 +479,9 @@ def test_the_kernel_is_measured_on_real_ranks(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     measured = profiles.load(tmp_path / "p.json")
     assert len(measured.ranks) == 1 and len(measured.ranks[0].points) > 20
+    again = run("profile", tmp_path, "--check", tmp_path / "p.json")
+    # Such short samples may well say that the machine has become another.
+    assert again.exit_code in (0, 1) and "rank 0: " in again.output, again.output
     assert measured.ranks[0].place == f"cores {first}, {second}" and "Measured in" in done.output
     for point in measured.ranks[0].points:
         assert len(point.rounds_us) == 3 and point.time_us == min(point.rounds_us)

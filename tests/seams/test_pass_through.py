@@ -47,7 +47,7 @@ def test_without_a_balancer_the_original_answers(name):
 
     assert wrap(original)(*args, **kwargs) is answer
     assert calls == [(args, kwargs)]
-    assert vars(answer) == {"additional_config": {}} and vars(LAYER) == {}
+    assert vars(answer) == {"additional_config": {}, "model_config": None} and vars(LAYER) == {}
 
 
 @pytest.mark.parametrize("experts", [LAYER, SimpleNamespace(**{cpu.EXPERTS: object()})])
