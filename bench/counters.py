@@ -32,9 +32,9 @@ def require_trustworthy(
             )
     first = ranks[0]
     needed = min_steps * first["num_layers"]
-    if first["pairs"] == 0 or first["decisions"] < needed:
+    if first["pairs"] == 0 or _with_tokens(first) < needed:
         raise RuntimeError(
-            f"{name}: the policy ran {first['decisions']} times for {first['pairs']} pairs, but "
+            f"{name}: the policy ran {_with_tokens(first)} times for {first['pairs']} pairs, but "
             f"this load takes at least {min_steps} steps of {first['num_layers']} layers; no "
             f"number from this run."
         )
@@ -49,9 +49,11 @@ def require_trustworthy(
 
 
 def counted(ranks: Ranks) -> dict[str, Any]:
-    """Fields of a row: what the policy did and what it cost."""
+    """Fields of a row: what the policy did and what it cost, in means over steps with tokens;
+    data-parallel ranks take others too."""
     first, num_ranks = ranks[0], len(ranks)
-    steps = first["decisions"] / first["num_layers"]
+    batches = _with_tokens(first)
+    steps = batches / first["num_layers"]
     slowest = max(ranks, key=lambda rank: rank["experts_us"])
     decide_us = slowest["decide_us"] + slowest.get("look_ahead_us", 0.0)
     layer_us = slowest["experts_us"] + slowest["experts_wrapping_us"] + decide_us
@@ -71,11 +73,17 @@ def counted(ranks: Ranks) -> dict[str, Any]:
         - sum(first["activated_per_rank"]) / num_ranks / first["max_activated_sum"],
         "waiting_share_by_tokens": 1 - first["pairs"] / num_ranks / first["max_tokens_sum"],
         "experts_us_per_rank": [rank["experts_us"] for rank in ranks],
-        "experts_us_per_layer": slowest["experts_us"] / slowest["decisions"],
-        "decide_us_per_layer": decide_us / slowest["decisions"],
+        "experts_us_per_layer": slowest["experts_us"] / batches,
+        "decide_us_per_layer": decide_us / batches,
         "decide_share": decide_us / layer_us,
         "wrapping_share": slowest["experts_wrapping_us"] / layer_us,
     }
+
+
+def _with_tokens(rank: dict[str, Any]) -> int:
+    """Batches that were routed, in all layers."""
+    found: int = rank["memory_bound_batches"] + rank["compute_bound_batches"]
+    return found
 
 
 def huge_page_share(ranks: Ranks) -> float | None:

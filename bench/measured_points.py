@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from bench.load import Load as Asked
 from bench.placed import SLOW_RANK, Slowed
 from bench.predictions import Recorded, is_profiled, predict, profiled_dtype
 from bench.provenance import provenance
+from bench.validation_tables import Variant
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
 from vllm_balance.simulate.catalogue import names
@@ -45,19 +46,6 @@ Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
 Slowness = tuple[float, float]
 """Of steps with prompts and of those without, against the profile."""
-
-
-class Variant(NamedTuple):
-    """What arms that are compared have in common."""
-
-    case: str
-    load: str
-    slow: float
-    """What one rank was asked to be slower by."""
-
-    def __str__(self) -> str:
-        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
-        return " ".join(filter(None, (self.case, self.load, slowed)))
 
 
 def hardware_names() -> dict[str, str]:

@@ -107,7 +107,7 @@ def predict(
         profile=profile,
         layout=layout,
         balancer=own.get("balancer", name),
-        placed_by=own["place"] if own.get("place", "gem") != "gem" else None,
+        placed_by=None if own.get("place") == "gem" else own.get("place"),
         known_batches=_known_batches(settings["place"]) if "place" in own else (),
         slowness=tuple(
             slow.factor if rank == slow.rank else 1.0 for rank in range(layout.num_ranks)

@@ -63,9 +63,10 @@ def sweep_row(num_cells: int, killed_after_s: float) -> Row:
         started = time.monotonic()
         killed_s = _killed(_start(num_cells, results), killed_after_s)
         before = len(read(results))
-        again = _start(num_cells, results)
-        if not 0 < before < num_cells or again.wait() != 0:
-            raise RuntimeError(f"{before} of {num_cells} cells at the kill; status {again.poll()}")
+        if not 0 < before < num_cells:
+            raise RuntimeError(f"{before} of {num_cells} cells at the kill")
+        if status := _start(num_cells, results).wait():
+            raise RuntimeError(f"the sweep that went on ended with status {status}")
         keys = [row["key"] for row in read(results)]
     if len(keys) != num_cells or len(set(keys)) != num_cells:
         raise RuntimeError(f"{len(keys)} rows, {len(set(keys))} different, of {num_cells} cells")
@@ -105,14 +106,15 @@ def writer(rows: list[Row]) -> Callable[[str], str]:
     arms = {row["arm"]: row["core_s"] for row in newest if row["kind"] == "arm"}
     origin = f"Measured on {rows[-1]['machine']}; commit {rows[-1]['commit']}"
     origin += "; `python -m bench.sweep_speed`."
-    if not arms:
-        raise ValueError("the newest rows of sweep_speed hold no arm")
+    sweeps = [row for row in newest if row["kind"] == "sweep"]
+    if not arms or not sweeps:
+        raise ValueError("the newest rows of sweep_speed lack the arms or the sweep")
 
     def write(name: str) -> str:
         if name == "arms":
             body = [[f"`{arm}`", f"{seconds:.1f}"] for arm, seconds in arms.items()]
             return f"{markdown.table(['balancer', 'seconds of a core'], body)}\n\n{origin}"
-        (found,) = [row for row in newest if row["kind"] == "sweep"][-1:]
+        found = sweeps[-1]
         return (
             f"{found['cells']:,} cells took {found['seconds'] / 60:.1f} minutes on two cores, "
             f"killed after {found['killed_after_s']:.0f} s with {found['rows_at_kill']:,} rows and "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import markdown
-from bench.measured_points import Variant
 
 Row = dict[str, Any]
 TIMES = {"tpot_ms": "TPOT ms", "ttft_ms": "TTFT ms"}
@@ -17,6 +16,19 @@ COUNTS = {
     "activated_worst_rank": "experts on the worst rank",
     "tokens_worst_rank": "tokens on the worst rank",
 }
+
+
+class Variant(NamedTuple):
+    """What arms that are compared have in common."""
+
+    case: str
+    load: str
+    slow: float
+    """What one rank was asked to be slower by."""
+
+    def __str__(self) -> str:
+        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
+        return " ".join(filter(None, (self.case, self.load, slowed)))
 
 
 def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:

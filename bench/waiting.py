@@ -27,6 +27,7 @@ def shares(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     times_SLB = np.array([[layer["recent_experts_us"] for layer in layers] for layers in layers_SL])
     fetch_SL = np.array([[layer.get("fetch_wait_us", 0.0) for layer in row] for row in layers_SL])
     found: dict[str, Any] = {}
+    times_SLB = times_SLB[:, :, times_SLB.any((0, 1))]  # Without batches of no tokens.
     if times_SLB.size:
         slowest_B = times_SLB.max(0).sum(0)
         fetch_us = fetch_SL.max(0).sum() * times_SLB.sum() / _all_us(layers_SL)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from measured import row, rows
 from pydantic import ValidationError
@@ -144,3 +145,19 @@ def test_each_machine_has_its_newest_rows_and_the_last_one_comes_first():
     found = newest_by_machine([old, other, new, again])
     assert list(found.items()) == [("old", [old, again]), ("new", [new])]
     assert newest_by_machine([]) == {}
+
+
+def test_means_of_early_rows_are_over_steps_with_tokens():
+    """Data-parallel ranks take others, over which they were means too."""
+    times_B = np.array([9.0, 12.0, 15.0] * 20 + [0.0] * 20)
+    early = row(
+        steps=80.0, decisions=160, memory_bound_batches=100, compute_bound_batches=20,
+        batch_time_spread=times_B.std() / times_B.mean(),
+    )  # fmt: skip
+    read = parse(early.model_dump_json())
+    assert read.steps == 60 and read.decisions == 160
+    assert read.activated_worst_rank == pytest.approx(early.activated_worst_rank * 80 / 60)
+    assert read.tokens_per_rank == pytest.approx([n * 80 / 60 for n in early.tokens_per_rank])
+    taken_B = times_B[:60]
+    assert read.batch_time_spread == pytest.approx(taken_B.std() / taken_B.mean())
+    assert read.tpot_ms == early.tpot_ms

@@ -298,12 +298,14 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     return [prefix + key for key in table.model_fields]
 
 
-def route_by_replay(wanted: bool) -> None:
-    """Lets vLLM take the experts of each token from our replay, or from its own routers again, in
-    processes started later."""
-    if wanted:
-        os.environ[_STRATEGY_OF] = STRATEGY
-    elif os.environ.get(_STRATEGY_OF) == STRATEGY:
+def route_by_replay() -> None:
+    """Lets vLLM take the experts of each token from our replay, in processes started later."""
+    os.environ[_STRATEGY_OF] = STRATEGY
+
+
+def route_by_own_routers() -> None:
+    """Takes that back, if a model before this one was replayed."""
+    if os.environ.get(_STRATEGY_OF) == STRATEGY:
         del os.environ[_STRATEGY_OF]
 
 

@@ -7,6 +7,7 @@ read them. Everything was measured; predictions have a format of their own.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -139,8 +140,9 @@ class Measurement(Document):
     num_logical_experts: int
     num_physical_experts: int
     steps: float
+    """With tokens."""
     decisions: int
-    """Times the policy ran: once per layer and step, on every rank."""
+    """Times the policy ran: once per layer and step, on every rank, also in steps without tokens."""
     memory_bound_batches: int
     compute_bound_batches: int
     activated_worst_rank: float
@@ -211,12 +213,33 @@ def schedules(counted: Mapping[str, Any]) -> dict[str, int]:
 
 
 def parse(line: str | bytes) -> Measurement:
-    """The row that a line holds.
+    """The row that a line holds, its means over steps with tokens.
 
     Raises:
         ValidationError: it is not such a row.
     """
-    return Measurement.model_validate_json(line)
+    row = Measurement.model_validate_json(line)
+    steps = (row.memory_bound_batches + row.compute_bound_batches) / row.num_layers
+    return row if steps in (0, row.steps) else _over_steps(row, steps)
+
+
+def _over_steps(row: Measurement, steps: float) -> Measurement:
+    """The row with its means over so many steps: early ones are over those without tokens too,
+    which data-parallel ranks take behind their last request."""
+    more = row.steps / steps
+    scaled = ("activated_worst_rank", "tokens_worst_rank", "experts_us_per_layer")
+    listed = ("activated_per_rank", "tokens_per_rank")
+    spread = row.batch_time_spread
+    if spread is not None:  # Those steps took no time in the experts.
+        spread = math.sqrt(max(0.0, (1 + spread**2) / more - 1))
+    return row.model_copy(
+        update={
+            "steps": steps,
+            "batch_time_spread": spread,
+            **{name: more * getattr(row, name) for name in (*scaled, "decide_us_per_layer")},
+            **{name: [more * value for value in getattr(row, name)] for name in listed},
+        }
+    )
 
 
 def read_measurements(path: Path) -> list[Measurement]:

@@ -115,7 +115,7 @@ class OnlinePlacement:
         """`load_LP` is what the layers' routing adds to, int32; `swap_us` a measured swap."""
         self._settings, self._costs, self._ranks = settings, tuple(costs), ranks
         self._layers, self._load_LP, self._report = layers, load_LP, report
-        self._put(placement_LP)
+        self._set_placement(placement_LP)
         self._rank, self._slots_per_rank = layers[0].rank, placement_LP.shape[1] // len(self._costs)
         num_layers, num_slots = placement_LP.shape
         self._window = Window(
@@ -132,7 +132,7 @@ class OnlinePlacement:
         self._drift = 0.0
         self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
 
-    def _put(self, placement_LP: Array) -> None:
+    def _set_placement(self, placement_LP: Array) -> None:
         """Notes where experts are: `_expert_of_LP` is the same as an index."""
         self.placement_LP, self._expert_of_LP = placement_LP, placement_LP.astype(np.int64)
 
@@ -200,7 +200,7 @@ class OnlinePlacement:
         start = time.perf_counter()
         placement_LP = decision.placement(self.placement_LP)
         self._ranks.move(placement_LP)
-        self._put(placement_LP)
+        self._set_placement(placement_LP)
         spent_us = (time.perf_counter() - start) * 1e6
         self._swap_us = (self._swap_us + spent_us / len(decision.swaps)) / 2
         self._time_us["moving"] += spent_us

@@ -25,7 +25,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FLUSH_S = 2.0
 """Seconds after which recorded steps are written at the latest: what a kill under load can lose."""
 LOOK_S = 0.25
-"""Seconds between looks whether steps still come; if not, what is there is written."""
+"""Seconds between looks whether steps with tokens still come; if not, what is there is written. A
+step that takes longer is a chunk of its own."""
 BLOCK_BYTES = 8 * 2**20
 
 
@@ -93,7 +94,7 @@ class StepWriter:
         self._log = log
         self._state: Literal["recording", "stopped", "full", "failed"] = "recording"
         self._reason: str | None = None
-        self._num_steps = self._num_tokens = self._dropped_steps = 0
+        self._num_put = self._num_steps = self._num_tokens = self._dropped_steps = 0
         self._num_bytes = file.num_bytes
         self._writing_ns = 0
         self._changed = threading.Condition()
@@ -113,6 +114,7 @@ class StepWriter:
         with self._changed:
             if not self.is_writing:
                 return
+            self._num_put += 1
             has_room = self._filling.used + len(routed) <= len(self._filling.rows)
             if has_room or self._hand_over():
                 self._filling.add(step, routed)
@@ -158,8 +160,7 @@ class StepWriter:
                 stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             while (block := self._next_block()) is not None:
                 if not file.append(self._chunk(block, stream)):
-                    limit = f"{self.settings.max_bytes:,} bytes"
-                    self._end("full", f"reached its limit of {limit}", block)
+                    self._end("full", f"reached its limit of {self.settings.max_bytes:,} bytes")
                     break
                 with self._changed:
                     self._num_bytes = file.num_bytes
@@ -181,16 +182,17 @@ class StepWriter:
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._full or not self.is_writing, LOOK_S)
-                num_steps = len(self._filling.steps)
+                # Data-parallel ranks take steps without tokens behind their last request.
+                num_busy = sum(step.phase != Phase.IDLE for step in self._filling.steps)
                 is_late = time.monotonic() + LOOK_S > flush_at
-                due = num_steps == num_seen or is_late or not self.is_writing
-                if num_steps and due and not self._full:
+                due = num_busy == num_seen or is_late or not self.is_writing
+                if self._filling.steps and due and not self._full:
                     self._hand_over()
                 if self._full:
                     return self._full.pop(0)
                 if not self.is_writing:
                     return None
-                num_seen = num_steps
+                num_seen = num_busy
 
     def _chunk(self, block: _Block, stream: torch.cuda.Stream | None) -> dict[str, Array]:
         """The arrays of a chunk of the file."""
@@ -209,14 +211,11 @@ class StepWriter:
             chunk[name] = np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
         return chunk
 
-    def _end(
-        self, state: Literal["full", "failed"], why: str, left_out: _Block | None = None
-    ) -> None:
+    def _end(self, state: Literal["full", "failed"], why: str) -> None:
         """Nothing is written any more, nor what is in the blocks."""
         with self._changed:
             self._state, self._reason = state, why
-            for block in filter(None, (left_out, *self._full, self._filling)):
-                self._dropped_steps += len(block.steps)
+            self._dropped_steps = self._num_put - self._num_steps
         self._log(f"The recording {self.settings.file} {why}; recording stopped.")
 
 

@@ -48,6 +48,18 @@ def test_statistics_are_per_step_and_sums_over_layers():
     assert (fields["decide_share"], fields["wrapping_share"]) == (0.1, 0.1)
 
 
+def test_means_are_over_steps_with_tokens():
+    """Data-parallel ranks take others behind their last request."""
+    few = {"memory_bound_batches": 6, "compute_bound_batches": 8}
+    fields = counted([status(**few), status(**few)])
+    assert fields["steps"] == 7 and fields["decisions"] == 20
+    assert fields["activated_worst_rank"] == pytest.approx(60 / 7)
+    assert fields["experts_us_per_layer"] == pytest.approx(800 / 14)
+    require_trustworthy("metro", [status(**few)] * 2, min_steps=7)
+    with pytest.raises(RuntimeError, match="ran 14 times for 320 pairs"):
+        require_trustworthy("metro", [status(**few)] * 2, min_steps=8)
+
+
 def test_guesses_are_deciding_too():
     fields = counted([status(look_ahead_us=250.0), status(experts_us=400.0, look_ahead_us=9.0)])
     assert fields["decide_us_per_layer"] == 17.5

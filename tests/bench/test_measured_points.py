@@ -195,16 +195,22 @@ def test_an_arm_is_predicted_on_the_map_that_its_server_has(tmp_path, monkeypatc
     """Of slow_rank.toml: EPLB's placement under the balancer gem, and GEM's, from the batches that
     `vllm-balance place` is given; the arm without a map is vLLM's own."""
     made = {}
-    monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.update({arm.placed_by: arm}))
     settings = run_files.read(run_files.FOLDER / "slow_rank.toml")
     trace = recorded(tmp_path, used=range(16)) / "dsv2lite_esft-intent.npz"
     files, slow = Recorded(trace, trace), Slowed(1, 1.28)
     load = Load(requests=1, prompt_tokens=2, max_tokens=2)
     for name in ("static", "gem", "eplb"):
+        monkeypatch.setattr(
+            predictions, "simulate", lambda arm, *_, name=name: made.update({name: arm})
+        )
         predictions.predict(settings, load, name, "cpu-amx", files, slow)
     batches = ((256, 0),) * 128 + ((0, 1000),) * 128
-    assert made.keys() == {None, "eplb"}
-    assert made["eplb"].balancer == "gem" and made["eplb"].known_batches == batches
+    found = {name: (arm.balancer, arm.placed_by, arm.known_batches) for name, arm in made.items()}
+    assert found == {
+        "static": ("static", None, ()),
+        "gem": ("gem", None, batches),
+        "eplb": ("gem", "eplb", batches),
+    }
     assert all(arm.slowness == (1.0, 1.28) for arm in made.values())
 
 

@@ -7,6 +7,7 @@ import deployments
 import numpy as np
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -143,6 +144,8 @@ def test_a_second_deployment_of_a_child_process_is_set_up_as_the_first(moe_model
     assert deployment._is_first_process()
     monkeypatch.setenv(config._SET_UP, str(os.getpid() + 1))
     assert not deployment._is_first_process()
+    configure_with(moe_model, {"name": "static"}, tensor_parallel_size=2)
+    assert not deployment._is_first_process(), "an API server takes itself for the first"
 
 
 def test_a_profile_that_is_not_read_need_not_fit(moe_model, monkeypatch):
@@ -156,6 +159,18 @@ def test_a_profile_that_is_not_read_need_not_fit(moe_model, monkeypatch):
     assert len(seen) == 1
     with pytest.raises(BalancerError, match=r"profile .*no\.json cannot be read"):
         configure_with(moe_model, static | {"name": "metro"}, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_eager"), [(CUDAGraphMode.NONE, True), (CUDAGraphMode.FULL_AND_PIECEWISE, False)]
+)
+def test_a_server_is_eager_without_graphs_whatever_flag_asked_for_it(moe_model, mode, is_eager):
+    made = EngineArgs(
+        model=moe_model, skip_tokenizer_init=True, max_model_len=64
+    ).create_engine_config()
+    made.compilation_config.cudagraph_mode = mode
+    found = read_deployment.read_deployment(made, ranks_hold_memory=False)
+    assert not made.model_config.enforce_eager and found.is_eager == is_eager
 
 
 def test_a_cache_on_gpus_takes_nothing_from_the_host(monkeypatch):

@@ -73,6 +73,13 @@ def test_nothing_computes_padding_rows_on_cpu():
     assert balancer.rows_F == [3, 1]
 
 
+def test_sources_are_not_told_apart_where_it_was_not_vllm_that_gathered(context):
+    context.dp_metadata = None
+    balancer = Balancer("after_gather")
+    dispatched(balancer, IDS_TK)
+    assert balancer.rows_F is None
+
+
 GPU_SLOTS = [[14, 11], [0, 3], [12, 10], [-1, -1]]
 """Padding rows have what their router chose: -1, or the numbers of its experts."""
 

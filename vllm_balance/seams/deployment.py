@@ -14,6 +14,7 @@ from vllm_balance.config import (
     BalancerConfig,
     note_set_up,
     parse,
+    route_by_own_routers,
     route_by_replay,
     was_set_up_elsewhere,
 )
@@ -64,13 +65,13 @@ def configure(vllm_config: Any) -> None:
         BalancerError: the balancer cannot run in this deployment.
     """
     config = settings_of(vllm_config)
-    if vllm_config.model_config is not None and _is_first_process():
-        route_by_replay(False)
+    is_first = _is_first_process()
+    if vllm_config.model_config is not None and is_first:
+        route_by_own_routers()
     if config is None:
         return
     if (problem := unsupported_version()) is not None:
         raise BalancerError(problem)
-    is_first = _is_first_process()
     found = read_map(config)
     eplb = vllm_config.parallel_config.eplb_config
     config = _with_redundancy(config, eplb.num_redundant_experts, found)
@@ -89,7 +90,7 @@ def configure(vllm_config: Any) -> None:
     _set_up(vllm_config, config, settled)
     if is_first:
         announce(config, redundant, deployment)
-    note_set_up()
+        note_set_up()
 
 
 def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_config: Any) -> int:
@@ -133,7 +134,7 @@ def _set_up(vllm_config: Any, config: BalancerConfig, settled: dict[str, Any]) -
     if config.uses_eplb:
         _enable_eplb(vllm_config, config, settled["num_redundant_experts"])
     if config.replay is not None:
-        route_by_replay(True)
+        route_by_replay()
     install_in_api_server()
 
 

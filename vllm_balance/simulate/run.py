@@ -69,7 +69,8 @@ class Arm:
     """Decoding and prompt tokens of the batches that experts are placed by; empty: in proportion
     to the load's."""
     slowness: tuple[float, ...] = (1.0,)
-    """How many times longer each rank takes for everything; one number stands for all ranks."""
+    """How many times longer each rank takes for all that it computes, but not for links, fetches
+    and requests; one number stands for all ranks."""
 
     @property
     def num_redundant(self) -> int:
