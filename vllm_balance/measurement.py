@@ -142,7 +142,7 @@ class Measurement(Document):
     steps: float
     """With tokens."""
     decisions: int
-    """Times the policy ran: once per layer and step, on every rank, also in steps without tokens."""
+    """Times the policy ran: once per layer and step, on every rank, steps without tokens too."""
     memory_bound_batches: int
     compute_bound_batches: int
     activated_worst_rank: float

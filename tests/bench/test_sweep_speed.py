@@ -1,6 +1,5 @@
 """The sweep that is killed: what it must come to, and what its row says."""
 
-import json
 import subprocess
 import sys
 
