@@ -17,6 +17,7 @@ from bench.placed import SLOW_RANK, Slowed
 from bench.predictions import Recorded, is_profiled, predict, profiled_dtype
 from bench.provenance import provenance
 from bench.validation_tables import Variant
+from vllm_balance.measured_tables import FEW_TOKENS
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
 from vllm_balance.simulate.catalogue import names
@@ -187,7 +188,7 @@ def _group(
     load: Asked,
 ) -> Iterator[Row]:
     """Points of the arms that share a load and a server's variant."""
-    metric = "tpot_ms" if load.max_tokens > 8 else "ttft_ms"
+    metric = "tpot_ms" if load.max_tokens > FEW_TOKENS else "ttft_ms"
     found = {arm: _medians(rows, metric) for arm, rows in arms.items()}
     machine = next(iter(arms.values()))[0].machine
     where = {"run": name, **variant._asdict(), **provenance(), "machine": machine}

@@ -87,7 +87,7 @@ def predict(
 
     Args:
         recorded: the trace that the run replays, if it does.
-        slow: a rank, and how many times longer it takes for everything.
+        slow: a rank, and how many times longer it takes for all that it computes.
     """
     described, profile = hardware.load(machine)
     model = benchmark_model(**settings["model"])

@@ -6,6 +6,7 @@ bench/results/sweep_speed.jsonl; `python -m bench.tables` writes the tables of d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from vllm_balance.simulate.sweep import compute, read
 RESULTS = ROOT / "bench" / "results" / "sweep_speed.jsonl"
 LARGE = replace(DEEPSEEK, data=8, layers=61, steps=1000, redundancy=1.25)
 """8 ranks, 61 layers, 1,000 steps of up to 512 prompt tokens beside 1,024 requests."""
-CELLS, KILLED_AFTER_S, LOOK_S = 10_000, 60.0, 0.5
+CELLS, KILLED_AFTER_S = 10_000, 60.0
 Row = dict[str, Any]
 
 
@@ -92,8 +93,8 @@ def _start(num_cells: int, results: Path) -> subprocess.Popen[bytes]:
 def _killed(process: subprocess.Popen[bytes], after_s: float) -> float:
     """Seconds until it was killed; less if it ended by itself."""
     started = time.monotonic()
-    while process.poll() is None and time.monotonic() - started < after_s:
-        time.sleep(LOOK_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(after_s)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bench import markdown
+from vllm_balance.measurement import slowed
 
 Row = dict[str, Any]
 TIMES = {"tpot_ms": "TPOT ms", "ttft_ms": "TTFT ms"}
@@ -27,8 +28,7 @@ class Variant(NamedTuple):
     """What one rank was asked to be slower by."""
 
     def __str__(self) -> str:
-        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
-        return " ".join(filter(None, (self.case, self.load, slowed)))
+        return " ".join(filter(None, (self.case, self.load, slowed(self.slow))))
 
 
 def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:

@@ -29,6 +29,16 @@ def waiting(row: Measurement) -> float:
     return row.waiting_share_by_experts if measured is None else measured
 
 
+def tokens_per_s(row: Measurement) -> float:
+    """That were generated."""
+    return row.tokens_per_s
+
+
+def total_tokens_per_s(row: Measurement) -> float:
+    """Those of prompts too."""
+    return row.total_tokens_per_s
+
+
 Column = tuple[str, str, Value]
 """Heading, format and value."""
 COUNTED: tuple[Column, ...] = (
@@ -43,13 +53,13 @@ COLUMNS: tuple[Column, ...] = (
     ("p99", ".1f", lambda row: row.tpot_ms.p99),
     ("ITL p99 ms", ".1f", lambda row: row.itl_ms.p99),
     ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
-    ("tokens/s", ".1f", lambda row: row.tokens_per_s),
+    ("tokens/s", ".1f", tokens_per_s),
     *COUNTED,
 )
 FIRST_TOKEN_COLUMNS: tuple[Column, ...] = (
     ("TTFT ms", ".0f", lambda row: row.ttft_ms.p50),
     ("p99", ".0f", lambda row: row.ttft_ms.p99),
-    ("prompt tokens/s", ".0f", lambda row: row.total_tokens_per_s),
+    ("prompt tokens/s", ".0f", total_tokens_per_s),
     *COUNTED,
 )
 """Of a run whose loads all have few tokens per request."""
@@ -323,16 +333,6 @@ def _time_ms(row: Measurement) -> float:
 
 def _tpot_ms(row: Measurement) -> float:
     return row.tpot_ms.p50
-
-
-def tokens_per_s(row: Measurement) -> float:
-    """That were generated."""
-    return row.tokens_per_s
-
-
-def total_tokens_per_s(row: Measurement) -> float:
-    """Those of prompts too."""
-    return row.total_tokens_per_s
 
 
 def _e2e_ms(row: Measurement) -> float:

@@ -192,8 +192,7 @@ class Measurement(Document):
     @property
     def load_name(self) -> str:
         """The load and, where a rank was slowed, by how much."""
-        slowed = f"one rank {self.slow - 1:+.0%}" if self.slow > 1 else ""
-        return ", ".join(filter(None, (self.load, slowed)))
+        return ", ".join(filter(None, (self.load, slowed(self.slow))))
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -204,6 +203,11 @@ class Measurement(Document):
     def key(self) -> Key:
         """Which measurement of its run it is."""
         return self.case, self.arm, self.position, self.slow, self.load, self.repeat
+
+
+def slowed(slow: float) -> str:
+    """By how much one rank was asked to be slower; empty if none was."""
+    return f"one rank {slow - 1:+.0%}" if slow > 1 else ""
 
 
 def schedules(counted: Mapping[str, Any]) -> dict[str, int]:
