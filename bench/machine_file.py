@@ -37,12 +37,15 @@ def profile_of(name: str, folder: Path = FOLDER) -> Profile:
 
 
 def write(name: str, rows: list[Row], folder: Path = FOLDER) -> Path:
-    """Where the hardware file of a machine was written from its rows and NAME.profile.json.
+    """Where the hardware file of a machine was written from its rows and NAME.profile.json, with
+    the profiles of other experts that are beside it, NAME.ANY.profile.json.
 
     Raises:
         BalancerError: profile or rows are missing, or are of different ranks.
     """
     tables = document(name, rows, profile_of(name, folder))
+    if others := sorted(file.name for file in folder.glob(f"{name}.*.profile.json")):
+        tables["other_profiles"] = others
     path = folder / f"{name}.toml"
     path.write_text(text(tables))
     return path
@@ -87,6 +90,8 @@ def _value(value: Any) -> str:
         return f"{{ {', '.join(f'{key} = {_value(content)}' for key, content in value.items())} }}"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
     return f"{value:g}"
 
 

@@ -45,27 +45,31 @@ FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
+Described = tuple[str, str]
+"""A machine as rows name it, and the dtype of the profile in its hardware file."""
 Slowness = tuple[float, float]
 """Of steps with prompts and of those without, against the profile."""
 
 
-def hardware_names() -> dict[str, str]:
-    """The hardware file of the catalogue that describes each machine, by the machine's name.
+def hardware_names() -> dict[Described, str]:
+    """The hardware file of the catalogue that describes each machine in each format.
 
     Raises:
-        ValueError: two files describe the same machine.
+        ValueError: two files describe the same machine in the same format.
     """
-    found: dict[str, str] = {}
+    found: dict[Described, str] = {}
     for name in names("hardware"):
-        described = hardware.load(name)[0].machine
-        if described in found:
+        machine = hardware.load(name)[0].machine
+        if machine is None:
+            continue
+        key = machine, profiled_dtype(name)
+        if key in found:
             raise ValueError(
-                f"configs/hardware/{found[described]}.toml and {name}.toml both describe the "
-                f"machine {described!r}. Rows can be checked against one of them: take `machine` "
+                f"configs/hardware/{found[key]}.toml and {name}.toml both describe the machine "
+                f"{machine!r} in {key[1]}. Rows can be checked against one of them: take `machine` "
                 f"out of the other."
             )
-        if described is not None:
-            found[described] = name
+        found[key] = name
     return found
 
 
@@ -92,27 +96,21 @@ def points(results: Path, old: list[Row], traces: Path | None) -> Iterator[Row]:
         for machine in dict.fromkeys(row["machine"] for row in kept):
             Console().print(f"[yellow]{name} has no rows of {machine}; its points are kept.[/]")
         for machine, rows in measured.items():
-            if machine not in described:
-                Console().print(
-                    f"[yellow]No hardware file describes {machine}; its rows of {name} are left "
-                    f"out. Write one with `python -m bench.machine --write NAME`.[/]"
-                )
+            settings = run_files.with_hash(name, rows[-1].config_hash)
+            dtype = settings["model"].get("dtype", "bfloat16")
+            if (machine, dtype) in described:
+                yield from _of_run(name, settings, rows, described[machine, dtype], traces)
                 continue
-            yield from _of_machine(name, rows, described[machine], traces)
+            Console().print(
+                f"[yellow]No hardware file describes {machine} in {dtype}; its rows of {name} are "
+                f"left out. Write one with `python -m bench.machine --write NAME`.[/]"
+            )
         yield from kept
 
 
-def _of_machine(
-    name: str, rows: list[Measurement], machine: str, traces: Path | None
+def _of_run(
+    name: str, settings: Row, rows: list[Measurement], machine: str, traces: Path | None
 ) -> Iterator[Row]:
-    settings = run_files.with_hash(name, rows[-1].config_hash)
-    served, profiled = settings["model"].get("dtype", "bfloat16"), profiled_dtype(machine)
-    if served != profiled:
-        Console().print(
-            f"[yellow]{name} serves {served}, and the profile of {machine} is of {profiled}; its "
-            f"rows are left out.[/]"
-        )
-        return
     groups: dict[Variant, Arms] = {}
     for row in rows:
         if row.arm != NOT_SIMULATED:
@@ -125,7 +123,7 @@ def _of_machine(
                 f"out.[/]"
             )
             return
-        profiled = {"profiled": is_profiled(settings, machine)}
+        about = {"hardware": machine, "profiled": is_profiled(settings, machine)}
         for variant, arms in groups.items():
             tables, load = _of_variant(settings, variant)
             # The simulator's traffic keeps its popular experts.
@@ -136,7 +134,7 @@ def _of_machine(
                 }
                 slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
                 yield from (
-                    point | profiled for point in _group(name, variant, arms, made, slow, load)
+                    point | about for point in _group(name, variant, arms, made, slow, load)
                 )
 
 

@@ -12,9 +12,8 @@ from bench.load import Load as Asked
 from bench.placed import Slowed
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
-from vllm_balance.simulate.hardware import NUMBER_OF
+from vllm_balance.simulate.hardware import NUMBER_OF, is_of
 from vllm_balance.simulate.models import Model
-from vllm_balance.simulate.run import is_of
 
 BASE = "qwen3-30b-a3b"
 SHAPE = ("num_experts", "top_k", "hidden", "inner", "num_heads", "num_kv_heads", "head_dim")
@@ -69,10 +68,11 @@ def profiled_dtype(machine: str) -> str:
 
 
 def is_profiled(settings: Row, machine: str) -> bool:
-    """Whether the profile of a hardware file is of experts as large as those of a run file; of
-    others the roofline is taken."""
-    _, profile = hardware.load(machine)
-    return profile is not None and is_of(profile, benchmark_model(**settings["model"]))
+    """Whether a hardware file has a profile of experts as large as those of a run file; otherwise
+    another one is taken in proportion to their weights."""
+    model = benchmark_model(**settings["model"])
+    _, profile = hardware.load(machine, model)
+    return profile is not None and is_of(profile, model)
 
 
 def predict(
@@ -89,8 +89,8 @@ def predict(
         recorded: the trace that the run replays, if it does.
         slow: a rank, and how many times longer it takes for all that it computes.
     """
-    described, profile = hardware.load(machine)
     model = benchmark_model(**settings["model"])
+    described, profile = hardware.load(machine, model)
     serve = settings["serve"]
     layout = Layout(tensor=serve.get("tensor_parallel", 1), data=serve.get("data_parallel", 1))
     own = settings.get("eplb", {}) | settings["arms"][name]

@@ -52,7 +52,10 @@ def run(
             exists=True, dir_okay=False, help="Run files, e.g. configs/runs/decode.toml."
         ),
     ],
-    rounds: Annotated[int, typer.Option(help="Times that all arms go forth and back.")] = 1,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Times that all arms go forth and back; in turn, fresh servers."),
+    ] = 1,
     traces: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of the recorded traces."),
@@ -65,13 +68,6 @@ def run(
     """Run all arms of each run file and append their rows to bench/results/."""
     if for_this_cpu:
         files = _suited(files, machine())
-    for file in files:
-        if rounds > 1 and run_files.checked(file).get("in_turns"):
-            raise typer.BadParameter(
-                f"--rounds {rounds} was asked for, but {file} sends its loads in turn (`in_turns`) "
-                f"and repeats them by its own `repeats`; only --rounds 1 is allowed. Run this file "
-                f"without --rounds, or raise `repeats` in it."
-            )
     for file in files:
         console.rule(file.stem)
         run_file(file, rounds, results / f"{file.stem}.jsonl", traces)

@@ -65,30 +65,28 @@ class Start:
 def plan(settings: dict[str, Any], rounds: int) -> list[Start]:
     """The starts of a run file in order: all arms of all cases forth, then back, ``rounds`` times.
 
-    With `in_turns` there is no way back: the arms of a case are up together. A table of a case
+    With `in_turns` the arms of a case are up together, and a round is one way. A table of a case
     replaces the run file's table of that name. An arm whose map depends on how much a rank is
     slowed has a start for each factor.
-
-    Raises:
-        ValueError: several rounds of a run whose loads are in turn anyway.
     """
     cases = settings.get("cases", {"": {}})
     shared = settings.get("load", {})
     loads = {name: Load(**shared | own) for name, own in settings.get("loads", {"": {}}).items()}
     in_turns = settings.get("in_turns", False)
-    if in_turns and rounds > 1:
-        raise ValueError("A run with `in_turns` has `repeats` of its loads, and no rounds.")
     units = [
         (arm, case, own)
         for case in cases
         for arm in settings["arms"]
         for own in factors_of(settings["arms"][arm], settings | cases[case])
     ]
-    order = (units if in_turns else [*units, *reversed(units)]) * rounds
+    ways = rounds if in_turns else 2 * rounds
+    order = [unit for way in range(ways) for unit in (units[::-1] if way % 2 else units)]
+    pairs = [(position // len(units), case) for position, (_, case, _) in enumerate(order)]
+    groups = [*dict.fromkeys(pairs)]
     return [
         Start(
             position=position,
-            group=[*cases].index(case) if in_turns else position,
+            group=groups.index(pairs[position]) if in_turns else position,
             arm=arm,
             case=case,
             settings=settings | cases[case],

@@ -49,8 +49,7 @@ def validate(
 
 def writer(rows: list[Row]) -> Callable[[str], str]:
     """What goes to each place of docs/simulator-results.md, by its name."""
-    names = measured_points.hardware_names()
-    return lambda name: validation_tables.table(name, rows, names)
+    return lambda name: validation_tables.table(name, rows)
 
 
 def write_validity(rows: list[Row]) -> None:

@@ -31,24 +31,20 @@ class Variant(NamedTuple):
         return " ".join(filter(None, (self.case, self.load, slowed(self.slow))))
 
 
-def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
-    """One table of docs/simulator-results.md; `hardware` names the file of each machine."""
-
-    def file(row: Row) -> str:
-        return hardware.get(row["machine"], row["machine"])
-
+def table(name: str, rows: list[Row]) -> str:
+    """One table of docs/simulator-results.md."""
     if name == "summary":
-        return _summary(rows, file)
+        return _summary(rows)
     if name == "measured":
-        groups = _grouped(rows, "measured", file, lambda row: row["arm"])
-        head = ["machine", "run", "arm", "slower than profiled"]
+        groups = _grouped(rows, "measured", lambda row: row["arm"])
+        head = ["hardware", "run", "arm", "slower than profiled"]
         head += [f"{what}: {part}" for what in TIMES.values() for part in PARTS]
         head += [f"{what}: error" for what in COUNTS.values()]
         body = [[*key, *_measured(group)] for key, group in groups.items()]
         return markdown.table(head, body, left=3)
     if name == "pairs":
-        groups = _grouped(rows, "pair", file, lambda row: str(_variant(row)) or "-")
-        head = ["machine", "run", "load", "pairs", "more than 3 % apart", "ranked right"]
+        groups = _grouped(rows, "pair", lambda row: str(_variant(row)) or "-")
+        head = ["hardware", "run", "load", "pairs", "more than 3 % apart", "ranked right"]
         head += ["wrong: measured, predicted"]
         body = [[*key, *_ranked(group)] for key, group in groups.items()]
         return markdown.table(head, body, left=3)
@@ -61,13 +57,13 @@ def table(name: str, rows: list[Row], hardware: dict[str, str]) -> str:
     return markdown.table(head, body, left=1)
 
 
-def _summary(rows: list[Row], file: Callable[[Row], str]) -> str:
-    """Per machine, how many lines are within the aim and how many pairs in the right order; points
+def _summary(rows: list[Row]) -> str:
+    """Per hardware file, how many lines are within the aim and how many pairs in the right order; points
     of older code are left out."""
     own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
     body = []
-    for name in sorted({file(row) for row in own}):
-        here = [row for row in own if file(row) == name]
+    for name in sorted({row["hardware"] for row in own}):
+        here = [row for row in own if row["hardware"] == name]
         cells = []
         for what in TIMES:
             near = [abs(row["error"]) <= AIM for row in here
@@ -76,17 +72,17 @@ def _summary(rows: list[Row], file: Callable[[Row], str]) -> str:
         ranked = [row["ranked"] for row in here if row["kind"] == "pair" and row["far_apart"]]
         body.append([name, *cells, f"{sum(ranked)} of {len(ranked)}"])
     heads = [f"{what.removesuffix(' ms')} within {AIM:.0%}" for what in TIMES.values()]
-    return markdown.table(["machine", *heads, "pairs in order"], body)
+    return markdown.table(["hardware", *heads, "pairs in order"], body)
 
 
 def _grouped(
-    rows: list[Row], kind: str, file: Callable[[Row], str], last: Callable[[Row], str]
+    rows: list[Row], kind: str, last: Callable[[Row], str]
 ) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows of a kind by machine, run and what `last` says, sorted by the first two."""
+    """Rows of a kind by hardware file, run and what `last` says, sorted by the first two."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (file(row), row.get("run", ""))):
-        if row["kind"] == kind:
-            groups.setdefault((file(row), row["run"], last(row)), []).append(row)
+    own = [row for row in rows if row["kind"] == kind]
+    for row in sorted(own, key=lambda row: (row["hardware"], row["run"])):
+        groups.setdefault((row["hardware"], row["run"], last(row)), []).append(row)
     return groups
 
 

@@ -58,6 +58,24 @@ def test_loads_in_turn_are_compared_with_their_neighbours():
     assert column(arms_table(measured[:4]), "TPOT against static") == ["+0.0%", "-16.7%"]
 
 
+def test_in_several_rounds_in_turn_the_neighbour_is_of_the_same_round():
+    # The second round's machine takes twice as long; its arms are started in the other order.
+    rounds = [
+        (position, arm, scale * tpot_ms)
+        for scale, positions in ((1, {"static": 0, "metro": 1}), (2, {"metro": 2, "static": 3}))
+        for (arm, position), tpot_ms in zip(sorted(positions.items()), (90.0, 100.0), strict=True)
+    ]
+    measured = [
+        row(arm, tpot_ms=tpot_ms, position=position, repeat=repeat, in_turns=True)
+        for position, arm, tpot_ms in rounds
+        for repeat in range(2)
+    ]
+    table = arms_table(measured)
+    found = dict(zip(column(table, "arm"), column(table, "TPOT against static"), strict=True))
+    assert found["metro"] == "-10.0% (-10.0 to -10.0)"
+    assert "in turn on 2 servers of each arm" in table.caption
+
+
 def test_an_arm_of_several_redundancies_is_compared_with_the_base_of_its_own():
     arms = {"static": 100.0, "eplb 1.25": 120.0, "metro 1.25": 90.0, "eplb 1.5": 200.0}
     table = arms_table([row(arm, tpot_ms=ms) for arm, ms in (arms | {"metro 1.5": 100.0}).items()])

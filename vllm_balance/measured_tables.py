@@ -307,12 +307,21 @@ def ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> st
     """
     if not own or not theirs:
         return "-"
-    bases = {row.repeat: value(row) for row in theirs if row.in_turns}
-    ratios = [value(row) / bases[row.repeat] - 1 for row in own if row.repeat in bases]
+    bases = _in_turn(theirs)
+    ratios = [
+        value(row) / value(bases[turn]) - 1 for turn, row in _in_turn(own).items() if turn in bases
+    ]
     if len(ratios) < FEW_PAIRS:
         return f"{median(own, value) / median(theirs, value) - 1:+.1%}"
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _in_turn(rows: list[Measurement]) -> dict[tuple[int, int], Measurement]:
+    """Rows of an arm that were measured in turn, by the round of its server and the repeat of the
+    load: those of another arm with the same two were measured beside them."""
+    positions = sorted({row.position for row in rows})
+    return {(positions.index(row.position), row.repeat): row for row in rows if row.in_turns}
 
 
 def _range(rows: list[Measurement], value: Value) -> str:
@@ -341,8 +350,11 @@ def _e2e_ms(row: Measurement) -> float:
 
 def in_turn(rows: list[Measurement]) -> str:
     """What a caption says of ratios."""
-    said = " Ratios are of loads in turn on one server of each arm, with quartiles."
-    return said if rows[0].in_turns else ""
+    if not rows[0].in_turns:
+        return ""
+    rounds = max(len({row.position for row in own}) for own in grouped(rows).values())
+    servers = "one server" if rounds == 1 else f"{rounds} servers"
+    return f" Ratios are of loads in turn on {servers} of each arm, with quartiles."
 
 
 def _in_small_pages(rows: list[Measurement]) -> str:

@@ -23,6 +23,7 @@ from vllm_balance.traces import Trace
 
 HERE, OTHER, UNKNOWN = "Machine of a file", "Another machine of a file", "Machine of no file"
 NAMES = {HERE: "here", OTHER: "other"}
+FILES = {(machine, "bfloat16"): name for machine, name in NAMES.items()}
 
 
 def settings(name):
@@ -52,9 +53,8 @@ def asked(monkeypatch):
         return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
 
     monkeypatch.setattr(measured_points, "predict", predict)
-    monkeypatch.setattr(measured_points, "profiled_dtype", lambda machine: "bfloat16")
     monkeypatch.setattr(measured_points, "is_profiled", lambda settings, machine: True)
-    monkeypatch.setattr(measured_points, "hardware_names", lambda: NAMES)
+    monkeypatch.setattr(measured_points, "hardware_names", lambda: FILES)
     return seen
 
 
@@ -106,7 +106,7 @@ def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
     assert found["metro", "ttft_ms"]["predicted"] == pytest.approx(3.0 * 450)
     (pair,) = [p for p in made if p["kind"] == "pair"]
     assert pair["predicted"] == pytest.approx(1.3 * 90 / (1.1 * 100) - 1)
-    lines = validation_tables.table("measured", made, NAMES).splitlines()
+    lines = validation_tables.table("measured", made).splitlines()
     assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%", "+30%"]
 
 
@@ -139,9 +139,8 @@ def test_points_without_rows_are_kept_and_others_replaced(tmp_path, asked, capsy
 
 def test_rows_of_another_number_format_are_left_out(tmp_path, asked, capsys):
     assert points(tmp_path, [cell("static", HERE, "harmoeny-moe-heavy")]) == [] and not asked
-    assert "harmoeny-moe-heavy serves float32, and the profile of here is of bfloat16" in (
-        " ".join(capsys.readouterr().out.split())
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"No hardware file describes {HERE} in float32; its rows of harmoeny-moe-heavy" in said
     assert predictions.profiled_dtype("cpu-avx512") == "bfloat16"
 
 
@@ -292,13 +291,12 @@ def test_a_prediction_is_of_the_layout_of_its_case(monkeypatch):
     assert [arm.num_redundant for arm in made] == [64, 64]
 
 
-def test_every_described_machine_has_one_file(tmp_path, monkeypatch):
+def test_a_machine_has_one_file_of_each_format(monkeypatch):
     found = measured_points.hardware_names()
-    assert found["AMD EPYC, AVX-512 BF16, 2 cores, 24 GiB"] == "cpu-avx512"
-    assert None not in found
+    assert found["AMD EPYC, AVX-512 BF16, 2 cores, 24 GiB", "bfloat16"] == "cpu-avx512"
     loaded = hardware.load("cpu-avx512")
     monkeypatch.setattr(measured_points.hardware, "load", lambda name: loaded)
-    with pytest.raises(ValueError, match=r"a100-40\.toml and a100-80\.toml both describe"):
+    with pytest.raises(ValueError, match=r"a100-40\.toml and a100-80\.toml both .* in bfloat16"):
         measured_points.hardware_names()
 
 
@@ -306,15 +304,15 @@ def test_tables_name_the_file_of_the_machine(tmp_path, asked):
     rows = [cell(arm, machine, ttft_ms=latency(1000.0)) for machine in NAMES
             for arm in ("static", "metro")]  # fmt: skip
     made = points(tmp_path, rows)
-    lines = validation_tables.table("measured", made, NAMES).splitlines()
-    assert lines[0].startswith("| machine | run | arm | slower than profiled | TPOT ms: measured |")
+    lines = validation_tables.table("measured", made).splitlines()
+    assert lines[0].startswith("| hardware | run | arm | slower than profiled | TPOT ms: measured |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 2 + ["| other"] * 2
-    pairs = validation_tables.table("pairs", made, {HERE: "here"}).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in pairs] == [f"| {OTHER}", "| here"]
+    pairs = validation_tables.table("pairs", made).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in pairs] == ["| here", "| other"]
 
 
 def test_pairs_that_are_ranked_wrong_are_named():
-    pair = {"kind": "pair", "run": "r", "load": "batch 8", "machine": HERE, "far_apart": True}
+    pair = {"kind": "pair", "run": "r", "load": "batch 8", "hardware": "here", "far_apart": True}
     apart = pair | {"reference": 0.1}
     rows = [
         {**apart, "arm": "batch 8 a against b", "predicted": -0.04, "ranked": False},
@@ -322,7 +320,7 @@ def test_pairs_that_are_ranked_wrong_are_named():
         {**apart, "arm": "batch 8 c against a", "predicted": -0.2, "ranked": False}
         | {"reference": 0.01, "far_apart": False},
     ]
-    (line,) = validation_tables.table("pairs", rows, {HERE: "here"}).splitlines()[2:]
+    (line,) = validation_tables.table("pairs", rows).splitlines()[2:]
     assert line == "| here | r | batch 8 | 3 | 2 | 1 | a against b +10.0%, -4.0% |"
 
 
@@ -384,18 +382,18 @@ def test_what_is_published_is_near_the_aim():
 
 def test_the_summary_counts_lines_and_pairs_of_present_code():
     def line(what, error, **more):
-        return {"kind": "measured", "machine": HERE, "what": what, "error": error} | more
+        return {"kind": "measured", "hardware": "here", "what": what, "error": error} | more
 
     def pair(ranked, far_apart=True):
-        where = {"kind": "pair", "machine": HERE, "what": "tpot_ms"}
+        where = {"kind": "pair", "hardware": "here", "what": "tpot_ms"}
         return where | {"ranked": ranked, "far_apart": far_apart}
 
     rows = [line("tpot_ms", error) for error in (0.05, -0.1, 0.11)]
     rows += [line("ttft_ms", 0.3), line("activated_worst_rank", 0.0)]
-    rows += [line("tpot_ms", 0.0, kept=True), line("ttft_ms", 0.0, machine=OTHER)]
+    rows += [line("tpot_ms", 0.0, kept=True), line("ttft_ms", 0.0, hardware="other")]
     rows += [pair(True), pair(False), pair(False, far_apart=False)]
-    lines = validation_tables.table("summary", rows, NAMES).splitlines()
-    assert lines[0] == "| machine | TPOT within 10% | TTFT within 10% | pairs in order |"
+    lines = validation_tables.table("summary", rows).splitlines()
+    assert lines[0] == "| hardware | TPOT within 10% | TTFT within 10% | pairs in order |"
     assert lines[2:] == [
         "| here | 2 of 3 | 0 of 1 | 1 of 2 |",
         "| other | 0 of 0 | 1 of 1 | 0 of 0 |",

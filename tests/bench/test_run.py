@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-import typer
 from measured import row
 
 from bench import run, run_files, turn
@@ -215,8 +214,14 @@ def test_loads_go_forth_and_back_over_servers_that_are_up_together(measuring):
     there, back = [("static", 0), ("metro", 0)], [("metro", 1), ("static", 1)]
     assert first == [*there, *back, ("static", 2), ("metro", 2)]
     assert [row.case for row in rows] == ["even"] * 12 + ["skewed"] * 12
-    with pytest.raises(ValueError, match="repeats"):
-        plan(tomllib.loads(IN_TURNS), rounds=2)
+
+
+def test_a_round_in_turn_is_of_fresh_servers_that_are_up_together():
+    starts = plan(tomllib.loads(IN_TURNS), rounds=2)
+    forth = [("static", "even"), ("metro", "even"), ("static", "skewed"), ("metro", "skewed")]
+    assert [(start.arm, start.case) for start in starts] == forth + forth[::-1]
+    assert [start.group for start in starts] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [start.position for start in starts] == list(range(8))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -236,14 +241,6 @@ def test_what_no_run_file_is_is_refused(tmp_path, text, reason):
     (tmp_path / "own.toml").write_text(text)
     with pytest.raises(BalancerError, match=reason):
         run.run_file(tmp_path / "own.toml", 1, tmp_path / "own.jsonl")
-
-
-def test_rounds_of_loads_in_turn_are_refused_before_anything_is_measured(measuring, tmp_path):
-    in_turns = tmp_path / "in_turns.toml"
-    in_turns.write_text(IN_TURNS)
-    with pytest.raises(typer.BadParameter, match=r"--rounds 2 .*in_turns\.toml .* `repeats`"):
-        run.run([measuring.file, in_turns], rounds=2, results=measuring.results.parent)
-    assert measuring.starts == []
 
 
 @pytest.mark.parametrize(

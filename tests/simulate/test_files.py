@@ -1,6 +1,7 @@
 """Hardware and model files: those of the catalogue are usable, damaged ones are refused."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,7 @@ def damaged(tmp_path, kind, name, old, new):
         ("sequences = { value = 1024", "sequences = { value = 0", "at least one request"),
         ("format = 1", "format = ", "no TOML"),
         ("format = 1", "format = 1\nprofile = 'gone.json'", "cannot be read"),
+        ("format = 1", "format = 1\nother_profiles = ['gone.json']", "stands for all other"),
     ],
 )
 def test_damaged_hardware_files_are_refused(tmp_path, old, new, reason):
@@ -208,6 +210,28 @@ def test_damaged_hardware_files_are_refused(tmp_path, old, new, reason):
 def test_damaged_model_files_are_refused(tmp_path, old, new, reason):
     with pytest.raises(BalancerError, match=reason):
         models.load(damaged(tmp_path, "model", "qwen3-30b-a3b", old, new))
+
+
+def test_a_model_has_the_profile_of_experts_as_large_as_its_own(tmp_path):
+    first = Path(catalogue.folder("hardware") / "cpu-amx.profile.json")
+    wide = json.loads(first.read_text())
+    wide["shape"]["inner"] = 3072
+    (tmp_path / "here.wide.profile.json").write_text(json.dumps(wide))
+    (tmp_path / "cpu-amx.profile.json").write_text(first.read_text())
+    text = (catalogue.folder("hardware") / "cpu-amx.toml").read_text()
+    own = [line for line in text.splitlines() if not line.startswith("other_profiles")]
+    path = tmp_path / "here.toml"
+    path.write_text("\n".join(["other_profiles = ['here.wide.profile.json']", *own]))
+    qwen3 = models.load("qwen3-30b-a3b")
+
+    def inner(model=None):
+        return hardware.load(str(path), model)[1].shape.inner
+
+    assert inner(qwen3) == inner() == 768
+    assert inner(qwen3.with_counts(inner=3072)) == 3072
+    assert inner(qwen3.with_counts(inner=1408)) == 768
+    in_float32 = qwen3.with_counts(inner=3072).model_copy(update={"expert_number": "float32"})
+    assert inner(in_float32) == 768
 
 
 def test_missing_arithmetic_is_refused_by_name():

@@ -72,7 +72,7 @@ def plan(
     from vllm_balance.simulate import advice, hardware, models, validity
 
     shape = models.load(model)
-    found, profile = hardware.load(machine)
+    found, profile = hardware.load(machine, shape)
     found = found.with_engine(*engine_of(found, batched_tokens, sequences))
     layout = layout_of(tensor, data, dispatch, found.ranks_per_node.value)
     _require_one_traffic(trace, zipf)

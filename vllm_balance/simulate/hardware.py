@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,6 +23,9 @@ from vllm_balance.simulate.quantities import (
     Share,
     Sourced,
 )
+
+if TYPE_CHECKING:
+    from vllm_balance.simulate.models import Model
 
 Number = Literal["float32", "float16", "float8", "float4"]
 """Formats that arithmetic runs in; float16 stands for bfloat16 too."""
@@ -139,6 +142,8 @@ class Hardware(Sourced):
     """From host memory to a rank's: what fetched experts come over."""
     profile: str | None = None
     """Measured expert times (`vllm-balance profile`), a file beside this one."""
+    other_profiles: list[str] = []
+    """Of experts of other sizes, beside it too."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -148,6 +153,8 @@ class Hardware(Sourced):
             raise ValueError("engine must take at least one request, and more tokens than requests")
         if min(self.tiles.compute_tokens.value, self.tiles.stream_tokens.value) < 1:
             raise ValueError("tiles must have at least one token")
+        if self.other_profiles and self.profile is None:
+            raise ValueError("other_profiles need a profile that stands for all other sizes")
         if "eplb" not in self.decide:
             raise ValueError("decide needs at least eplb")
         for balancer, times in self.decide.items():
@@ -184,12 +191,32 @@ class Hardware(Sourced):
         return self.compute[number]
 
 
-def load(name: str) -> tuple[Hardware, Profile | None]:
-    """A hardware file by name or path, and the profile it names.
+def load(name: str, model: Model | None = None) -> tuple[Hardware, Profile | None]:
+    """A hardware file by name or path, and of its profiles the one whose experts are as large as
+    the model's; without such a one, or without a model, the first.
 
     Raises:
-        BalancerError: one of the two is missing or malformed.
+        BalancerError: file or profile are missing or malformed.
     """
     found, path = catalogue.find("hardware", name, Hardware)
+    if found.profile is None:
+        return found, None
     beside = Path(path).resolve().parent
-    return found, profiles.load(beside / found.profile) if found.profile else None
+    if model is not None:
+        for other in found.other_profiles:
+            profile = profiles.load(beside / other)
+            if is_of(profile, model):
+                return found, profile
+    return found, profiles.load(beside / found.profile)
+
+
+def is_of(profile: Profile, model: Model) -> bool:
+    """Whether a profile is of experts of the model's size and format."""
+    shape = profile.shape
+    same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
+    return same_size and is_in_format_of(profile, model)
+
+
+def is_in_format_of(profile: Profile, model: Model) -> bool:
+    """Whether a profile is of arithmetic in the format of the model's experts."""
+    return NUMBER_OF.get(profile.shape.dtype) == model.expert_number

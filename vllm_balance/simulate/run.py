@@ -25,7 +25,7 @@ from vllm_balance.simulate.fetches import (
     fetching_policy,
     with_fetches,
 )
-from vllm_balance.simulate.hardware import NUMBER_OF, Hardware
+from vllm_balance.simulate.hardware import Hardware, is_in_format_of
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
 from vllm_balance.simulate.models import Model
@@ -191,23 +191,12 @@ def expert_times(arm: Arm) -> ExpertTimes:
 
 def _at_full_speed(arm: Arm) -> ExpertTimes:
     profile, model = arm.profile, arm.model
-    if profile is None or not _is_in_format_of(profile, model):
+    if profile is None or not is_in_format_of(profile, model):
         return roofline(model, arm.hardware)
     served = arm.hardware.efficiency.served_experts
     profiled_weights = PROFILED_MATRICES * profile.shape.hidden * profile.shape.inner
     size = model.expert_weights / profiled_weights
     return measured(profile).of_size(size).at(served.value if served else 1.0)
-
-
-def is_of(profile: Profile, model: Model) -> bool:
-    """Whether a profile is of experts of the model's size and format."""
-    shape = profile.shape
-    same_size = (shape.hidden, shape.inner) == (model.hidden.value, model.inner.value)
-    return same_size and _is_in_format_of(profile, model)
-
-
-def _is_in_format_of(profile: Profile, model: Model) -> bool:
-    return NUMBER_OF.get(profile.shape.dtype) == model.expert_number
 
 
 class _MoeStage:

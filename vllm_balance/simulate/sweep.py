@@ -83,7 +83,8 @@ def room(cell: Cell) -> int:
 
 
 def _arm(cell: Cell) -> Arm:
-    model, (machine, profile) = models.load(cell.model), hardware.load(cell.hardware)
+    model = models.load(cell.model)
+    machine, profile = hardware.load(cell.hardware, model)
     return Arm(
         model=model,
         hardware=machine,

@@ -8,9 +8,9 @@ from typing import Literal
 from vllm_balance import documents
 from vllm_balance.documents import Document
 from vllm_balance.profiles import Profile
+from vllm_balance.simulate.hardware import is_of
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.quantities import Count, Share, Sourced
-from vllm_balance.simulate.run import is_of
 
 FILE = Path(__file__).parent / "validity.toml"
 
