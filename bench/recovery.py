@@ -2,8 +2,9 @@
 
 A server is sent bursts of requests, one after another, while other traffic comes and then one rank
 becomes slow (configs/runs/recovery.toml). Every arm lives through the same on a fresh server; arms
-go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst; `started` is the
-same in all rows of a run, and in no other's. Every call starts anew.
+go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst, written when a
+server has lived through all; `started` is the same in all rows of a run, and in no other's. A run
+that was ended continues with the next server.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from bench import command, counters, gate, markdown, real_size_model, run_files
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed, prepared, said
-from bench.provenance import ROOT, config_hash, provenance
+from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.server import Server
 from bench.slow_rank import slowed
 from bench.starts import Start, arm_of, plan
@@ -36,6 +37,8 @@ SETTLED = 3
 """Last bursts of a phase, whose median is where it ends."""
 NEAR = 0.05
 """A burst within this of where its phase ends counts as recovered, if all behind it do."""
+SAME = ("config_hash", "sources", "harness", "machine", "versions")
+"""What all rows of a run have in common."""
 Row = dict[str, Any]
 console = Console()
 
@@ -44,7 +47,6 @@ def recovery(
     folder: Annotated[Path, typer.Option("--traces", help="Folder of the recorded traces.")],
 ) -> None:
     """Append one row per burst to bench/results/recovery.jsonl and print the table."""
-    started = datetime.now(UTC).isoformat()
     settings = run_files.read(RUN)
     model = real_size_model.ensure(**settings["model"])
     factors = [1.0, *(phase.get("slow", 1.0) for phase in settings["phases"].values())]
@@ -54,15 +56,33 @@ def recovery(
     assert placed is not None
     console.print(said(placed.shown_slowdown))
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
-    origin |= {"started": started, "expert_bytes": _expert_bytes(model), **provenance()}
-    rows = []
-    for start in plan(settings, rounds=1):
+    origin |= {"expert_bytes": _expert_bytes(model), "sources": sources(), "harness": harness()}
+    origin |= provenance()
+    starts = plan(settings, rounds=1)
+    rows = _ended(origin, len(starts))
+    origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
+    done = {row["position"] for row in rows}
+    for start in starts:
+        if start.position in done:
+            continue
+        own = []
         for row in _live_through(start, model, placed, folder):
-            rows.append({**row, **origin})
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
             console.print(row)
+            own.append({**row, **origin})
+        with RESULTS.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in own))
+        rows += own
     console.print(table(rows))
+
+
+def _ended(origin: Row, servers: int) -> list[Row]:
+    """Rows of the newest run, if it is of the same code, machine and settings and lacks servers."""
+    if not RESULTS.exists():
+        return []
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    newest = [row for row in rows if row["started"] == rows[-1]["started"]]
+    same = all(row.get(key) == origin[key] for row in newest for key in SAME)
+    return newest if same and len({row["position"] for row in newest}) < servers else []
 
 
 def _expert_bytes(model: Path) -> int:

@@ -38,8 +38,9 @@ from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.measurement import newest_by_machine, read_measurements
 
 Row = dict[str, Any]
-ONE_RUN = ("started", "commit", "config_hash", "machine")
-"""What all rows of one run of a benchmark of its own have in common; early rows have no start."""
+ONE_RUN = ("started", "config_hash", "machine")
+"""What all rows of one run of a benchmark of its own have in common, and early ones, which have no
+start, their commit."""
 WRITERS = {
     "accuracy": (placement_accuracy.writer, "placement_accuracy"),
     "metro": (metro_tables.writer, "metro_routing"),
@@ -129,7 +130,8 @@ def own_table(render: Callable[[list[Row]], str], command: str, caption: str, ru
 
 def newest_run(rows: list[Row]) -> list[Row]:
     """The rows of the run that the last one is of."""
-    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in ONE_RUN)]
+    keys = ONE_RUN if "started" in rows[-1] else (*ONE_RUN, "commit")
+    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in keys)]
 
 
 def exchange_table(run: str) -> str:
