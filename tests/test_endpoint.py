@@ -96,6 +96,21 @@ def test_a_replay_that_cannot_be_is_a_conflict_with_the_reason():
     assert said.startswith("the model's own 3 of 4 ranks replay it all the same")
 
 
+def test_the_recordings_of_several_api_servers_can_be_one():
+    """Each reaches the ranks of its own engines, so the caller says what they have in common."""
+    engine = Engine({"moe_balancer": {"name": "metro"}})
+    http = client(engine)
+    for _ in range(2):
+        http.post("/moe_balancer/record/start", json={"file": "t.npz", "run": "both nodes"})
+    asked = [kwargs for _, kwargs in engine.asked]
+    assert [each["settings"]["run"] for each in asked] == ["both nodes"] * 2
+    assert asked[0]["asked_by"] != asked[1]["asked_by"]
+
+
+def test_the_endpoint_is_there_for_models_of_every_task():
+    assert MoEBalancerEndpoint.required_tasks is None
+
+
 @pytest.mark.parametrize("engine", [None, Engine(None), Engine({}), Engine({"other": 1})])
 def test_a_server_without_a_balancer_says_so(engine):
     http = client(engine)

@@ -6,7 +6,8 @@ names the balancer itself too. ``?per_layer=true`` adds the counters of every la
 ``POST /moe_balancer/reset`` sets all counters but those of ``online`` to zero.
 ``POST /moe_balancer/record/start`` with ``{"file": ..., "what": "counts" or "ids", "max_bytes":
 ...}`` records what the router chooses into a new file on the server, until
-``POST /moe_balancer/record/stop`` or the limit. For benchmarks, ``POST /moe_balancer/replay`` gives
+``POST /moe_balancer/record/stop`` or the limit. All of it reaches the ranks of this server's
+engines: not those of other nodes with hybrid or external load balancing. For benchmarks, ``POST /moe_balancer/replay`` gives
 a server whose routing is a replay another skew.
 """
 
@@ -33,7 +34,7 @@ router = APIRouter()
 
 @router.get("/moe_balancer")
 async def status(request: Request, per_layer: bool = False) -> dict[str, Any]:
-    """Counters of every rank; with data parallelism the ranks of all engines."""
+    """Counters of every rank, with data parallelism of all engines behind this server."""
     ranks = await _ask(request, "moe_balancer_status", {"per_layer": per_layer})
     return {"ranks": sorted(ranks, key=lambda rank: rank["rank"])}
 
@@ -72,13 +73,14 @@ async def replay(request: Request, settings: Annotated[dict[str, Any], Body()]) 
 @router.post("/moe_balancer/record/start")
 async def start_recording(request: Request, settings: RecordSettings) -> dict[str, Any]:
     """The state of every recording rank; 409 if one of them refuses: then no rank starts one."""
-    run = uuid.uuid4().hex
-    asked = {"settings": settings.model_dump(mode="json") | {"run": run}, "asked_by": run}
+    asked_by = uuid.uuid4().hex
+    own = settings.model_dump(mode="json") | {"run": settings.run or asked_by}
+    asked = {"settings": own, "asked_by": asked_by}
     ranks = await _ask(request, "moe_record_start", asked, patient=True)
     refusals = [rank["error"] for rank in ranks if rank and "error" in rank]
     if refusals:
         if len(refusals) < sum(rank is not None for rank in ranks):
-            await _ask(request, "moe_record_cancel", {"asked_by": asked["asked_by"]}, patient=True)
+            await _ask(request, "moe_record_cancel", {"asked_by": asked_by}, patient=True)
         raise HTTPException(409, refusals[0])
     return {"ranks": [rank for rank in ranks if rank]}
 
@@ -126,7 +128,8 @@ class MoEBalancerEndpoint:
     """The endpoint plugin, see ``vllm.plugins.endpoint_plugins``."""
 
     name = "moe_balancer"
-    required_tasks = ("generate",)
+    required_tasks = None
+    """Of all models: those that are pooled have experts too."""
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)

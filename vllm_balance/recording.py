@@ -68,7 +68,8 @@ class RecordSettings(BaseModel):
     max_bytes: int = Field(default=256 * 2**20, ge=2**16, le=2**31)
     """Recording stops before a file, one per recording rank, becomes larger."""
     run: str = ""
-    """Tells the files of this recording from those of another; set when it is asked for."""
+    """Tells the files of this recording from those of another; made up when it is asked for, unless
+    several API servers are asked, each for its own ranks."""
 
 
 class RecordingFile:

@@ -242,6 +242,11 @@ def test_experts_are_placed_without_a_profile_by_the_speeds_that_are_given(folde
         load_LE = counts.sum(0)
         shares.append(np.take_along_axis(load_LE, slow_LP, axis=1).sum() / load_LE.sum())
     assert shares[1] < shares[0] - 0.05
+    assert "knee_tokens" not in found.sources
+    done = run("place", "--model", tmp_path, "--ranks", 2, "--knee-tokens", 20,
+               "--trace", folder / "t.npz", "-o", tmp_path / "k.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert maps.load(tmp_path / "k.json").sources["knee_tokens"] == "20"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +257,8 @@ def test_experts_are_placed_without_a_profile_by_the_speeds_that_are_given(folde
         (("--model", "."), "add --ranks N, or --speeds"),
         (("--model", ".", "--speeds", "1,x"), "a positive number for each rank"),
         (("--model", ".", "--speeds", "1,0"), "a positive number for each rank"),
+        (("--model", ".", "--ranks", 2, "--knee-tokens", 0), "it is a positive number that goes"),
+        (("--profile", "p.json", "--knee-tokens", 9), "goes with --model, as a profile has"),
         (
             ("--model", ".", "--speeds", "1,1", "--ranks", 3),
             "names 2 ranks, and --ranks asks for 3",

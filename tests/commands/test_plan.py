@@ -14,7 +14,7 @@ from vllm_balance.commands.plan import answer, layout_of, microseconds
 from vllm_balance.config import parse
 from vllm_balance.errors import BalancerError
 from vllm_balance.simulate import hardware, models, validity
-from vllm_balance.simulate.advice import Advice, Candidate, Question
+from vllm_balance.simulate.advice import Advice, Candidate, Question, knee_of
 
 MODEL = ["--model", "qwen3-30b-a3b", "--hardware", "h20"]
 SMALL = [*MODEL, "--prompt-tokens", "64", "--output-tokens", "64"]
@@ -70,10 +70,11 @@ def test_a_model_without_eplb_gets_a_plain_answer():
 
 def advice(balancer, redundancy=1.5, gain=0.2):
     """What was found where this candidate is the best."""
-    made = SimpleNamespace(redundant_bytes=3.2e9)
+    steps = SimpleNamespace(prefill_N=np.array([0.0, 500, 652]), times_N=np.array([5, 1, 1]))
+    made = SimpleNamespace(redundant_bytes=3.2e9, steps=steps)
     best = Candidate(balancer=balancer, redundancy=redundancy, concurrency=9, outcome=made)
     static = Candidate(balancer="static", redundancy=1.0, concurrency=9, outcome=made)
-    return Advice(candidates=(static, best), left_out={}, best=best, gain=gain,
+    return Advice(candidates=(static, best), left_out={}, best=best, static_rate=1.0, gain=gain,
                   band=(gain - 0.05, gain + 0.05))  # fmt: skip
 
 
@@ -97,8 +98,9 @@ def test_an_answer_names_slots_host_memory_and_what_a_gpu_needs_for_them():
     said = answer(asked, advice("gem", 1.0), errors)
     assert "Yes: gem without redundant experts is predicted" in said
     assert """with --moe-balancer gem --moe-balancer-config '{"map": "MAP.json"}'""" in said
-    made = "vllm-balance place --policy gem --model MODEL --ranks 8 --trace TRACE"
-    assert f"{made} --batch 9 --prefill-batch 576 -o MAP.json" in said
+    knee = knee_of(asked, advice("gem", 1.0).best)
+    made = f"place --policy gem --model MODEL --knee-tokens {knee:g} --ranks 8 --trace TRACE"
+    assert 80 < knee < 250 and f"{made} --batch 9 --prefill-batch 576 -o MAP.json" in said
     prefill = replace(asked, output_tokens=1, hardware=hardware.load("cpu-amx")[0])
     said = answer(prefill, advice("gem", 1.0), errors)
     assert "--profile PROFILE --ranks 8 --trace TRACE --phase prefill --batch 576 -o" in said

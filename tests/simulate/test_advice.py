@@ -21,6 +21,7 @@ from vllm_balance.simulate.advice import (
     _cheapest_of_the_best,
     advise,
     candidates,
+    flags_of,
     host_bytes,
     left_out,
     most_within,
@@ -65,7 +66,9 @@ def test_memory_decides_between_equals():
 def test_a_gain_within_the_error_is_none(gain, error, worth):
     best = candidate("metro", 1, 1)
     band = (gain - error, gain + error)
-    made = Advice(candidates=(), left_out={}, best=best, gain=gain, band=band)
+    made = Advice(
+        candidates=(), left_out={}, best=best, static_rate=1.0, gain=gain, band=band
+    )
     assert made.worth_it is worth
 
 
@@ -78,6 +81,45 @@ def test_a_little_of_tpot_is_much_throughput_where_an_slo_decides_the_requests()
     assert low < made.gain < high and high - low > 2 * 0.05 * (1 + made.gain)
     fixed = advise(question(concurrency=64), error=0.05)
     assert fixed.band == pytest.approx(((1 + fixed.gain) / 1.05 - 1, (1 + fixed.gain) / 0.95 - 1))
+
+
+def uneven(**asked):
+    """A load whose experts are so uneven that placing them makes steps shorter."""
+    skew = skewed(ReplaySettings(zipf=2.0, seed=1, rows=2048), MODEL, 1)
+    return question(traffic=lambda: (skew.fresh(), skew.fresh()), concurrency=1024, **asked)
+
+
+def test_a_balancer_that_alone_keeps_the_slo_is_advised():
+    free = advise(uneven(), error=0.0)
+    static_us, best_us = (made.outcome.tpot_us for made in (free.candidates[0], free.best))
+    assert best_us < 0.97 * static_us
+    between = uneven(slo_tpot_us=(best_us + static_us) / 2)
+    made = advise(between, error=0.0)
+    assert made.static_misses and made.candidates[0].outcome is None and made.worth_it
+    assert (made.best.balancer, made.gain) == (free.best.balancer, pytest.approx(free.gain))
+    unsure = advise(between, error=0.5)
+    assert unsure.band[0] <= 0 and not unsure.worth_it
+    with pytest.raises(BalancerError, match="misses the SLO at 1,024 requests in flight, balanced"):
+        advise(uneven(slo_tpot_us=best_us / 2), error=0.0)
+
+
+def test_one_request_that_is_too_long_is_no_matter_of_weights():
+    asked = question(prompt_tokens=10**8, concurrency=1)
+    with pytest.raises(BalancerError, match=r"cache of one request of 100,000,064 tokens takes"):
+        advise(asked, error=0.0)
+
+
+def test_experts_wait_for_fetches_where_tokens_come_from_an_all_to_all():
+    asked = {
+        dispatch: question(layout=Layout(data=8, dispatch=dispatch))
+        for dispatch in ("all_gather", "all_to_all")
+    }
+    fetching = candidate("harmoeny", 1, 0)
+    flags = {name: flags_of(each, fetching) for name, each in asked.items()}
+    assert flags == {
+        "all_gather": ("--enforce-eager", "--moe-backend triton"),
+        "all_to_all": ("--enforce-eager",),
+    }
 
 
 def test_candidates_are_what_a_server_accepts():

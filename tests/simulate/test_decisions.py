@@ -189,6 +189,10 @@ def test_a_trace_of_another_model_is_refused():
                   topk_ids_TLK=np.zeros((2, 1, 1), np.uint8))  # fmt: skip
     with pytest.raises(BalancerError, match="4 experts and top-1"):
         recorded(other, MODEL, 1, seed=0)
+    deeper = Trace(name="o", num_experts=128, top_k=8, layer_index_L=np.array([0, 60]),
+                   topk_ids_TLK=np.zeros((2, 2, 8), np.uint8))  # fmt: skip
+    with pytest.raises(BalancerError, match=r"layers up to 60, and .* has 48 layers"):
+        recorded(deeper, MODEL, 1, seed=0)
 
 
 @pytest.mark.parametrize("name", ROUTING)
@@ -255,12 +259,13 @@ def test_metro_weighs_tokens_where_experts_run_in_turn(name, gives):
     assert (policy.free_tokens is not None) == gives
 
 
+@pytest.mark.parametrize("policy", ["eplb", "gem", "gem_r"])
 @pytest.mark.parametrize("kind", ["stable", "quicksort", "heapsort"])
-def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, monkeypatch):
+def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, policy, monkeypatch):
     """Many equal loads, a third of them zero, and loads that are equal once they are split."""
     random = np.random.default_rng(0)
     history_NLE = random.choice([0, 8, 16, 24], (1, 3, 64))
-    expected = eplb_slots(history_NLE)
+    expected = slots_of(policy, history_NLE)
     argsort = np.argsort
 
     def backwards(values, axis=-1, **asked):
@@ -270,19 +275,37 @@ def test_experts_of_equal_loads_are_placed_alike_whatever_the_sort_does(kind, mo
         return values.shape[axis] - 1 - argsort(np.flip(values, axis), axis, kind=kind)
 
     monkeypatch.setattr(np, "argsort", backwards)
-    assert eplb_slots(history_NLE) == expected
+    assert slots_of(policy, history_NLE) == expected
 
 
-def eplb_slots(history_NLE):
-    """Experts of the slots of each layer, with 32 redundant ones on 8 ranks."""
-    layers = placements("eplb", history_NLE, ranks(8, 32))
+def slots_of(policy, history_NLE):
+    """Experts of the slots of each layer on 8 ranks, with 32 redundant ones where that can be."""
+    layers = placements(policy, history_NLE, ranks(8, 0 if policy == "gem" else 32))
     return [layer.physical_to_logical_P.tolist() for layer in layers]
 
 
 def test_placements_are_those_of_vllm_where_no_loads_are_equal():
     history_NLE = np.random.default_rng(1).permutation(3 * 64).reshape(1, 3, 64) * 1009 + 10**6
     expected = PLACEMENT["eplb"]().place(history_NLE, ranks(8, 32))
-    assert eplb_slots(history_NLE) == expected.tolist()
+    assert slots_of("eplb", history_NLE) == expected.tolist()
+
+
+def test_groups_of_experts_stay_on_a_node_as_vllms_eplb_keeps_them():
+    """8 groups of 32 experts on two nodes of 8 ranks, four groups and half of the copies each."""
+    deepseek = models.load("deepseek-v3")
+    layout = Layout(data=16)
+    arm = replace(arm_of("eplb", 1.25), model=deepseek, layout=layout,
+                  hardware=hardware.load("b200")[0])  # fmt: skip
+    traffic = skewed(ReplaySettings(zipf=0.8, rows=2048), deepseek, 1)
+    (tables,) = decider_of(arm, traffic.fresh()).tables_L
+    slots_ER = tables.logical_to_physical_ER.numpy()
+    node_ER = np.where(slots_ER >= 0, slots_ER // (tables.num_physical // 2), -1)
+    nodes_G = [set(node_ER[32 * group : 32 * group + 32].ravel()) - {-1} for group in range(8)]
+    assert all(len(nodes) == 1 for nodes in nodes_G)
+    assert sum(0 in nodes for nodes in nodes_G) == 4
+    one = replace(arm, layout=replace(layout, ranks_per_node=16))
+    (alone,) = decider_of(one, traffic.fresh()).tables_L
+    assert alone.logical_to_physical_ER.tolist() != slots_ER.tolist()
 
 
 def arm_of(balancer, redundancy=1.0, **load):

@@ -13,8 +13,6 @@ from vllm_balance.simulate import catalogue, hardware, memory, models, validity
 from vllm_balance.simulate.sweep import read
 
 ROOT = Path(__file__).resolve().parents[2]
-BINARY = 2**30 / 1e9
-"""A GPU of 80 GB, as it is sold, has about 80 GiB."""
 
 
 @pytest.mark.parametrize("name", catalogue.names("hardware"))
@@ -95,7 +93,7 @@ def test_engines_have_the_defaults_of_vllm(name, monkeypatch):
     machine, _ = hardware.load(name)
     is_cpu = machine.experts == "in_turn"
     device = SimpleNamespace(
-        get_device_total_memory=lambda: machine.memory.value * BINARY,
+        get_device_total_memory=lambda: machine.memory.value,
         get_device_name=lambda: machine.name,
         is_tpu=lambda: False,
         is_cpu=lambda: is_cpu,
@@ -201,6 +199,9 @@ def test_damaged_hardware_files_are_refused(tmp_path, old, new, reason):
         ("num_dense_layers = { value = 0", "num_dense_layers = { value = 48", "experts"),
         ("hidden = { value = 2048", "hidden = { value = 0", "hidden"),
         ("hidden = { value = 2048", "hidden = { value = 2048.5", "hidden"),
+        ("num_kv_heads = { value = 4", "num_kv_heads = { value = 0", "num_kv_heads must be"),
+        ("head_dim = { value = 128", "head_dim = { value = 0", "head_dim must be"),
+        ("top_k =", "num_groups = { value = 3, unit = '1', source = 'config' }\ntop_k =", "divide"),
         ('expert_number = "float16"', 'expert_number = "int3"', "expert_number"),
         ("num_heads", "num_hats", "num_heads"),
         ('support = "eplb"', 'support = "yes"', "support"),

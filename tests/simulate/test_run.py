@@ -316,6 +316,27 @@ def test_a_constant_that_matters_makes_a_difference(name, balancer, dispatch):
     assert run_as(arm, quick).step_us_N.sum() < run_as(arm, arm).step_us_N.sum()
 
 
+def test_tokens_travel_to_fp8_experts_quantised_and_back_as_they_are():
+    """8 bits and a 32-bit scale for 128 values, whatever the dispatch; ids and weights beside."""
+    for dispatch in ("all_gather", "all_to_all"):
+        arm = replace(ARM, layout=Layout(data=8, dispatch=dispatch), hardware=without_latency(),
+                      balancer="static", redundancy=1.0)  # fmt: skip
+        fp8 = MODEL.model_copy(update={"expert_number": "float8"})
+        wide, quantised = (run(replace(arm, model=model)).stage_us for model in (MODEL, fp8))
+        ids = 8 * MODEL.top_k.value if dispatch == "all_gather" else 0
+        hidden = MODEL.hidden.value
+        expected = (hidden * (1 + 4 / 128) + ids) / (2 * hidden + ids)
+        assert quantised["dispatch"].sum() / wide["dispatch"].sum() == pytest.approx(expected)
+        assert quantised["combine"].tolist() == wide["combine"].tolist()
+
+
+def without_latency():
+    link = H100.scale_up.model_copy(
+        update={"latency": H100.scale_up.latency.model_copy(update={"value": 0.0})}
+    )
+    return H100.model_copy(update={"scale_up": link})
+
+
 def test_larger_models_take_longer():
     narrow = MODEL.model_copy(update={"inner": MODEL.inner.model_copy(update={"value": 384})})
     assert run(replace(ARM, model=narrow)).tpot_us < run().tpot_us

@@ -62,6 +62,35 @@ def test_prompts_are_dealt_to_engines_whole_and_the_fullest_one_counts():
     assert steps.reads_N.tolist() == [5, 16, 12]
 
 
+@settings(max_examples=60)
+@given(
+    st.integers(1, 8), st.integers(1, 40), st.integers(1, 60), st.integers(1, 30),
+    st.integers(1, 40), st.integers(0, 9),
+)  # fmt: skip
+def test_no_engine_computes_more_than_its_own_budget(
+    engines, concurrency, prompt, output, spare, seed
+):
+    """Decoding requests are dealt evenly."""
+    budget = -(-concurrency // engines) + spare
+    asked = load(concurrency=concurrency, prompt_tokens=prompt, output_tokens=output,
+                 token_budget=budget * engines, engines=engines, steady=True,
+                 max_steps=10**4)  # fmt: skip
+    steps = schedule(asked, seed=seed)
+    own_N = steps.engine_prefill_N + np.ceil(steps.decode_N / engines)
+    assert own_N.max() <= budget
+    assert (steps.engine_prefill_N <= steps.prefill_N).all()
+    assert (steps.engine_prefill_N * engines >= steps.prefill_N).all()
+    assert (steps.arrived_R <= steps.first_R).all() and len(steps.first_R)
+
+
+def test_prompts_that_an_engine_has_no_room_for_wait_for_the_next_step():
+    """Each of 8 engines takes one prompt of 7,300 tokens and a part of a second."""
+    asked = load(concurrency=64, prompt_tokens=7300, output_tokens=1, token_budget=8 * 8192,
+                 engines=8, steady=True)  # fmt: skip
+    steps = schedule(asked)
+    assert steps.engine_prefill_N.max() == 8192
+
+
 def test_a_window_bounds_what_is_looked_at():
     steps = schedule(load(), window=2)
     assert steps.window_attended_N.tolist() == [1 + 2 + 2 + 2 + 2, 2, 2]

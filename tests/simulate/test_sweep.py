@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_balance.errors import BalancerError
 from vllm_balance.simulate.sweep import Cell, compute, missing, read, room, sweep
 
 CELLS = [
@@ -114,13 +115,26 @@ def test_a_row_says_what_decided_it_and_is_computed_again_when_that_changes(monk
 
 
 @pytest.mark.parametrize("end", [b"", b'{"key": "half a li'])
-def test_reading_cuts_an_unfinished_end_and_writes_nothing_else(tmp_path, end):
+def test_reading_leaves_an_unfinished_end_to_who_writes(tmp_path, end):
     results = tmp_path / "rows.jsonl"
     results.write_bytes(b'{"key": "1"}\n' + end)
-    os.utime(results, ns=(0, 0))
     assert read(results) == [{"key": "1"}]
+    assert results.read_bytes() == b'{"key": "1"}\n' + end
+    sweep([], results, {})
     assert results.read_bytes() == b'{"key": "1"}\n'
-    assert (results.stat().st_mtime_ns == 0) == (not end)
+
+
+def test_two_sweeps_do_not_write_into_one_file(tmp_path, monkeypatch):
+    results = tmp_path / "rows.jsonl"
+
+    def computed(chunks, address):
+        with pytest.raises(BalancerError, match="Another sweep is writing into"):
+            sweep(CELLS[:1], results, {})
+        return in_turn(chunks, address)
+
+    monkeypatch.setattr("vllm_balance.simulate.sweep._computed", computed)
+    assert sweep(CELLS[:1], results, {}) == 1
+    assert len(read(results)) == 1
 
 
 def test_a_cell_that_does_not_fit_has_a_row_without_times():

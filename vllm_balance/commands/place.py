@@ -64,6 +64,13 @@ def place(
     speeds: Annotated[
         str, typer.Option(help="Relative speed of each rank, e.g. 1,1,0.86,1; default: the same.")
     ] = "",
+    knee_tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="With --model: tokens of an expert that take as long as streaming its weights; "
+            f"default: {GPU_KNEE_TOKENS:g}.",
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}.")] = "gem",
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts per layer.")] = 0,
     routing: Annotated[
@@ -125,7 +132,7 @@ def place(
         prefill_batch=prefill_batch,
         seed=seed,
     )
-    shape, costs = ranks_of(profile, model, ranks, speeds)
+    shape, costs = ranks_of(profile, model, ranks, speeds, knee_tokens)
     recorded = traces.load(trace)
     require_same_model(recorded, shape)
     cluster = Cluster(costs=costs, num_redundant=redundant)
@@ -150,6 +157,8 @@ def place(
         "seed": str(seed),
         "batches": taken.described(halves[0]),
     }
+    if knee_tokens is not None:
+        sources["knee_tokens"] = f"{knee_tokens:g}"
     lines = [f"Placed by {sources['batches']}."]
     if policy == "gem_r":
         sources["routing"] = split
@@ -233,13 +242,18 @@ def report_kinds(
 
 
 def ranks_of(
-    profile: Path | None, model: Path | None, ranks: int | None, speeds: str
+    profile: Path | None,
+    model: Path | None,
+    ranks: int | None,
+    speeds: str,
+    knee_tokens: float | None = None,
 ) -> tuple[ModelShape, tuple[CostModel, ...]]:
     """The model's shape and the curve of each rank, measured or assumed.
 
     Raises:
-        BalancerError: neither or both of profile and model, speeds that are no positive numbers,
-            or numbers of ranks that do not fit each other.
+        BalancerError: neither or both of profile and model, a knee that is no positive number or
+            is given beside a profile, speeds that are no positive numbers, or numbers of ranks that
+            do not fit each other.
     """
     factor_S = _speeds(speeds, ranks)
     if (profile is None) == (model is None):
@@ -249,6 +263,11 @@ def ranks_of(
             f"measured curves of x86 CPUs; for other devices give the model, and --speeds if "
             f"ranks differ."
         )
+    if knee_tokens is not None and (profile is not None or not 0 < knee_tokens < math.inf):
+        raise BalancerError(
+            f"--knee-tokens {knee_tokens:g} was given; it is a positive number that goes with "
+            f"--model, as a profile has the knee of its ranks."
+        )
     if profile is not None:
         measured = profiles.load(profile)
         shape, costs = (
@@ -257,23 +276,24 @@ def ranks_of(
         )
     else:
         assert model is not None
-        shape, costs = from_config(model), assumed_costs(ranks or len(factor_S))
+        knee = GPU_KNEE_TOKENS if knee_tokens is None else knee_tokens
+        shape, costs = from_config(model), assumed_costs(ranks or len(factor_S), knee)
     return shape, tuple(
         cost.slowed(1 / factor)
         for cost, factor in zip(costs, factor_S or [1.0] * len(costs), strict=True)
     )
 
 
-def assumed_costs(num_ranks: int) -> tuple[CostModel, ...]:
-    """Equal curves in times of one token: streaming an expert takes as long as computing
-    GPU_KNEE_TOKENS of its tokens.
+def assumed_costs(num_ranks: int, knee_tokens: float) -> tuple[CostModel, ...]:
+    """Equal curves in times of one token: streaming an expert takes as long as computing so many
+    of its tokens.
 
     Raises:
         BalancerError: no rank.
     """
     if not num_ranks:
         raise BalancerError("--model says nothing about ranks: add --ranks N, or --speeds 1,1,...")
-    curve = CostModel(a_us=0.0, b_us=GPU_KNEE_TOKENS, c_us=0.0, beta_us=1.0)
+    curve = CostModel(a_us=0.0, b_us=knee_tokens, c_us=0.0, beta_us=1.0)
     return (curve,) * num_ranks
 
 

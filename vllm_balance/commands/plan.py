@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -203,9 +204,8 @@ def report(question: Question, found: Advice, errors: Errors) -> None:
     table.add_column("balancer")
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    base = found.candidates[0].tokens_per_s
     for each in found.candidates:
-        cells = _cells(question, each, base)
+        cells = _cells(question, each, found.static_rate)
         style = "bold" if each is found.best else None
         table.add_row(each.balancer, f"{each.redundancy:.4g}", *cells, style=style)
     Console().print(table)
@@ -218,7 +218,7 @@ def report(question: Question, found: Advice, errors: Errors) -> None:
     say(answer(question, found, errors))
 
 
-def _cells(question: Question, each: Candidate, base: float) -> list[str]:
+def _cells(question: Question, each: Candidate, static_rate: float) -> list[str]:
     if each.outcome is None:
         return ["none", *["-"] * 7]
     made = each.outcome
@@ -227,7 +227,7 @@ def _cells(question: Question, each: Candidate, base: float) -> list[str]:
         "-" if math.isnan(made.tpot_us) else f"{made.tpot_us / 1e3:.1f}",
         f"{made.ttft_us_at(0.5) / 1e3:.0f}",
         f"{each.tokens_per_s:,.0f}",
-        f"{each.tokens_per_s / base - 1:+.1%}",
+        f"{each.tokens_per_s / static_rate - 1:+.1%}",
         f"{made.mean(made.activated_N) / question.model.num_moe_layers:.1f}",
         f"{made.waiting_share:.0%}",
         f"{made.redundant_bytes / 1e9:.1f}",
@@ -247,13 +247,15 @@ def answer(question: Question, found: Advice, errors: Errors) -> str:
     band = " to ".join(f"{gain:+.1%}" for gain in found.band)
     name = _name(question, found.best)
     if not found.worth_it:
+        only = ", and alone to keep the SLO" if found.static_misses else ""
         return (
             f"No, leave it off: the best, {name}, is predicted to give {found.gain:+.1%} tokens/s "
-            f"{at}, which is within the model's error ({band})."
+            f"{at}{only}, which is within the model's error ({band})."
         )
     flags = "".join(f"{flag} " for flag in flags_of(question, found.best))
+    keeps = "keep the SLO, which a server without it misses, and " if found.static_misses else ""
     return (
-        f"Yes: {name} is predicted to give {found.gain:+.1%} tokens/s {at} ({band}), for "
+        f"Yes: {name} is predicted to {keeps}give {found.gain:+.1%} tokens/s {at} ({band}), for "
         f"{_memory(question, found.best)}. The band is what a TPOT means that is longer or shorter "
         f"by {errors.mean.value:.1%}, the mean error where the simulator could be checked; one "
         f"ratio in ten was missed by more than {errors.one_in_ten.value:.0%}. "
@@ -272,17 +274,23 @@ def _uncounted(question: Question, flags: str) -> str:
 
 
 def _how_to_place(question: Question, found: Candidate) -> str:
-    """How the map that the settings name is made: by batches as large as those of the load."""
-    from vllm_balance.simulate.advice import MAP
+    """How the map that the settings name is made: by batches as large as the load's, at most as
+    large as those that were simulated."""
+    from vllm_balance.simulate.advice import MAP, knee_of
+    from vllm_balance.simulate.run import MOST_HISTORY_TOKENS
 
-    ranks, decode = question.layout.num_ranks, found.concurrency
-    budget = question.hardware.engine.batched_tokens.value * question.layout.data
-    prompts = min(question.prompt_tokens * found.concurrency, budget)
+    assert found.outcome is not None
+    ranks, steps = question.layout.num_ranks, found.outcome.steps
+    with_prompts_N = steps.prefill_N > 0
+    mean = np.average(steps.prefill_N[with_prompts_N], weights=steps.times_N[with_prompts_N])
+    prompts = min(round(mean), MOST_HISTORY_TOKENS)
     if question.output_tokens == 1:
         batches = f"--phase prefill --batch {prompts}"
     else:
-        batches = f"--batch {decode} --prefill-batch {prompts}"
-    by = "--profile PROFILE" if question.hardware.experts == "in_turn" else "--model MODEL"
+        batches = f"--batch {found.concurrency} --prefill-batch {prompts}"
+    by = f"--model MODEL --knee-tokens {knee_of(question, found):g}"
+    if question.hardware.experts == "in_turn":
+        by = "--profile PROFILE"
     return (
         f" Make {MAP} with `vllm-balance place --policy gem {by} --ranks {ranks} --trace TRACE "
         f"{batches} -o {MAP}`, from a trace of your traffic."

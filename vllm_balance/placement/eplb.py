@@ -17,7 +17,7 @@ class EplbPlacement:
     def place(
         self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
     ) -> Array:
-        """See `PlacementPolicy.place`. One node, one expert group."""
+        """See `PlacementPolicy.place`."""
         import torch
 
         check_history(history_NLE)
@@ -26,8 +26,8 @@ class EplbPlacement:
         map_LP = self._policy().rebalance_experts(
             weight=load_LE,
             num_replicas=num_physical,
-            num_groups=1,
-            num_nodes=1,
+            num_groups=cluster.num_groups,
+            num_nodes=cluster.num_nodes,
             num_ranks=cluster.num_ranks,
         )
         return np.asarray(map_LP.numpy()).astype(np.int32)

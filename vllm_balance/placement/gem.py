@@ -7,7 +7,7 @@ experts which fire together end up on different ranks although averages would no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +35,8 @@ class GemPlacement:
     """Most times that the best placement of a layer is shaken and improved again."""
     patience: int = 8
     """Kicks without success after which a layer is left."""
+    eplb: EplbPlacement = field(default_factory=EplbPlacement)
+    """Makes one of the starts."""
 
     def place(
         self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
@@ -46,7 +48,7 @@ class GemPlacement:
         num_experts = history_NLE.shape[2]
         cluster.num_physical(num_experts)
         coefficient_S7 = coefficients(cluster)
-        eplb_LP = EplbPlacement().place(history_NLE, cluster)
+        eplb_LP = self.eplb.place(history_NLE, cluster)
         eplb_LE = np.argsort(eplb_LP, axis=1) // (num_experts // cluster.num_ranks)
 
         def place_layer(layer: int) -> Array:

@@ -7,7 +7,7 @@ gives redundant slots to other experts, and scores both as the routing will use 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -33,6 +33,8 @@ class GemReplicaPlacement:
     """How the routing uses replicas: evenly, or one per batch and expert as metro does."""
     trials: int = 50_000
     """Most moves tried per layer; bounds the search time."""
+    eplb: EplbPlacement = field(default_factory=EplbPlacement)
+    """Makes one of the starts."""
 
     def place(
         self, history_NLE: Array, cluster: Cluster, progress: Progress | None = None
@@ -42,7 +44,7 @@ class GemReplicaPlacement:
         check_history(history_NLE)
         cluster.num_physical(history_NLE.shape[2])
         coefficient_S7 = coefficients(cluster)
-        eplb_LP = EplbPlacement().place(history_NLE, cluster)
+        eplb_LP = self.eplb.place(history_NLE, cluster)
 
         def place_layer(layer: int) -> Array:
             slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7, eplb_LP[layer])

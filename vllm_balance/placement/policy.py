@@ -26,6 +26,10 @@ class Cluster:
     """Measured curve of each rank; its length is the number of ranks."""
     num_redundant: int = 0
     """Physical experts beyond the logical ones, over all ranks."""
+    num_nodes: int = 1
+    num_groups: int = 1
+    """Of consecutive experts, each of which vLLM's EPLB keeps on one node, if nodes can have
+    equally many."""
 
     @property
     def num_ranks(self) -> int:

@@ -14,7 +14,7 @@ from vllm_balance.simulate.acceptance import refusal, require_served
 from vllm_balance.simulate.decisions import num_redundant
 from vllm_balance.simulate.hardware import Hardware
 from vllm_balance.simulate.layout import Layout
-from vllm_balance.simulate.memory import most_in_flight, most_requests
+from vllm_balance.simulate.memory import has_room_for_weights, most_in_flight, most_requests
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.run import Arm, expert_times, simulate
@@ -84,8 +84,10 @@ class Advice:
     left_out: dict[str, tuple[str, ...]]
     """Balancers that a server would refuse, by the reason."""
     best: Candidate
+    static_rate: float
+    """Tokens per second without a balancer; at the requests asked for also if it misses the SLO."""
     gain: float
-    """Relative throughput of the best over static; without an SLO, at equal requests in flight."""
+    """Relative throughput of the best over static; with requests asked for, at as many."""
     band: tuple[float, float]
     """The gain if its TPOT is longer, or shorter, by the error of predicted ratios. A little of
     TPOT is many requests where an SLO decides how many there are."""
@@ -94,6 +96,11 @@ class Advice:
     def worth_it(self) -> bool:
         """Whether the gain is positive at the lower end of its band."""
         return self.best.balancer != "static" and self.band[0] > 0
+
+    @property
+    def static_misses(self) -> bool:
+        """Whether the SLO is kept only with a balancer."""
+        return self.candidates[0].outcome is None
 
 
 def advise(question: Question, error: float) -> Advice:
@@ -104,7 +111,7 @@ def advise(question: Question, error: float) -> Advice:
 
     Raises:
         BalancerError: neither a concurrency nor an SLO was given, an SLO for answers of one token,
-            vLLM has not the model, its experts do not divide, or not even static can serve.
+            vLLM has not the model, its experts do not divide, or nothing can serve.
     """
     if question.concurrency is None and question.slo_tpot_us is None:
         raise BalancerError("Give the requests in flight, or an SLO for TPOT, or both.")
@@ -116,23 +123,31 @@ def advise(question: Question, error: float) -> Advice:
     require_served(question.model, question.layout)
     static, *others = candidates(question)
     base = _candidate(question, *static)
-    if base.outcome is None:
+    rate = base.tokens_per_s
+    if base.outcome is None and question.concurrency is not None:
+        rate = _candidate(replace(question, slo_tpot_us=None), *static).tokens_per_s
+    if not rate:
         raise BalancerError(_cannot_serve(question))
     found = (base, *(_candidate(question, *each, near=base.concurrency) for each in others))
+    if all(each.outcome is None for each in found):
+        raise BalancerError(_cannot_serve(question))
     best = _cheapest_of_the_best(found)
     return Advice(
         candidates=found,
         left_out=left_out(question),
         best=best,
-        gain=best.tokens_per_s / base.tokens_per_s - 1,
-        band=_band(question, best, base, error),
+        static_rate=rate,
+        gain=best.tokens_per_s / rate - 1,
+        band=_band(question, best, rate, error),
     )
 
 
 def _band(
-    question: Question, best: Candidate, base: Candidate, error: float
+    question: Question, best: Candidate, static_rate: float, error: float
 ) -> tuple[float, float]:
-    """Gains of `best` if its TPOT is longer, or shorter, than predicted by a share `error`."""
+    """Gains of `best` if its TPOT is longer, or shorter, than predicted by a share `error`; none if
+    it then misses the SLO at the requests asked for."""
+    assert best.outcome is not None
     gains = []
     for factor in (1 + error, 1 - error):
         rate = best.tokens_per_s / factor
@@ -140,7 +155,10 @@ def _band(
             kept = replace(question, slo_tpot_us=question.slo_tpot_us / factor)
             near = best.concurrency
             rate = _candidate(kept, best.balancer, best.redundancy, near).tokens_per_s / factor
-        gains.append(rate / base.tokens_per_s - 1)
+        elif question.slo_tpot_us is not None:
+            misses = factor * best.outcome.tpot_us > question.slo_tpot_us
+            rate = min(rate, static_rate) if misses else rate
+        gains.append(rate / static_rate - 1)
     return gains[0], gains[1]
 
 
@@ -198,10 +216,16 @@ def settings_of(question: Question, candidate: Candidate) -> dict[str, float | s
     else:
         settings = {"num_redundant_experts": arm.num_redundant}
     if candidate.balancer in ("metro", *FETCHING):
-        settings["knee_tokens"] = round(expert_times(arm).knee_tokens, 1)
+        settings["knee_tokens"] = knee_of(question, candidate)
     if candidate.balancer == "metro" and question.hardware.experts == "in_turn":
         settings["free_tokens"] = round(expert_times(arm).free_tokens, 1)
     return settings
+
+
+def knee_of(question: Question, candidate: Candidate) -> float:
+    """`knee_tokens` of a candidate's ranks, to a tenth."""
+    arm = _arm(question, candidate.balancer, candidate.redundancy, 1)
+    return round(expert_times(arm).knee_tokens, 1)
 
 
 def flags_of(question: Question, candidate: Candidate) -> tuple[str, ...]:
@@ -226,10 +250,17 @@ def _cannot_serve(question: Question) -> str:
     fits, asked = _fits(question, "static", 1.0), question.concurrency
     name = question.model.name
     where = f"{question.layout.num_ranks} ranks of {question.hardware.name}"
-    if not fits:
+    if not has_room_for_weights(question.model, question.hardware, question.layout):
         return (
             f"{name} takes {question.model.weight_bytes / 1e9:.0f} GB, which do not fit on "
             f"{where}. Use more ranks or a smaller number format."
+        )
+    if not fits:
+        tokens = question.prompt_tokens + question.output_tokens
+        return (
+            f"The cache of one request of {tokens:,} tokens takes "
+            f"{question.model.cache_bytes(tokens) / 1e9:.0f} GB, and does not fit on {where} beside "
+            f"the weights of {name}. Ask for shorter ones, or use more ranks."
         )
     if asked is None:
         return (
@@ -239,7 +270,7 @@ def _cannot_serve(question: Question) -> str:
     if asked > fits:
         return _too_many(question, asked, where)
     return (
-        f"{name} on {where} misses the SLO at {asked:,} requests in flight even without balancing. "
+        f"{name} on {where} misses the SLO at {asked:,} requests in flight, balanced or not. "
         f"Ask for fewer, relax the SLO, or use faster hardware."
     )
 
@@ -278,6 +309,8 @@ def _arm(question: Question, balancer: str, redundancy: float, concurrency: int)
         layout=question.layout,
         balancer=balancer,
         redundancy=redundancy,
+        # vLLM's kernels that take tokens from an all-to-all compute all experts at once.
+        prefetch="sync" if question.layout.dispatch == "all_to_all" else "async",
         load=Load(
             concurrency=concurrency,
             prompt_tokens=question.prompt_tokens,

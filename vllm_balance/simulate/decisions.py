@@ -10,8 +10,10 @@ import torch
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.record import counters_size
-from vllm_balance.placement import PLACEMENT, Cluster
+from vllm_balance.placement import PLACEMENT, Cluster, PlacementPolicy
 from vllm_balance.placement.eplb import EplbPlacement
+from vllm_balance.placement.gem import GemPlacement
+from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy, make_policy
 from vllm_balance.types import Placement
 
@@ -63,8 +65,7 @@ def placement_policy(balancer: str, redundant: int) -> str:
 
 def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placement]:
     """Where each layer's experts live, by a policy of `PLACEMENT`."""
-    placed_by = _StableEplb if policy == "eplb" else PLACEMENT[policy]
-    slots_LP = placed_by().place(history_NLE, cluster)
+    slots_LP = _placement(policy).place(history_NLE, cluster)
     return [
         Placement.from_physical_to_logical(
             torch.from_numpy(slots_P),
@@ -73,6 +74,15 @@ def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placem
         )
         for slots_P in slots_LP
     ]
+
+
+def _placement(policy: str) -> PlacementPolicy:
+    """A policy of `PLACEMENT` that places alike on every processor."""
+    if policy == "gem":
+        return GemPlacement(eplb=_StableEplb())
+    if policy == "gem_r":
+        return GemReplicaPlacement(eplb=_StableEplb())
+    return _StableEplb() if policy == "eplb" else PLACEMENT[policy]()
 
 
 class _StableEplb(EplbPlacement):

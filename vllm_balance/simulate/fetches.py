@@ -37,8 +37,13 @@ def fetch_us(model: Model, hardware: Hardware) -> float:
 def fetching_policy(
     name: str, model: Model, hardware: Hardware, knee_tokens: float, *, hidden: bool = False
 ) -> FetchingPolicy:
-    """The policy with the threshold that production derives from the same rates."""
-    peak = hardware.peak(model.expert_number).per_us * hardware.efficiency.expert_compute.value
+    """The policy with the threshold that production derives from the same rates: on GPUs it times
+    plain products, which are not quantised, in place of the experts' kernel."""
+    share = hardware.efficiency
+    if hardware.experts == "together":
+        peak = hardware.peak(model.wide_number).per_us * share.dense_compute.value
+    else:
+        peak = hardware.peak(model.expert_number).per_us * share.expert_compute.value
     bytes_per_s = model.expert_bytes / fetch_us(model, hardware) * 1e6
     cost = FetchCost.from_rates(
         num_weights=model.expert_weights,

@@ -18,6 +18,11 @@ def weight_bytes(model: Model, layout: Layout, num_redundant: int) -> float:
     return own + whole + (model.dense_bytes - whole) / layout.tensor
 
 
+def has_room_for_weights(model: Model, hardware: Hardware, layout: Layout) -> bool:
+    """Whether the weights, without redundant experts, leave any memory."""
+    return weight_bytes(model, layout, 0) < USABLE * hardware.memory.value
+
+
 def most_requests(
     model: Model, hardware: Hardware, layout: Layout, num_redundant: int, tokens: int
 ) -> int:

@@ -49,6 +49,8 @@ class Model(Sourced):
     num_dense_layers: Count
     """Layers whose feed-forward part is one dense network."""
     num_experts: Count
+    num_groups: Count | None = None
+    """Of experts (n_group in config.json), which vLLM's EPLB keeps together on nodes; None: one."""
     top_k: Count
     hidden: Count
     inner: Count
@@ -78,8 +80,18 @@ class Model(Sourced):
             raise ValueError("top_k must be between 1 and num_experts")
         if self.num_dense_layers.value >= self.num_layers.value:
             raise ValueError("at least one layer must have experts")
-        if self.hidden.value < 1 or self.inner.value < 1 or self.expert_matrices.value < 1:
-            raise ValueError("hidden, inner and expert_matrices must be at least 1")
+        sizes = ("hidden", "inner", "expert_matrices", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "vocabulary"):
+            if getattr(self, name).value < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.window is not None and self.window.layers.value > self.num_layers.value:
+            raise ValueError("window.layers must be at most num_layers")
+        if self.latent is not None and min(size.value for _, size in self.latent) < 1:
+            raise ValueError("the sizes of latent attention must be at least 1")
+        if self.num_groups is not None and (
+            self.num_groups.value < 1 or self.num_experts.value % self.num_groups.value
+        ):
+            raise ValueError("num_experts must divide into num_groups")
         return self
 
     def with_counts(self, **values: int) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,9 @@ MOST_HISTORY_TOKENS = 4096
 """Of a batch as large as a step of the load: half the rows of a drawn skew."""
 PROFILED_MATRICES = 3
 """Of an expert that `vllm-balance profile` measures: gate, up and down."""
+_QUANTISED_BYTES = 1 + 4 / 128
+"""Of a value of a hidden state on its way to experts in FP8: vLLM quantises tokens before they
+travel, with a 32-bit scale for 128 values. Results come back as they are."""
 _IDS_BYTES = 8
 """An expert id and its weight, per pair."""
 
@@ -157,9 +161,21 @@ def decider_of(
         )
     placement = arm.placed_by or placement_policy(arm.balancer, slots)
     history_NLE = placed_by.history(_history_tokens(arm, steps))
-    cluster = Cluster(costs=times.curves(ranks), num_redundant=slots)
+    cluster = Cluster(
+        costs=times.curves(ranks),
+        num_redundant=slots,
+        num_nodes=_num_nodes(arm),
+        num_groups=arm.model.num_groups.value if arm.model.num_groups else 1,
+    )
     policy = policy_of(arm.balancer, knee, free)
     return Decider.of(policy, placements(placement, history_NLE, cluster))
+
+
+def _num_nodes(arm: Arm) -> int:
+    """As vLLM's EPLB counts them: one if ranks do not divide over them."""
+    ranks = arm.layout.num_ranks
+    nodes = math.ceil(ranks / (arm.layout.ranks_per_node or arm.hardware.ranks_per_node.value))
+    return 1 if ranks % nodes else nodes
 
 
 def _history_tokens(arm: Arm, steps: Steps | None) -> Array:
@@ -239,8 +255,11 @@ class _MoeStage:
         state = model.hidden.value * model.activation_bytes
         if layout.data == 1:
             return 0.0, 0.0, layers * network.all_reduce_us(num_tokens * state, ranks)
+        narrow = model.hidden.value * (
+            _QUANTISED_BYTES if model.expert_number == "float8" else model.activation_bytes
+        )
         if layout.dispatch == "all_gather":
-            sent = num_tokens * (state + model.top_k.value * _IDS_BYTES)
+            sent = num_tokens * (narrow + model.top_k.value * _IDS_BYTES)
             gather = network.all_gather_us(sent, ranks)
             scatter = network.reduce_scatter_us(num_tokens * state, ranks)
             return 0.0, layers * gather, layers * scatter
@@ -248,13 +267,7 @@ class _MoeStage:
         asks = self.decider.policy.counts_decide
         exchange = network.all_reduce_us(counts, ranks) if asks else 0.0
         busiest_L = pairs_LS.max(1)
-        narrow = model.expert_weight.value if self._is_narrow else model.activation_bytes
-        sent_L = busiest_L * model.hidden.value * narrow
+        sent_L = busiest_L * narrow
         dispatch = sum(network.all_to_all_us(float(sent), ranks) for sent in sent_L)
         combine = sum(network.all_to_all_us(float(pairs * state), ranks) for pairs in busiest_L)
         return exchange, dispatch, combine
-
-    @property
-    def _is_narrow(self) -> bool:
-        """Whether tokens travel to the experts in the experts' 8-bit format."""
-        return self.arm.model.expert_number == "float8"

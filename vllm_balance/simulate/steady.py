@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,18 @@ def cycle_steps(load: Load) -> int:
     return max(own, math.ceil(tokens / load.token_budget))
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A request without its first token."""
+
+    came: int
+    """The step in which it came."""
+    computed: int = 0
+    """Tokens of its prompt."""
+    engine: int | None = None
+    """The one that has begun it."""
+
+
 class _Scheduler:
     """Begins with as many decoding requests as the steady state has, at random places of their
     answers; the others wait, the first of them longest."""
@@ -60,8 +73,7 @@ class _Scheduler:
         waiting = load.concurrency - decoding
         wait = cycle - output
         came = (-(wait * (waiting - 1 - place)) // waiting for place in range(waiting))
-        self.queue = deque([step, 0] for step in came)
-        """Of the requests that wait: the step in which each came, computed tokens of its prompt."""
+        self.queue = deque(_Waiting(step) for step in came)
         self.rows: list[tuple[int, ...]] = []
         """Decoding requests, prompt tokens and finished prompts of each step; of the engine with
         most prompt tokens how many, and what they attend to and read, without and with the
@@ -74,32 +86,44 @@ class _Scheduler:
         now = len(self.rows)
         ended = self.finished[now]
         self.decoding += self.finished[-1] - ended
-        self.queue.extend([now, 0] for _ in range(ended))
-        chunks, prompts = self._take(now, self.load.token_budget - self.decoding)
+        self.queue.extend(_Waiting(now) for _ in range(ended))
+        chunks_D, prompts = self._take(now)
         self.finished.append(prompts)
-        # Engines take whole requests in turn; the first to be dealt one has most.
-        own = chunks[:: self.load.engines]
+        chunks = [chunk for own in chunks_D for chunk in own]
+        own = max(chunks_D, key=lambda own: sum(added for _, added in own))
         far, near = (cache_use(own, window) for window in (NO_WINDOW, self.window))
         tokens, most = (sum(added for _, added in each) for each in (chunks, own))
         self.rows.append((self.decoding, tokens, prompts, most, *far, *near))
 
-    def _take(self, now: int, room: int) -> tuple[list[tuple[int, int]], int]:
-        """(tokens before, tokens) of each chunk of a prompt that there is room for, first come
-        first served and none larger than an engine computes at once; finished prompts."""
-        chunks = []
-        for waiting in self.queue:
-            if not room:
-                break
-            added = min(room, self.load.engine_budget, self.load.prompt_tokens - waiting[1])
-            chunks.append((waiting[1], added))
-            waiting[1] += added
-            room -= added
-        # All prompts are of one length, so that none is finished before those ahead of it.
-        prompts = 0
-        while self.queue and self.queue[0][1] == self.load.prompt_tokens:
-            self.answered.append((self.queue.popleft()[0], now))
-            prompts += 1
-        return chunks, prompts
+    def _take(self, now: int) -> tuple[list[list[tuple[int, int]]], int]:
+        """(tokens before, tokens) of each chunk of a prompt that each engine has room for, first
+        come first served; finished prompts.
+
+        An engine keeps a prompt that it has begun; others go to the engine with most room.
+        """
+        load = self.load
+        room_D = [load.engine_budget - math.ceil(self.decoding / load.engines)] * load.engines
+        chunks_D: list[list[tuple[int, int]]] = [[] for _ in room_D]
+        begun, prompts = [], 0
+        while self.queue:
+            engine = self.queue[0].engine
+            if engine is None:
+                engine = room_D.index(max(room_D))
+                if room_D[engine] <= 0:
+                    break
+            waiting = self.queue.popleft()
+            added = min(max(room_D[engine], 0), load.prompt_tokens - waiting.computed)
+            if added:
+                chunks_D[engine].append((waiting.computed, added))
+            room_D[engine] -= added
+            waiting.engine, waiting.computed = engine, waiting.computed + added
+            if waiting.computed == load.prompt_tokens:
+                self.answered.append((waiting.came, now))
+                prompts += 1
+            else:
+                begun.append(waiting)
+        self.queue.extendleft(reversed(begun))
+        return chunks_D, prompts
 
     def columns(self, start: int) -> Array:
         """Columns of `Steps` from a step on, [M, 9], in the order of COLUMNS."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.replay_rows import ReplaySettings
@@ -140,30 +142,46 @@ def sweep(
         on_rows: told how many rows were added, as they are.
 
     Raises:
-        BalancerError: Ray is not installed, or a cell is impossible.
+        BalancerError: Ray is not installed, a cell is impossible, or another sweep writes there.
     """
-    left = missing(cells, results, decided_by)
-    digests = {cell.key: decided_by(cell) for cell in left}
-    chunks = [left[start : start + CHUNK] for start in range(0, len(left), CHUNK)]
-    for rows in _computed(chunks, address):
-        with results.open("a") as file:
+    with _alone(results) as file:
+        left = missing(cells, results, decided_by)
+        digests = {cell.key: decided_by(cell) for cell in left}
+        chunks = [left[start : start + CHUNK] for start in range(0, len(left), CHUNK)]
+        for rows in _computed(chunks, address):
             for row in rows:
                 digest = digests[row["key"]]
                 own = {} if digest is None else {"decided_by": digest}
                 file.write(json.dumps({**row, **own, **origin}) + "\n")
-        on_rows(len(rows))
+            file.flush()
+            on_rows(len(rows))
     return len(left)
 
 
+@contextmanager
+def _alone(results: Path) -> Iterator[TextIO]:
+    """The file to append to, behind its last whole line: what a killed sweep left is cut off.
+
+    Raises BalancerError if another sweep writes into it.
+    """
+    with results.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BalancerError(
+                f"Another sweep is writing into {results}. Wait for it, or write to another file."
+            ) from error
+        content = results.read_bytes()
+        os.truncate(results, content.rfind(b"\n") + 1)
+        yield file
+
+
 def read(results: Path) -> list[Row]:
-    """The rows of a file, none if it is missing; a last line that was cut short is cut off."""
+    """The rows of a file, none if it is missing; without a last line that is cut short."""
     if not results.exists():
         return []
     content = results.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(results, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
 def _computed(chunks: list[list[Cell]], address: str | None) -> Iterator[list[Row]]:

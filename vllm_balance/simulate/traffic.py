@@ -114,6 +114,12 @@ def recorded(trace: Trace, model: Model, num_layers: int, seed: int, rows: int =
             f"Trace {trace.name} has {trace.num_experts} experts and top-{trace.top_k}, "
             f"{model.name} has {shape[0]} and top-{shape[1]}. Both must be of one model."
         )
+    last = int(trace.layer_index_L[-1])
+    if last >= model.num_layers.value:
+        raise BalancerError(
+            f"Trace {trace.name} has layers up to {last}, and {model.name} has "
+            f"{model.num_layers.value} layers. Both must be of one model."
+        )
     random = np.random.default_rng(seed)
     layers_L = spread_layers(trace.num_layers, num_layers)
     if trace.topk_ids_TLK is None:
