@@ -14,12 +14,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"commands", "simulate"} | {
-    f"{name}.py" for name in ("measurement", "measured_tables", "run_tables", "skew_table")
+    f"{name}.py" for name in ("measurement", "measured_tables", "run_tables", "skew_table", "slo_table")
 }
 """Parts of the package that no server runs."""
 MAKERS = {
     f"vllm_balance/commands/{name}.py"
-    for name in ("expert_probe", "place", "profile", "rank_curves")
+    for name in ("expert_probe", "place", "place_ranks", "profile", "rank_curves")
 }
 """Commands among them that make the files which servers are given: profiles and maps."""
 REPORTING = (

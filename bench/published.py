@@ -22,7 +22,7 @@ from vllm_balance.simulate import (
     simulate,
     skewed,
 )
-from vllm_balance.simulate.advice import most_within
+from vllm_balance.simulate.slo_search import most_within
 from vllm_balance.simulate.decisions import Decider
 from vllm_balance.simulate.run import decider_of
 

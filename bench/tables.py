@@ -33,7 +33,7 @@ from bench import (
     validation,
 )
 from bench.provenance import ROOT
-from vllm_balance import measured_tables, run_tables
+from vllm_balance import measured_tables, run_tables, slo_table
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.measurement import newest_by_machine, read_measurements
 
@@ -169,7 +169,7 @@ def measured_table(name: str) -> str:
     `RUN` by arm, `RUN-slo` throughput within the SLO, `RUN-brief` by arm, of the newest alone.
     """
     run = name.removesuffix("-brief")
-    kind = measured_tables.slo_table if run.endswith("-slo") else run_tables.main_table
+    kind = slo_table.table if run.endswith("-slo") else run_tables.main_table
     path = ROOT / "bench" / "results" / f"{run.removesuffix('-slo')}.jsonl"
     every = [kind(rows) for rows in newest_by_machine(read_measurements(path)).values()]
     return "\n\n".join(map(_written, every if run == name else [_brief(every[0])]))

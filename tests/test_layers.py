@@ -55,6 +55,7 @@ ROWS = [
         "measured_tables",
         "run_tables",
         "skew_table",
+        "slo_table",
     ],
     ["kernels"],
     ["types", "errors"],

@@ -3,7 +3,8 @@
 import pytest
 from measured import row, rows
 
-from vllm_balance.measured_tables import arms_table, grouped, slo_table, slow_table
+from vllm_balance import slo_table
+from vllm_balance.measured_tables import arms_table, grouped, slow_table
 from vllm_balance.measurement import KernelTime
 from vllm_balance.run_tables import main_table, tables
 
@@ -160,7 +161,7 @@ def slo_rows():
 
 
 def test_throughput_within_the_slo_is_the_most_of_concurrencies_that_keep_it():
-    table = slo_table(slo_rows())
+    table = slo_table.table(slo_rows())
     assert [line[:6] for line in table.body] == [
         ["static", "10.0", "8", "90.0", "1 of 1", "2.00"],
         ["eplb", "-", "-", "-", "-", "-"],
@@ -179,7 +180,7 @@ def test_a_concurrency_is_within_the_slo_by_its_median_and_says_how_often_it_was
         ("static", 8): (164.0, 145.0),
         ("metro", 8): (154.0, 144.0),
     }
-    table = slo_table(
+    table = slo_table.table(
         [
             row(arm, load=f"{n}", concurrency=n, slo_tpot_ms=150.0, tpot_ms=ms, position=turn)
             for (arm, n), times in tpots_ms.items()
@@ -195,8 +196,8 @@ def test_requests_within_the_slo_are_those_that_the_client_counted_at_that_concu
         row("static", load="8", concurrency=8, slo_tpot_ms=100.0, tpot_ms=90.0, goodput_per_s=rate)
         for rate in (1.5, 0.0, 1.0)
     ]
-    assert column(slo_table(counted), heading) == ["1.00"]
-    assert column(slo_table([counted[0], row("metro", slo_tpot_ms=100.0)]), heading) == [
+    assert column(slo_table.table(counted), heading) == ["1.00"]
+    assert column(slo_table.table([counted[0], row("metro", slo_tpot_ms=100.0)]), heading) == [
         "1.50",
         "-",
     ]

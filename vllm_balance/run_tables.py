@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from vllm_balance import skew_table
+from vllm_balance import skew_table, slo_table
 from vllm_balance.measured_tables import (
     MeasuredTable,
     arms_table,
     has_few_tokens,
-    slo_table,
     slow_table,
 )
 from vllm_balance.measurement import Measurement
@@ -17,7 +16,7 @@ def tables(rows: list[Measurement]) -> list[MeasuredTable]:
     """All tables of one run: of throughput within the SLO if it has one, and the main one; of
     several skews a line per arm besides, with what the main one leaves out."""
     has_slo = any(row.slo_tpot_ms is not None for row in rows)
-    within = [slo_table(rows)] if has_slo else []
+    within = [slo_table.table(rows)] if has_slo else []
     besides = [arms_table(rows)] if skew_table.has_bound(rows) else []
     return [*within, main_table(rows), *besides]
 

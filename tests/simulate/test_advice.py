@@ -24,9 +24,9 @@ from vllm_balance.simulate.advice import (
     flags_of,
     host_bytes,
     left_out,
-    most_within,
     settings_of,
 )
+from vllm_balance.simulate.slo_search import most_within
 
 OSS = models.load("gpt-oss-20b")
 MODEL = OSS.model_copy(update={"support": "eplb"})

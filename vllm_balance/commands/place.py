@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -11,15 +10,15 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from vllm_balance import documents, maps, profiles, traces
+from vllm_balance import documents, maps, traces
 from vllm_balance.commands.installed import require_vllm
-from vllm_balance.commands.printing import progress, say, spans
-from vllm_balance.cost import GPU_KNEE_TOKENS, CostModel
+from vllm_balance.commands.place_ranks import ranks_of
+from vllm_balance.commands.place_report import report, report_kinds
+from vllm_balance.commands.printing import progress, say
+from vllm_balance.cost import GPU_KNEE_TOKENS
 from vllm_balance.errors import BalancerError, unknown
-from vllm_balance.model_shape import ModelShape, from_config
+from vllm_balance.model_shape import ModelShape
 from vllm_balance.placement import (
     PLACEMENT,
     TRACED,
@@ -33,7 +32,6 @@ from vllm_balance.placement.batches import Batches
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.recording import Phase
-from vllm_balance.trace_summary import CONSISTENT, HEAVY, TEMPORAL, kinds
 
 POLICIES = (*PLACEMENT, *TRACED)
 PHASES = {phase.name.lower(): phase for phase in (Phase.PREFILL, Phase.DECODE)}
@@ -206,112 +204,6 @@ def keep_better(
     return int(better_L.sum())
 
 
-def report_kinds(
-    steps_NLE: np.ndarray, what: str, placement_map: maps.PlacementMap, *, listed: bool
-) -> None:
-    """Prints how many experts are consistent and temporal; if `listed`, which ones, and the ranks
-    of the temporal ones.
-
-    Args:
-        steps_NLE: pairs of each expert in the steps that tell, [N, L, E]; `what` in words.
-        placement_map: of the same layers.
-    """
-    consistent_LE, temporal_LE = kinds(steps_NLE)
-    say(
-        f"Experts per layer in {what}: {consistent_LE.sum(1).mean():.1f} consistent (active in at "
-        f"least {CONSISTENT:.0%} of them), {temporal_LE.sum(1).mean():.1f} temporal (in at most "
-        f"{TEMPORAL:.0%}, with {HEAVY:g} times the load of an active expert)"
-        f"{'' if listed else '; --experts lists them'}."
-    )
-    if not listed:
-        return
-    slots = placement_map.num_physical // placement_map.num_ranks
-    table = Table()
-    table.add_column("layer", justify="right")
-    for heading in ("consistent", "temporal: rank"):
-        table.add_column(heading, overflow="fold")
-    for row, layer in enumerate(placement_map.layers):
-        expert_P = np.array(layer.physical_to_logical)
-        places = [
-            f"{expert}: {spans(np.unique(np.flatnonzero(expert_P == expert) // slots))}"
-            for expert in np.flatnonzero(temporal_LE[row])
-        ]
-        consistent = spans(np.flatnonzero(consistent_LE[row]))
-        table.add_row(str(layer.index), consistent, "; ".join(places) or "-")
-    Console().print(table)
-
-
-def ranks_of(
-    profile: Path | None,
-    model: Path | None,
-    ranks: int | None,
-    speeds: str,
-    knee_tokens: float | None = None,
-) -> tuple[ModelShape, tuple[CostModel, ...]]:
-    """The model's shape and the curve of each rank, measured or assumed.
-
-    Raises:
-        BalancerError: neither or both of profile and model, a knee that is no positive number or
-            is given beside a profile, speeds that are no positive numbers, or numbers of ranks that
-            do not fit each other.
-    """
-    factor_S = _speeds(speeds, ranks)
-    if (profile is None) == (model is None):
-        raise BalancerError(
-            f"place needs --profile FILE or --model MODEL, one of them; "
-            f"{'neither was' if profile is None else 'both were'} given. A profile has the "
-            f"measured curves of x86 CPUs; for other devices give the model, and --speeds if "
-            f"ranks differ."
-        )
-    if knee_tokens is not None and (profile is not None or not 0 < knee_tokens < math.inf):
-        raise BalancerError(
-            f"--knee-tokens {knee_tokens:g} was given; it is a positive number that goes with "
-            f"--model, as a profile has the knee of its ranks."
-        )
-    if profile is not None:
-        measured = profiles.load(profile)
-        shape, costs = (
-            measured.shape,
-            measured.costs_of(ranks or len(factor_S) or len(measured.ranks)),
-        )
-    else:
-        assert model is not None
-        knee = GPU_KNEE_TOKENS if knee_tokens is None else knee_tokens
-        shape, costs = from_config(model), assumed_costs(ranks or len(factor_S), knee)
-    return shape, tuple(
-        cost.slowed(1 / factor)
-        for cost, factor in zip(costs, factor_S or [1.0] * len(costs), strict=True)
-    )
-
-
-def assumed_costs(num_ranks: int, knee_tokens: float) -> tuple[CostModel, ...]:
-    """Equal curves in times of one token: streaming an expert takes as long as computing so many
-    of its tokens.
-
-    Raises:
-        BalancerError: no rank.
-    """
-    if not num_ranks:
-        raise BalancerError("--model says nothing about ranks: add --ranks N, or --speeds 1,1,...")
-    curve = CostModel(a_us=0.0, b_us=knee_tokens, c_us=0.0, beta_us=1.0)
-    return (curve,) * num_ranks
-
-
-def _speeds(asked: str, ranks: int | None) -> list[float]:
-    """The speeds of --speeds, or none."""
-    try:
-        found = [float(part) for part in asked.split(",")] if asked else []
-    except ValueError:
-        found = [math.nan]
-    if not all(math.isfinite(speed) and speed > 0 for speed in found):
-        raise BalancerError(
-            f"--speeds is {asked!r}; needed is a positive number for each rank, as 1,1,0.86,1."
-        )
-    if found and ranks not in (None, len(found)):
-        raise BalancerError(f"--speeds names {len(found)} ranks, and --ranks asks for {ranks}.")
-    return found
-
-
 def policy_of(name: str, *, seed: int, split: Split) -> PlacementPolicy:
     """The policy of this name, one of PLACEMENT."""
     if name == "gem":
@@ -390,22 +282,3 @@ def with_progress(
         found = place(lambda _: bar.advance(task))
         bar.update(task, completed=num_layers)
     return found
-
-
-def report(
-    layer_index_L: np.ndarray, scores: dict[str, np.ndarray], bound_L: np.ndarray, unit: str
-) -> None:
-    """Prints, per layer, the mean modelled time of a batch: the last placement against others."""
-    *bases, own = scores
-    columns = scores | {"lower bound": bound_L}
-    table = Table(title=f"Modelled time of a batch that was not used for placing, {unit}")
-    for heading in ("layer", *columns, *(f"{own} against {base}" for base in bases)):
-        table.add_column(heading, justify="right")
-    for row, layer in enumerate([*layer_index_L, "all"]):
-        pick = {
-            name: float(values.sum() if layer == "all" else values[row])
-            for name, values in columns.items()
-        }
-        gains = [f"{pick[own] / pick[base] - 1:+.1%}" for base in bases]
-        table.add_row(str(layer), *(f"{value:.0f}" for value in pick.values()), *gains)
-    Console().print(table)

@@ -18,6 +18,7 @@ from vllm_balance.simulate.memory import has_room_for_weights, most_in_flight, m
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.run import Arm, expert_times, simulate
+from vllm_balance.simulate.slo_search import misses, most_within
 from vllm_balance.simulate.steps import Load
 from vllm_balance.simulate.traffic import Traffic
 
@@ -31,8 +32,6 @@ MAP = "MAP.json"
 """What `vllm-balance place` writes for `gem`."""
 STEPS = 16
 """Simulated steps per candidate and concurrency, each the mean of many of a cycle."""
-CLOSE = 100
-"""The largest concurrency that keeps an SLO is known to one part in so many."""
 ALIKE = 0.01
 """Relative throughput up to which memory decides."""
 
@@ -98,7 +97,7 @@ class Advice:
         return self.best.balancer != "static" and self.band[0] > 0
 
     @property
-    def static_misses(self) -> bool:
+    def staticmisses(self) -> bool:
         """Whether the SLO is kept only with a balancer."""
         return self.candidates[0].outcome is None
 
@@ -334,60 +333,9 @@ def _candidate(question: Question, balancer: str, redundancy: float, near: int =
         concurrency, made = most_within(slo_us, room, at, near)
     else:
         made = at(asked) if asked <= room else None
-        if made is not None and question.slo_tpot_us is not None and _misses(made, slo_us):
+        if made is not None and question.slo_tpot_us is not None and misses(made, slo_us):
             made = None
         concurrency = 0 if made is None else asked
     return Candidate(
         balancer=balancer, redundancy=redundancy, concurrency=concurrency, outcome=made
     )
-
-
-def most_within(
-    slo_us: float, most: int, at: Callable[[int], Outcome], near: int = 0
-) -> tuple[int, Outcome | None]:
-    """The largest concurrency whose TPOT keeps an SLO, and its outcome; (0, None): not even 1 does.
-
-    It is `most`, or another that is larger by at most one or 1 % misses the SLO.
-
-    Args:
-        slo_us: largest TPOT, microseconds.
-        most: largest concurrency that there is room for.
-        at: simulates a concurrency.
-        near: tried after `most`, e.g. what another candidate reaches; 0: nothing is known.
-    """
-    low, high = 0, most + 1
-    best: Outcome | None = None
-    tried: list[tuple[int, float]] = []
-    while high - low > max(1, low // CLOSE):
-        concurrency = _next(tried, low, high, slo_us, near) if tried else most
-        made = at(concurrency)
-        tried.append((concurrency, made.tpot_us))
-        if _misses(made, slo_us):
-            high = concurrency
-        else:
-            low, best = concurrency, made
-    return low, best
-
-
-def _misses(made: Outcome, slo_us: float) -> bool:
-    """Whether TPOT is longer, or there is none."""
-    return not made.tpot_us <= slo_us
-
-
-def _next(tried: list[tuple[int, float]], low: int, high: int, slo_us: float, near: int) -> int:
-    """The concurrency to try after those with these TPOTs: between `low`, which keeps the SLO, and
-    `high`, which misses it.
-
-    TPOT bends little, so it is where a line through the last two meets the SLO, but as far inside
-    as the answer need be known: that ends the search once the line is right. Where TPOT does bend,
-    every third try takes the geometric mean.
-    """
-    guess = math.sqrt(max(low, 1) * high)
-    if len(tried) == 1 and near:
-        guess = near
-    elif len(tried) % 3 != 1:
-        (first, first_us), (second, second_us) = tried[-2:]
-        if abs(first_us - second_us) > 0:
-            guess = second + (slo_us - second_us) * (second - first) / (second_us - first_us)
-    step = max(1, (low or high) // CLOSE)
-    return max(low + step, min(round(guess), high - step))
