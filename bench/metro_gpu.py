@@ -66,6 +66,7 @@ TYPES = {
     "split": "*i32",
     "offset": "*i32",
     "tokens": "*i32",
+    "counted": "*i32",
 }
 """Of the arguments of all kernels that are no int32: vLLM's types of maps and ids."""
 OPTIONS = ("num_warps", "maxnreg")

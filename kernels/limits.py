@@ -1,4 +1,4 @@
-"""The largest layers and batches that the GPU kernels take.
+"""The largest layers that the GPU kernels take.
 
 One program holds a layer in registers without spilling. Here without Triton, for those who must
 know it before anything runs on a GPU.
@@ -9,18 +9,15 @@ MAX_EXPERTS = 512
 MAX_PHYSICAL = 1024
 """Physical experts of a layer."""
 MAX_RANKS = 64
-MAX_PAIRS = 2**20
-"""(Token, choice) pairs that METRO maps at once."""
 
 
 def sizes_and_limits(
-    balancer: str, *, num_ranks: int, num_experts: int, num_redundant: int, mapped_pairs: int
+    balancer: str, *, num_ranks: int, num_experts: int, num_redundant: int
 ) -> dict[str, tuple[int, int]]:
     """What the kernels of a balancer are asked to take, and the most that they do, by its name.
 
     Args:
         num_redundant: physical experts of a layer beyond the logical ones.
-        mapped_pairs: most (token, choice) pairs that METRO's kernel maps at once.
     """
     sizes = {
         "ranks": (num_ranks, MAX_RANKS),
@@ -28,5 +25,4 @@ def sizes_and_limits(
     }
     if balancer == "metro":
         sizes["experts"] = (num_experts, MAX_EXPERTS)
-        sizes["(token, expert) pairs in a batch"] = (mapped_pairs, MAX_PAIRS)
     return sizes

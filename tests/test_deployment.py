@@ -144,21 +144,19 @@ def test_what_says_how_to_fetch_needs_a_balancer_that_fetches(key):
     ("name", "facts", "sizes", "named"),
     [
         ("metro", {"num_experts": 514}, {}, "514 experts,"),
-        ("metro", {}, {"mapped_pairs": 2**20 + 1}, "1,048,577 (token, expert) pairs in a batch,"),
         ("eplb", {}, {"num_redundant": 1024 - 128 + 2}, "1,026 physical experts,"),
         ("eplb", {"num_ranks": 128}, {}, "128 ranks,"),
     ],
 )
 def test_what_the_gpu_kernels_do_not_take(name, facts, sizes, named):
-    def check(config: BalancerConfig, changes: dict, **sizes: int) -> None:
-        sizes = {"num_redundant": 0, "mapped_pairs": 0} | sizes
-        check_gpu_limits(config, deployment(on_cpu=False, **changes), **sizes)
+    def check(config: BalancerConfig, changes: dict, num_redundant: int = 0) -> None:
+        check_gpu_limits(config, deployment(on_cpu=False, **changes), num_redundant)
 
     config = BalancerConfig(name=name)
     text = refusal(lambda: check(config, facts, **sizes))
     assert f"would route some/model with {named}" in text and "take at most 64 ranks" in text
-    check(config, {"num_experts": 512, "num_ranks": 64}, num_redundant=512, mapped_pairs=2**20)
-    check(BalancerConfig(name="static"), {"num_experts": 1024}, mapped_pairs=2**40)
+    check(config, {"num_experts": 512, "num_ranks": 64}, num_redundant=512)
+    check(BalancerConfig(name="static"), {"num_experts": 1024})
 
 
 def test_who_takes_a_map():

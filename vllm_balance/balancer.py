@@ -171,11 +171,14 @@ class LayerBalancer:
         )
 
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        """Routes ids in the layer's way on scratch buffers: compiles the kernels, counts nothing.
+        """Routes ids in the layer's way on scratch buffers, and selects this rank's pairs: compiles
+        the kernels, counts nothing.
 
         A collective where the way is one.
         """
-        replace(self, tables=tables)._route(ids_TK, None)
+        physical_TK = replace(self, tables=tables)._route(ids_TK, None)
+        if self.experts is not None:
+            self.experts.select(physical_TK, torch.zeros(ids_TK.shape))
 
     def reset(self) -> None:
         """Sets all counters to zero."""

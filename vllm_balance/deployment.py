@@ -121,14 +121,11 @@ def check_eplb_limit(config: BalancerConfig, num_redundant: int) -> None:
         )
 
 
-def check_gpu_limits(
-    config: BalancerConfig, deployment: Deployment, *, num_redundant: int, mapped_pairs: int
-) -> None:
-    """Returns if the GPU kernels take a layer and a batch of this size.
+def check_gpu_limits(config: BalancerConfig, deployment: Deployment, num_redundant: int) -> None:
+    """Returns if the GPU kernels take a layer of this size.
 
     Args:
         num_redundant: physical experts of a layer beyond the logical ones.
-        mapped_pairs: most (token, choice) pairs that METRO's kernel maps at once.
 
     Raises:
         BalancerError: they do not.
@@ -138,7 +135,6 @@ def check_gpu_limits(
         num_ranks=deployment.num_ranks,
         num_experts=deployment.num_experts,
         num_redundant=num_redundant,
-        mapped_pairs=mapped_pairs,
     )
     found = [f"{size:,} {what}" for what, (size, most) in sizes.items() if size > most]
     if found:
@@ -146,7 +142,7 @@ def check_gpu_limits(
         raise BalancerError(
             f"--moe-balancer {config.name} would route {deployment.model} with "
             f"{' and '.join(found)}, and its GPU kernels take at most {limits}. Use fewer ranks or "
-            f"redundant experts or a lower --max-num-batched-tokens, or remove --moe-balancer."
+            f"redundant experts, or remove --moe-balancer."
         )
 
 

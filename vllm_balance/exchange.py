@@ -22,6 +22,7 @@ import torch
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.rebalance import count
+from vllm_balance.kernels.record import record_load
 
 Way = Literal["replicated", "after_gather", "all_reduce"]
 
@@ -72,7 +73,7 @@ def counts_per_rank(
     if topk_ids_TK.is_cpu:
         counts_SE[rank] = count(topk_ids_TK, num_logical)
         return all_reduce(counts_SE)
-    ids_N = topk_ids_TK.flatten().long()
-    is_expert_N = (ids_N >= 0) & (ids_N < num_logical)
-    counts_SE[rank].scatter_add_(0, ids_N.clamp(0, num_logical - 1), is_expert_N.to(torch.int32))
+    record_load(
+        topk_ids_TK, num_physical=num_logical, load_P=counts_SE[rank], record_enabled=None
+    )
     return all_reduce(counts_SE)

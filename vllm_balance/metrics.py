@@ -21,7 +21,8 @@ def add_plan(
 ) -> None:
     """Adds a batch to ``counters`` from its plan, where a rank sees only its own tokens.
 
-    No host sync; a plan may be the host's, as a schedule is, and the counters a device's.
+    No host sync where both are one device's. A plan may be the host's, as a schedule is: then its
+    batch is counted there and copied, which waits for the copy.
 
     Args:
         regime: how the batch was routed; None: compute-bound if an expert's tokens go to several

@@ -96,7 +96,13 @@ class SlotBalancer(LayerBalancer):
     def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
         counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical)
         schedule = self._schedule(counts_FE)
-        _record(_assign(ids_TK, schedule, None, None), schedule, tables, None)
+        physical_TK = _assign(ids_TK, schedule, None, None)
+        if self.way == "all_reduce":
+            add_plan(tables.counters, schedule.plan, schedule.placement, _regime(schedule))
+        else:
+            _record(physical_TK, schedule, tables, None)
+        if self.experts is not None:
+            self.experts.select(physical_TK, torch.zeros(ids_TK.shape))
 
     def reset(self) -> None:
         LayerBalancer.reset(self)

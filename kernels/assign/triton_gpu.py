@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..record.triton_gpu import BLOCK_PAIRS, valid_pairs_of
+from ..record.triton_gpu import BLOCK_PAIRS, bins, valid_pairs_of
 
 
 @triton.jit
@@ -35,9 +35,17 @@ def occurrences(ids, start, pairs, valid_pairs, expert, seen, BLOCK: tl.constexp
     return pair, mine, number, seen + tl.sum(counted, 0)
 
 
+@triton.jit
+def replicas_of(row, R, RB: tl.constexpr):
+    """Slots in a row of the map, which has -1 behind the last one."""
+    column_R = tl.arange(0, RB)
+    slot_R = tl.load(row + column_R, mask=column_R < R, other=-1)
+    return tl.sum((slot_R >= 0).to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def assign_kernel(ids, split, table, offset, valid, out, pairs, top_k, E, R, split_stride, stride,
-                  HAS_OFFSET: tl.constexpr, HAS_VALID: tl.constexpr,
+                  HAS_OFFSET: tl.constexpr, HAS_VALID: tl.constexpr, RB: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
     if expert == E:
@@ -46,7 +54,8 @@ def assign_kernel(ids, split, table, offset, valid, out, pairs, top_k, E, R, spl
         valid_pairs = valid_pairs_of(valid, pairs, top_k, HAS_VALID)
         first = tl.full([], -1, tl.int32)
         last = tl.full([], 0, tl.int32)
-        for column in range(R):
+        count = replicas_of(table + expert.to(tl.int64) * stride, R, RB)
+        for column in range(count):
             share = tl.load(split + expert * split_stride + column)
             last = tl.where(share > 0, column, last)
             first = tl.where((first < 0) & (share > 0), column, first)
@@ -60,7 +69,7 @@ def assign_kernel(ids, split, table, offset, valid, out, pairs, top_k, E, R, spl
             )
             column_B = tl.full([BLOCK], 0, tl.int32) + first
             end = tl.zeros([], tl.int32)
-            for column in range(R):
+            for column in range(count):
                 share = tl.load(split + expert * split_stride + column)
                 inside = (number >= end) & ((number < end + share) | (column == last))
                 column_B = tl.where((share > 0) & inside, column, column_B)
@@ -94,6 +103,7 @@ def assign(
         logical_to_physical_ER.stride(0),
         HAS_OFFSET=offset_E is not None,
         HAS_VALID=num_valid_tokens is not None,
+        RB=bins(num_columns),
         BLOCK=BLOCK_PAIRS,
         num_warps=4,
     )

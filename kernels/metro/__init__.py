@@ -24,9 +24,9 @@ __all__ = ["choose", "route", "split"]
 def choose(tokens_E: torch.Tensor, placement: Placement) -> torch.Tensor:
     """Column of ``logical_to_physical_ER`` that serves each expert, int32 [E]; -1 if inactive.
 
-    The largest number of activated experts on any rank (lambda) is minimal. Within that, the
-    busiest rank's tokens are lowered by local search. Deterministic: equal input, equal choice on
-    every rank.
+    The largest number of activated experts on any rank (lambda) is minimal, on a GPU among choices
+    of the first 8 replicas of each expert. Within that, the busiest rank's tokens are lowered by
+    local search. Deterministic: equal input, equal choice on every rank.
 
     Args:
         tokens_E: (token, choice) pairs of each expert in the global batch, [E] integers.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..record.triton_gpu import sum_on_ranks, widen
 from .parallel_reference import ALONE as _ALONE
 from .parallel_reference import MAX_SHIFTS as _MAX_SHIFTS
 
@@ -76,24 +77,6 @@ def _lookup(values_S, ranks_RE, RB: tl.constexpr, EB: tl.constexpr, SB: tl.const
 
 
 @triton.jit
-def _widen(part_C, first, rank_S, SC: tl.constexpr):
-    """[SB] with ``part_C`` at ``first`` to ``first + SC - 1`` and zero elsewhere."""
-    part_S = tl.gather(part_C, rank_S & (SC - 1), 0)
-    return tl.where((rank_S >= first) & (rank_S < first + SC), part_S, 0)
-
-
-@triton.jit
-def sum_on_ranks(rank_E, values_E, rank_S, SB: tl.constexpr, SC: tl.constexpr):
-    """Sum of the values on each rank, [SB]; ``SC`` ranks at a time, to save registers."""
-    sum_S = tl.zeros([SB], tl.int32)
-    for first in range(0, SB, SC):
-        rank_C = first + tl.arange(0, SC)
-        here_CE = rank_E[None, :] == rank_C[:, None]
-        sum_S += _widen(tl.sum(tl.where(here_CE, values_E[None, :], 0), 1), first, rank_S, SC)
-    return sum_S
-
-
-@triton.jit
 def _accept(target_E, activated_S, limit, rank_S, SB: tl.constexpr, SC: tl.constexpr):
     """Which claims are accepted, in expert order, 0 or 1 [EB], and how many per rank [SB]."""
     accepted_E = tl.zeros_like(target_E)
@@ -105,7 +88,7 @@ def _accept(target_E, activated_S, limit, rank_S, SB: tl.constexpr, SC: tl.const
         order_CE = tl.cumsum(claims_CE, 1)
         accepted_CE = tl.where(order_CE <= room_C[:, None], claims_CE, 0)
         accepted_E += tl.max(accepted_CE, 0)
-        accepted_S += _widen(tl.sum(accepted_CE, 1), first, rank_S, SC)
+        accepted_S += widen(tl.sum(accepted_CE, 1), first, rank_S, SC)
     return accepted_E, accepted_S
 
 
@@ -185,7 +168,7 @@ def _partners(key_E, returns_E, rank_E, rank_S, SB: tl.constexpr, SC: tl.constex
         rank_C = first + tl.arange(0, SC)
         here_CE = returns_E[None, :] & (rank_E[None, :] == rank_C[:, None])
         least_C = tl.min(tl.where(here_CE, key_E[None, :], 2147483647), 1)
-        partner_S += _widen(least_C, first, rank_S, SC)
+        partner_S += widen(least_C, first, rank_S, SC)
     return partner_S
 
 

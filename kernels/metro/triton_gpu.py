@@ -12,25 +12,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ..assign import even_split
 from ..assign.triton_gpu import occurrences, write_non_experts
-from ..limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
-from ..record.layout import Regime
+from ..limits import MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS
 from ..record.triton_gpu import (
     BLOCK_PAIRS,
+    COMPUTE_BOUND,
+    MEMORY_BOUND,
     add_batch,
     bins,
     count_ids,
     recording,
     require_limit,
+    sum_on_ranks,
     valid_pairs_of,
 )
-from .triton_choice import choose_columns, load_ranks, sum_on_ranks
+from .triton_choice import choose_columns, load_ranks
 
 MAX_REPLICAS = 8
 """The choice uses the first 8 replicas of an expert; the even split uses all."""
-MEMORY_BOUND = tl.constexpr(int(Regime.MEMORY_BOUND))
-COMPUTE_BOUND = tl.constexpr(int(Regime.COMPUTE_BOUND))
 
 
 @triton.jit
@@ -100,6 +99,13 @@ def split_expert(ids, out, table, replicas, load, pairs, valid_pairs, tokens, ex
         tl.store(out + pair, tl.load(row + column_B, mask=mine), mask=mine)
 
 
+@triton.jit
+def is_compute_bound(tokens_E, knee_tokens):
+    """Whether active experts have more than ``knee_tokens`` tokens on average."""
+    total, active = tl.sum(tokens_E, 0), tl.sum((tokens_E > 0).to(tl.int32), 0)
+    return (total > 0) & (total.to(tl.float32) > knee_tokens * active.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, out,
                  knee_tokens, pairs, top_k, E, P, S, stride,
@@ -110,8 +116,7 @@ def route_kernel(ids, table, replicas, load, record_enabled, valid, counters, ou
     expert_E = tl.arange(0, EB)
     valid_pairs = valid_pairs_of(valid, pairs, top_k, HAS_VALID)
     tokens_E = count_ids(ids, 0, valid_pairs, E, EB, BLOCK)
-    total, active = tl.sum(tokens_E, 0), tl.sum((tokens_E > 0).to(tl.int32), 0)
-    compute_bound = (total > 0) & (total.to(tl.float32) > knee_tokens * active.to(tl.float32))
+    compute_bound = is_compute_bound(tokens_E, knee_tokens)
     record_load = recording(record_enabled, HAS_LOAD, HAS_RECORD)
     if compute_bound:
         if program == 0:
@@ -146,6 +151,27 @@ def choose_kernel(tokens, table, replicas, out, E, P, S, stride,
     packed_E = load_ranks(table, replicas, stride, E, P, S, expert_E, RB)
     column_E, _, _ = choose_columns(tokens_E, packed_E, S, expert_E, EB, RB, SB, SC)
     tl.store(out + expert_E, column_E, mask=expert_E < E)
+
+
+@triton.jit
+def split_kernel(tokens, table, replicas, out, knee_tokens, E, P, S, stride, out_stride,
+                 EB: tl.constexpr, RB: tl.constexpr, SB: tl.constexpr,
+                 SC: tl.constexpr):  # fmt: skip
+    """Tokens of each replica, into zeros."""
+    expert_E = tl.arange(0, EB)
+    inside_E = expert_E < E
+    tokens_E = tl.load(tokens + expert_E, mask=inside_E, other=0)
+    row_E = out + expert_E.to(tl.int64) * out_stride
+    if is_compute_bound(tokens_E, knee_tokens):
+        count_E = tl.load(replicas + expert_E, mask=inside_E, other=1).to(tl.int32)
+        count_E = tl.minimum(tl.maximum(count_E, 1), out_stride)
+        for column in range(0, tl.max(count_E, 0)):
+            share_E = even_share(expert_E, tokens_E, count_E, column)
+            tl.store(row_E + column, share_E, mask=inside_E & (column < count_E))
+    else:
+        packed_E = load_ranks(table, replicas, stride, E, P, S, expert_E, RB)
+        column_E, _, _ = choose_columns(tokens_E, packed_E, S, expert_E, EB, RB, SB, SC)
+        tl.store(row_E + tl.maximum(column_E, 0), tokens_E, mask=inside_E & (column_E >= 0))
 
 
 def block_sizes(num_experts: int, num_columns: int, num_ranks: int) -> dict[str, int]:
@@ -200,12 +226,11 @@ def route(
     """As ``kernels.metro.route`` into ``out``, arguments already checked.
 
     Raises:
-        ValueError: more experts, ranks or pairs than the kernel takes, or free_tokens.
+        ValueError: more experts or ranks than the kernel takes, or free_tokens.
     """
     _refuse_turns(free_tokens)
     num_experts, num_columns = logical_to_physical_ER.shape
     _require_limits(num_experts, num_physical, num_ranks)
-    require_limit("(token, choice) pairs", topk_ids_TK.numel(), MAX_PAIRS)
     sizes = block_sizes(num_experts, num_columns, num_ranks)
     # With at most knee_tokens pairs no batch is compute-bound: one program is enough.
     programs = 1 if topk_ids_TK.numel() <= knee_tokens else 1 + num_experts
@@ -272,18 +297,25 @@ def split(
     free_tokens: float | None,
     out: torch.Tensor,
 ) -> None:
-    """As ``kernels.metro.split`` into ``out``, arguments already checked.
-
-    Both answers and a choice between them on the device.
+    """As ``kernels.metro.split`` into ``out``, [E, R] dense, arguments already checked.
 
     Raises:
         ValueError: more experts or ranks than the kernel takes, or free_tokens.
     """
     _refuse_turns(free_tokens)
-    column_E = torch.empty_like(tokens_E)
-    choose(tokens_E, logical_to_physical_ER, num_replicas_E, num_ranks, num_physical, column_E)
-    column_E1 = column_E.clamp(min=0).long()[:, None]
-    one_ER = torch.zeros_like(out).scatter_(1, column_E1, tokens_E[:, None])
-    even_ER = even_split(tokens_E, num_replicas_E, out.shape[1])
-    is_compute_bound = tokens_E.sum() > knee_tokens * (tokens_E > 0).sum()
-    torch.where(is_compute_bound, even_ER, one_ER, out=out)
+    num_experts, num_columns = logical_to_physical_ER.shape
+    _require_limits(num_experts, num_physical, num_ranks)
+    out.zero_()
+    split_kernel[(1,)](
+        tokens_E,
+        logical_to_physical_ER,
+        num_replicas_E,
+        out,
+        float(knee_tokens),
+        num_experts,
+        num_physical,
+        num_ranks,
+        logical_to_physical_ER.stride(0),
+        out.stride(0),
+        **block_sizes(num_experts, num_columns, num_ranks),
+    )

@@ -167,5 +167,5 @@ def record_split(
         num_physical,
         num_ranks,
         counters.data_ptr(),
-        -1 if regime is None else regime,
+        -1 if regime is None else int(regime),
     )

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.experts import shared_memory
 from vllm_balance.experts.host_store import ALIGNMENT_BYTES, ExpertLayout, HostStore, Machine
 from vllm_balance.experts.shared_memory import SharedMemory
 
@@ -216,10 +217,24 @@ def test_an_owner_that_is_gone_or_elsewhere_is_named():
             SharedMemory.open(type(address)(**(facts | changed)))
 
 
-def test_more_memory_than_there_is_says_how_much():
-    said = "needs 9,223,372,036,854,775,807 bytes .* fetches no experts"
+def test_more_memory_than_there_is_says_how_much(monkeypatch):
+    """Linux promises a file of any size, and ends who touches its pages."""
+    monkeypatch.setattr(shared_memory, "available_bytes", lambda: 4095)
+    said = "needs 4,096 bytes .* 4,095 are available.* fetches no experts"
+    with pytest.raises(BalancerError, match=said):
+        SharedMemory.allocate(4096)
+    monkeypatch.setattr(shared_memory, "available_bytes", lambda: 2**63)
+    said = "needs 9,223,372,036,854,775,807 bytes .* refuses them.* fetches no experts"
     with pytest.raises(BalancerError, match=said):
         SharedMemory.allocate(2**63 - 1)
+
+
+def test_every_rank_asks_for_huge_pages_of_its_own_mapping(monkeypatch):
+    asked = []
+    monkeypatch.setattr(shared_memory, "ask_for_huge_pages", lambda t: asked.append(t.data_ptr()))
+    owner = SharedMemory.allocate(4096)
+    other = SharedMemory.open(owner.address)
+    assert asked == [owner.bytes_N.data_ptr(), other.bytes_N.data_ptr()]
 
 
 def test_ranks_with_different_experts_are_refused():

@@ -1,4 +1,4 @@
-"""The METRO kernel as compiled for real GPUs: no spills, little shared memory."""
+"""The kernels as compiled for real GPUs: no spills, little shared memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 CHECK = """
 from bench import metro_gpu, sass
 from vllm_balance.kernels.metro.triton_gpu import block_sizes
+from vllm_balance.kernels.record import triton_gpu as record_triton
 
 # Experts, columns, ranks. These two have most to hold, with 255 registers and with 128.
 LARGE = ((256, 8, 64), (512, 8, 64))
@@ -29,6 +30,16 @@ for capability, shape in ((c, shape) for c, shapes in CASES.items() for shape in
     opcodes = [opcode for block in blocks for opcode, _, _ in block.instructions]
     assert len(opcodes) > 1000 and not any(code.startswith(("LDL", "STL")) for code in opcodes)
     assert {"claim", "search", "place", "shift"} <= {stage for b in blocks for stage in b.stages}
+    recording = record_triton.rank_blocks(1024, 64) | {"num_warps": 8}
+    absent = {"HAS_COUNTED": False, "counted": None, "HAS_LOAD": True, "HAS_RECORD": True}
+    for made in (
+        metro_gpu.compile_kernel(record_triton.record_kernel, capability, recording | absent
+            | {"HAS_VALID": True, "PB": 1024, "BLOCK": record_triton.BLOCK_PAIRS}),
+        metro_gpu.compile_kernel(record_triton.record_split_kernel, capability, recording
+            | {"HAS_REGIME": True, "EB": 1024}),
+    ):
+        found = sass.resources(made.asm["cubin"])
+        assert found["stack"] == 0 and found["local"] == 0, ("recording spills", found)
 print("compiled")
 """
 

@@ -20,15 +20,19 @@ from itertools import product
 from bench.metro_gpu import compile_kernel
 from vllm_balance.kernels.assign.triton_gpu import assign_kernel
 from vllm_balance.kernels.metro.triton_gpu import (
-    BLOCK_PAIRS, block_sizes, choose_kernel, route_kernel,
+    BLOCK_PAIRS, block_sizes, choose_kernel, route_kernel, split_kernel,
 )
-from vllm_balance.kernels.record.triton_gpu import record_kernel
+from vllm_balance.kernels.record.triton_gpu import (
+    count_kernel, record_kernel, record_split_kernel,
+)
 
 ARGUMENT = {
     "HAS_LOAD": "load",
     "HAS_RECORD": "record_enabled",
     "HAS_VALID": "valid",
     "HAS_OFFSET": "offset",
+    "HAS_COUNTED": "counted",
+    "HAS_REGIME": "regime",
 }
 
 def variants(*flags):
@@ -38,10 +42,15 @@ def variants(*flags):
 
 sizes = block_sizes(32, 2, 2)
 recorded = ("HAS_LOAD", "HAS_RECORD", "HAS_VALID")
+ranks = {"SB": 2, "SC": 2, "num_warps": 8}
+blocks = {"BINS": 32, "BLOCK": BLOCK_PAIRS, "BLOCKS": 4, "num_warps": 8}
 plan = {
-    record_kernel: ({"PB": 32, "SB": 2, "BLOCK": BLOCK_PAIRS, "num_warps": 8}, recorded),
-    assign_kernel: ({"BLOCK": BLOCK_PAIRS, "num_warps": 4}, ("HAS_OFFSET", "HAS_VALID")),
+    count_kernel: (blocks, ("HAS_RECORD", "HAS_VALID")),
+    record_kernel: (ranks | {"PB": 32, "BLOCK": BLOCK_PAIRS}, ("HAS_COUNTED", *recorded)),
+    record_split_kernel: (ranks | {"EB": 32}, ("HAS_REGIME",)),
+    assign_kernel: ({"RB": 2, "BLOCK": BLOCK_PAIRS, "num_warps": 4}, ("HAS_OFFSET", "HAS_VALID")),
     choose_kernel: (sizes, ()),
+    split_kernel: (sizes, ()),
     route_kernel: (sizes | {"BLOCK": BLOCK_PAIRS}, recorded),
 }
 capability, compiled = int(sys.argv[1]), 0
@@ -56,7 +65,7 @@ print(compiled)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("capability", "variants"), [(80, 4), (90, 8 + 4 + 1 + 8), (100, 4)])
+@pytest.mark.parametrize(("capability", "variants"), [(80, 7), (90, 4 + 16 + 2 + 4 + 1 + 1 + 8), (100, 7)])
 def test_every_kernel_compiles_with_and_without_its_optional_arguments(capability, variants):
     """In a process of its own: Triton must not be loaded in interpreter mode here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm_balance.config import BALANCERS, FETCHES
 from vllm_balance.kernels.assign import assign
 from vllm_balance.kernels.record import Counter, counters_size
-from vllm_balance.routing import FETCHING, ROUTING, LayerTables
+from vllm_balance.routing import FETCHING, ROUTING, LayerTables, metro, static
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.types import Placement
 
@@ -217,3 +217,33 @@ def test_tables_see_a_rearrangement_in_place():
     slots = tables.logical_to_physical_ER
     slots.copy_(torch.where(slots >= 0, case.placement.num_physical - 1 - slots, -1))
     assert torch.equal(tables.placement.physical_to_logical_P, before_P.flip(0))
+
+
+def on_gpu(num_tokens: int, top_k: int) -> torch.Tensor:
+    """Ids of a device that is not here: a shape without memory."""
+    return torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
+
+
+def test_gpu_batches_that_are_compute_bound_by_their_shape_are_spread_by_vllms_kernel(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(metro, "vllm_hash", lambda *_: asked.append("hash"))
+    monkeypatch.setattr(metro, "route", lambda *_, **__: asked.append("fused"))
+    tables = tables_of(random_case(1))
+    most = 10 * tables.num_logical
+    for knee_tokens, ids_TK, held in (
+        (10.0, on_gpu(most, 1), tables),
+        (10.0, on_gpu(most + 1, 1), tables),
+        (math.inf, on_gpu(most + 1, 1), tables),
+        (10.0, on_gpu(most + 1, 1), replace(tables, load_P=None)),
+        (10.0, torch.zeros((most + 1, 1), dtype=torch.int32), tables),
+    ):
+        MetroRouting(knee_tokens).route(ids_TK, held, None)
+    assert asked == ["fused", "hash", "fused", "fused", "fused"]
+
+
+def test_on_a_gpu_static_counts_and_maps_nothing(monkeypatch):
+    counted: list[torch.Tensor] = []
+    monkeypatch.setattr(static, "record", lambda ids_TK, **_: counted.append(ids_TK))
+    ids_TK = on_gpu(4, 2)
+    assert make("static").route(ids_TK, tables_of(one_copy(random_case(1))), None) is ids_TK
+    assert counted == [ids_TK]

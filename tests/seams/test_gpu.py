@@ -11,7 +11,10 @@ import torch
 from moe_configs import moe_config
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEQuantConfig,
+)
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import (
     TritonExperts,
@@ -239,6 +242,24 @@ def test_other_experts_wait_and_it_is_said(experts, monkeypatch):
     shared._config = BalancerConfig(name="harmoeny", threshold_tokens=9, prefetch="sync")
     rank.kernel.impl.fused_experts = object.__new__(TritonExperts)
     assert shared.rules(1.0).fetch_tokens == 9 and said == []
+
+
+@pytest.mark.parametrize(
+    ("quantised", "together"),
+    [
+        ({}, True),
+        ({"per_act_token_quant": True}, False),
+        ({"block_shape": [128, 128]}, False),
+        ({"a2_scale": torch.ones(1)}, False),
+    ],
+)
+def test_experts_whose_scale_depends_on_all_rows_are_computed_at_once(quantised, together):
+    """FP8 with one dynamic scale per tensor: that of some experts' rows is another."""
+    rank = Rank(0)
+    scales = {"w1_scale": torch.ones(1), "w2_scale": torch.ones(1)}
+    config = FusedMoEQuantConfig.make(torch.float8_e4m3fn, **scales, **quantised)
+    rank.kernel.impl.fused_experts = TritonExperts(CONFIG, config)
+    assert computes_as_they_arrive(rank.runner()) is not together
 
 
 def test_a_layer_without_a_modular_kernel_or_map_waits():

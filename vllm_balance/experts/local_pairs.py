@@ -116,6 +116,10 @@ class LocalPairExperts:
         self.recent_ns: deque[int] = deque(maxlen=RECENT_BATCHES)
         """Time of each of the last batches, in the kernel and around it, without waiting, ns."""
 
+    def select(self, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor) -> LocalPairs:
+        """The pairs of a batch that this rank computes."""
+        return select_local_pairs(topk_ids_TK, topk_weights_TK, self._local_P)
+
     def __call__(
         self,
         output_TH: torch.Tensor,
@@ -132,7 +136,7 @@ class LocalPairExperts:
         if self.before is not None:
             self.before(hidden_states_TH)
         start = time.perf_counter_ns()
-        pairs = select_local_pairs(topk_ids_TK, topk_weights_TK, self._local_P)
+        pairs = self.select(topk_ids_TK, topk_weights_TK)
         num_pairs = pairs.token_N.shape[0]
         if num_pairs == 0:
             output_TH.zero_()

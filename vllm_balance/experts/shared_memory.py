@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from vllm_balance.errors import BalancerError
+from vllm_balance.experts.host_memory import available_bytes
 from vllm_balance.experts.huge_pages import ask_for_huge_pages
 
 
@@ -36,6 +37,7 @@ class SharedMemory:
         self._map = mmap.mmap(descriptor, size_bytes)
         self.bytes_N = torch.frombuffer(self._map, dtype=torch.uint8)
         """The memory, uint8 [size_bytes]; keeps the mapping alive."""
+        ask_for_huge_pages(self.bytes_N)
 
     @classmethod
     def allocate(cls, size_bytes: int) -> SharedMemory:
@@ -44,6 +46,13 @@ class SharedMemory:
         Raises:
             BalancerError: the machine does not have this much.
         """
+        free = available_bytes()
+        if size_bytes > free:
+            raise BalancerError(
+                f"The host store of all experts needs {size_bytes:,} bytes of shared memory, and "
+                f"{free:,} are available. Free memory, or use a --moe-balancer that fetches no "
+                f"experts."
+            )
         descriptor = -1
         try:
             descriptor = os.memfd_create("moe_balancer_experts", os.MFD_CLOEXEC)
@@ -57,7 +66,6 @@ class SharedMemory:
                 f"the machine refuses them: {error.strerror}. Free memory, or use a "
                 f"--moe-balancer that fetches no experts."
             ) from error
-        ask_for_huge_pages(shared.bytes_N)
         return shared
 
     @classmethod

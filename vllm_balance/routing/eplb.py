@@ -31,13 +31,14 @@ class EplbRouting:
                 num_replicas_E=tables.num_replicas_E,
                 **tables.kernel_arguments(num_valid_tokens),
             )
-        return _vllm_hash(topk_ids_TK, tables, num_valid_tokens)
+        return vllm_hash(topk_ids_TK, tables, num_valid_tokens)
 
 
-def _vllm_hash(
+def vllm_hash(
     topk_ids_TK: torch.Tensor, tables: LayerTables, num_valid_tokens: torch.Tensor | None
 ) -> torch.Tensor:
-    """vLLM's own kernel for mapping and load, ours for the counters."""
+    """Slots of a batch on a GPU, as `RoutingPolicy.route`: vLLM's own kernel for mapping and load,
+    ours for the counters. Needs ``tables.load_P``."""
     from vllm.model_executor.layers.fused_moe.router.base_router import (
         eplb_map_to_physical_and_record,
     )

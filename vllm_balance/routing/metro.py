@@ -4,7 +4,7 @@ arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/me
 compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
 
 `route` is what a batch meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba
-on CPU, Triton on GPU). `plan` is for the `all_reduce` way: the same decision on exchanged counts.
+on CPU, Triton on GPU), and vLLM's own for GPU batches that need no choice. `plan` is for the `all_reduce` way: the same decision on exchanged counts.
 Tests hold both against `kernels/metro/reference.py` (the smallest lambda by maximum flow, the
 mapping), and the GPU's choice against `parallel_reference.py`.
 """
@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from vllm_balance.kernels.metro import route, split
+from vllm_balance.routing.eplb import vllm_hash
 from vllm_balance.routing.policy import LayerTables
 from vllm_balance.types import Demand, Placement, Plan
 
@@ -26,6 +27,10 @@ class MetroRouting:
     Where experts overlap, above ``knee_tokens`` tokens per active expert. Where a rank computes
     its experts in turn (``free_tokens`` given), if the slowest rank then ends sooner: an expert
     with n tokens takes the time of ``knee_tokens + max(0, n - free_tokens)`` tokens.
+
+    On a GPU a batch with more than ``knee_tokens`` pairs, padding included, per expert of the layer
+    is spread by vLLM's hash: in parallel over its pairs, of which the fused kernel reads all for
+    each expert.
     """
 
     name: ClassVar[str] = "metro"
@@ -45,6 +50,8 @@ class MetroRouting:
         tables: LayerTables,
         num_valid_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
+        if self._is_spread(topk_ids_TK, tables):
+            return vllm_hash(topk_ids_TK, tables, num_valid_tokens)
         return route(
             topk_ids_TK,
             logical_to_physical_ER=tables.logical_to_physical_ER,
@@ -53,3 +60,12 @@ class MetroRouting:
             free_tokens=self.free_tokens,
             **tables.kernel_arguments(num_valid_tokens),
         )
+
+    def _is_spread(self, topk_ids_TK: torch.Tensor, tables: LayerTables) -> bool:
+        """Whether the shape of a GPU batch says that it is compute-bound: the same on all ranks.
+
+        Its active experts, which are at most all, then have more than ``knee_tokens`` on average.
+        """
+        if topk_ids_TK.is_cpu or tables.load_P is None:
+            return False
+        return topk_ids_TK.numel() > self.knee_tokens * tables.num_logical

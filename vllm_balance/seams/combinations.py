@@ -104,15 +104,6 @@ def way_of(config: BalancerConfig, parallel: Any) -> Way:
     )
 
 
-def mapped_pairs(vllm_config: Any, way: Way) -> int:
-    """Most (token, choice) pairs of a batch that a rank maps without counts of other ranks."""
-    if way == "all_reduce":
-        return 0
-    tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    ranks = vllm_config.parallel_config.data_parallel_size
-    return int(ranks * tokens * vllm_config.model_config.get_num_experts_per_tok())
-
-
 def check_device(config: BalancerConfig) -> None:
     """Returns if the settings are for this kind of device. Raises BalancerError if not."""
     from vllm.platforms import current_platform

@@ -34,8 +34,6 @@ from vllm_balance.seams.combinations import (
     check_combination,
     check_device,
     check_replay,
-    mapped_pairs,
-    way_of,
 )
 from vllm_balance.seams.model_config import num_ranks
 from vllm_balance.seams.read_deployment import read_deployment
@@ -79,7 +77,7 @@ def configure(vllm_config: Any) -> None:
     check_combination(config, vllm_config)
     check_device(config)
     deployment = read_deployment(vllm_config, ranks_hold_memory=not is_first)
-    redundant = _redundant_experts(config, deployment, vllm_config)
+    redundant = _redundant_experts(config, deployment)
     if found is not None:
         placement_of(found, vllm_config, redundant)
         if is_first:
@@ -93,7 +91,7 @@ def configure(vllm_config: Any) -> None:
         note_set_up()
 
 
-def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_config: Any) -> int:
+def _redundant_experts(config: BalancerConfig, deployment: Deployment) -> int:
     """Slots of a layer beyond the logical experts, over all ranks, checked against memory."""
     if config.fetches:
         redundant = num_dynamic_slots(config, deployment) * deployment.num_ranks
@@ -101,8 +99,7 @@ def _redundant_experts(config: BalancerConfig, deployment: Deployment, vllm_conf
         redundant = num_redundant_experts(config, deployment)
     check_eplb_limit(config, redundant)
     if not deployment.on_cpu:
-        pairs = mapped_pairs(vllm_config, way_of(config, vllm_config.parallel_config))
-        check_gpu_limits(config, deployment, num_redundant=redundant, mapped_pairs=pairs)
+        check_gpu_limits(config, deployment, redundant)
     return redundant
 
 

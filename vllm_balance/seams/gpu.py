@@ -26,8 +26,9 @@ def experts_of(runner: Any) -> str:
 def computes_as_they_arrive(runner: Any) -> bool:
     """Whether a layer's experts may be computed in two calls with an expert map each.
 
-    vLLM's Triton experts may: they skip what the map does not have. Others choose experts by their
-    rank, take what a dispatch has counted, or leave an output that somebody else sums up.
+    vLLM's Triton experts may, unless their scales depend on all rows: they skip what the map does
+    not have. Others choose experts by their rank, take what a dispatch has counted, or leave an
+    output that somebody else sums up.
     """
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
@@ -41,8 +42,21 @@ def computes_as_they_arrive(runner: Any) -> bool:
     if kernel is None or runner.routed_experts.expert_map is None:
         return False
     all_tokens = (MoEPrepareAndFinalizeNoDPEPModular, MoEPrepareAndFinalizeNaiveDPEPModular)
-    return type(kernel.fused_experts) is TritonExperts and isinstance(
-        kernel.prepare_finalize, all_tokens
+    return (
+        type(kernel.fused_experts) is TritonExperts
+        and isinstance(kernel.prepare_finalize, all_tokens)
+        and not _scales_by_all_rows(kernel.fused_experts)
+    )
+
+
+def _scales_by_all_rows(experts: Any) -> bool:
+    """Whether the inputs of the second product are quantised by one scale for all rows of a call:
+    a call with some of the experts would take another. As TritonExperts.apply decides."""
+    return (
+        experts.quant_dtype is not None
+        and experts.a2_scale is None
+        and experts.block_shape is None
+        and (not experts.per_act_token_quant or experts.quantization_emulation)
     )
 
 

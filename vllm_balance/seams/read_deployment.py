@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from vllm_balance.deployment import Deployment
+from vllm_balance.experts.host_memory import available_bytes
 from vllm_balance.model_shape import NAMES, moe_layers
-from vllm_balance.seams.host_memory import available_bytes
 from vllm_balance.seams.model_config import num_ranks
 
 _UNDER_EIGHT_BITS = re.compile(r"fp[46]|int4|awq|deepseek_v4|bits?\W+[2-6]\b")

@@ -60,7 +60,7 @@ def refusal(
             f"vLLM's EPLB takes {MAX_REDUNDANT:,} redundant experts and here are {num_redundant:,}"
         )
     if hardware.experts == "together":
-        return _beyond_kernels(model, hardware, layout, balancer, num_redundant)
+        return _beyond_kernels(model, layout, balancer, num_redundant)
     return None
 
 
@@ -73,20 +73,16 @@ def _no_fetching(hardware: Hardware, layout: Layout) -> str | None:
 
 
 def _beyond_kernels(
-    model: Model, hardware: Hardware, layout: Layout, balancer: str, num_redundant: int
+    model: Model, layout: Layout, balancer: str, num_redundant: int
 ) -> str | None:
-    """What is more than the GPU kernels take; they map pairs unless counts are exchanged."""
-    maps_pairs = layout.data == 1 or layout.dispatch == "all_gather"
-    tokens = layout.data * hardware.engine.batched_tokens.value if maps_pairs else 0
+    """What is more than the GPU kernels take."""
     sizes = sizes_and_limits(
         balancer,
         num_ranks=layout.num_ranks,
         num_experts=model.num_experts.value,
         num_redundant=num_redundant,
-        mapped_pairs=tokens * model.top_k.value,
     )
     for what, (size, most) in sizes.items():
         if size > most:
-            remedy = " (lower --max-num-batched-tokens)" if "batch" in what else ""
-            return f"its GPU kernels take {most:,} {what}{remedy} and here are {size:,}"
+            return f"its GPU kernels take {most:,} {what} and here are {size:,}"
     return None

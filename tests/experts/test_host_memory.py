@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_balance.seams import host_memory
+from vllm_balance.experts import host_memory
 
 
 @pytest.fixture(autouse=True)
