@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_balance.balancer import LayerBalancer, WorkerBalancer, new_counters, warm_up
+from vllm_balance.balancer import LayerBalancer, new_counters, warm_up
 from vllm_balance.routing import ROUTING, LayerTables
 from vllm_balance.routing.metro import MetroRouting
 from vllm_balance.types import Placement
+from vllm_balance.worker_balancer import WorkerBalancer
 
 IDS_TK = torch.tensor([[0, 1], [0, 2], [3, 0]])
 

@@ -32,6 +32,7 @@ ROWS = [
         "slot_deployment",
         "balancer",
         "slot_balancer",
+        "worker_balancer",
         "simulate",
         "initial_placement",
         "online",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_balance.balancer import WorkerBalancer, new_counters
+from vllm_balance.balancer import new_counters
 from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.prefetch import SyncPrefetch
 from vllm_balance.kernels.rebalance import Rules
@@ -15,6 +15,7 @@ from vllm_balance.prometheus import COUNTERS, GAUGES, PREFIX, exposition, metric
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
+from vllm_balance.worker_balancer import WorkerBalancer
 
 E, S, D = 8, 2, 2
 ASIDE = f"{PREFIX}stepped_aside_total"

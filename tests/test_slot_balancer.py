@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from vllm_balance.balancer import WorkerBalancer, new_counters, warm_up
+from vllm_balance.balancer import new_counters, warm_up
 from vllm_balance.experts.dynamic_slots import LayerSlots
 from vllm_balance.experts.host_store import ExpertLayout, HostStore, Machine
 from vllm_balance.experts.local_pairs import LocalPairExperts
@@ -19,6 +19,7 @@ from vllm_balance.metrics import layer_metrics
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
 from vllm_balance.types import DynamicSlots
+from vllm_balance.worker_balancer import WorkerBalancer
 
 E, S, D, K, HIDDEN = 16, 2, 2, 2, 32
 NUM_PHYSICAL = E + S * D

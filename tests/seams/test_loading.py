@@ -227,7 +227,7 @@ def test_the_mark_by_which_models_load_experts_survives():
 
 def verified(monkeypatch, loading: PlacedLoading, rank: Rank, other: tuple[str, str | None]) -> str:
     """What a worker says of its placement if the other rank of two reports this."""
-    from vllm_balance.seams.worker import BalancedWorker
+    from vllm_balance.seams.agreement import verified_placement
 
     def all_gather_object(found, own, group) -> None:
         found[:] = [own, other]
@@ -235,10 +235,7 @@ def verified(monkeypatch, loading: PlacedLoading, rank: Rank, other: tuple[str, 
     group = SimpleNamespace(world_size=2, cpu_group=None)
     monkeypatch.setattr("vllm.distributed.get_ep_group", lambda: group)
     monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
-    worker = BalancedWorker()
-    worker.loading = loading
-    vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
-    return worker._verified_placement(vllm_config, [SimpleNamespace(routed_experts=rank)])
+    return verified_placement(loading, "auto", [SimpleNamespace(routed_experts=rank)])
 
 
 def test_all_ranks_verify_or_all_refuse(monkeypatch):

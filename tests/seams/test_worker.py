@@ -9,18 +9,19 @@ import torch
 from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.seams import device
+from vllm_balance.seams import worker as worker_module
+from vllm_balance.seams.agreement import agreed_knee, knee_and_free, ranks_are_alike
 from vllm_balance.seams.device import processor
-from vllm_balance.seams.worker import (
-    BalancedWorker,
-    explaining_eplb,
-    knee_and_free,
-    require_alike,
-)
+from vllm_balance.seams.worker import BalancedWorker, explaining_eplb, require_alike
 
 
-def worker(name: str, **settings) -> BalancedWorker:
+def config(name: str, **settings) -> BalancerConfig:
+    return BalancerConfig(name=name, **settings)
+
+
+def worker(name: str) -> BalancedWorker:
     made = BalancedWorker()
-    made.balancer_config = BalancerConfig(name=name, **settings)
+    made.balancer_config = config(name)
     return made
 
 
@@ -51,13 +52,13 @@ def test_only_bfloat16_is_computed_by_amx(monkeypatch):
 def test_ranks_with_other_processors_do_not_route_apart(name, ranks_find):
     own = knee_and_free(BalancerConfig(name=name), torch.float32)
     ranks_find(own)
-    assert worker(name)._agreed_knee(torch.float32) == own
+    assert agreed_knee(config(name), torch.float32) == own
     ranks_find((own[0] + 1, own[1]))
     both = "`knee_tokens` and `free_tokens`" if name == "metro" else "`knee_tokens`"
     with pytest.raises(BalancerError, match=f"rank 1: .*Set {both} in --moe-balancer-config"):
-        worker(name)._agreed_knee(torch.float32)
-    settled = worker(name, knee_tokens=own[0] + 1, free_tokens=own[1])
-    assert settled._agreed_knee(torch.float32) == (own[0] + 1, own[1])
+        agreed_knee(config(name), torch.float32)
+    settled = config(name, knee_tokens=own[0] + 1, free_tokens=own[1])
+    assert agreed_knee(settled, torch.float32) == (own[0] + 1, own[1])
 
 
 @pytest.mark.parametrize("kind", ["worker_cpu:BalancedCPUWorker", "worker_gpu:BalancedGPUWorker"])
@@ -81,7 +82,7 @@ def test_ranks_agree_before_weights_are_loaded(monkeypatch, ranks_find, kind):
 
 def test_who_routes_by_no_knee_needs_no_agreement(ranks_find):
     ranks_find((1e9, None))
-    assert worker("static")._agreed_knee(torch.float32)
+    assert agreed_knee(config("static"), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["metro", "eplb", "first_copy"])
@@ -143,9 +144,9 @@ def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, 
 def test_ranks_are_alike_with_one_processor_and_number_of_threads(ranks_find):
     own = (processor(), torch.get_num_threads())
     ranks_find(own)
-    assert worker("metro")._ranks_are_alike()
+    assert ranks_are_alike()
     ranks_find((own[0], own[1] + 1))
-    assert not worker("metro")._ranks_are_alike()
+    assert not ranks_are_alike()
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_processors_without_a_name_may_differ(ranks_find, arm):
     assert device.processor() is None
     assert device.device_name("float32") == "unknown processor, vec"
     ranks_find((None, torch.get_num_threads()))
-    assert not worker("metro")._ranks_are_alike()
+    assert not ranks_are_alike()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_ranks_are_compared_only_where_their_sums_may_differ(monkeypatch, way, i
     counters = SimpleNamespace(is_cpu=is_cpu)
     layers = [SimpleNamespace(way=way, tables=SimpleNamespace(counters=counters)) for _ in "ab"]
     made.worker_balancer = SimpleNamespace(layers=layers)
-    monkeypatch.setattr(made, "_ranks_are_alike", lambda: bool(asked.append(1)))
+    monkeypatch.setattr(worker_module, "ranks_are_alike", lambda: bool(asked.append(1)))
     made._tell_whether_ranks_are_alike()
     assert len(asked) == asks
     assert [getattr(layer, "ranks_are_alike", None) for layer in layers] == (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,31 +9,30 @@ from typing import Any
 
 import torch
 
-from vllm_balance.balancer import LayerBalancer, WorkerBalancer, warm_up
+from vllm_balance.balancer import LayerBalancer, warm_up
 from vllm_balance.config import BalancerConfig
-from vllm_balance.cost import AMX_KNEE, CPU_KNEE, GPU_KNEE_TOKENS
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.local_pairs import PairBuffers
 from vllm_balance.experts.prefetch import Prefetch
-from vllm_balance.initial_placement import VLLMS_OWN
-from vllm_balance.recording import RecordSettings
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.routing import FETCHING, make_policy
-from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.seams.agreement import (
+    KneeAndFree,
+    agreed_knee,
+    ranks_are_alike,
+    recording_of_all_ranks,
+    verified_placement,
+)
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.device import has_amx_kernel, processor
 from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor
 from vllm_balance.seams.layer_binding import attach, bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
-from vllm_balance.seams.slots import ModelSlots, from_all_ranks
+from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.without_eplb import without_eplb
-
-KneeAndFree = tuple[float, float | None]
-"""`knee_tokens` and `free_tokens` of :class:`MetroRouting`."""
-
+from vllm_balance.worker_balancer import WorkerBalancer
 
 @contextmanager
 def explaining_eplb(config: BalancerConfig) -> Iterator[None]:
@@ -88,7 +86,7 @@ class BalancedWorker(RecordingWorker):
     def init_device(self) -> None:
         """vLLM's, behind which ranks can talk: what they must agree on is known before loading."""
         super().init_device()  # type: ignore[misc]
-        self._knee = self._agreed_knee(self.model_config.dtype)
+        self._knee = agreed_knee(self.balancer_config, self.model_config.dtype)
 
     def bind(self, vllm_config: Any, model: torch.nn.Module) -> None:
         """Gives every MoE layer of the model its balancer.
@@ -115,7 +113,9 @@ class BalancedWorker(RecordingWorker):
         self.worker_balancer = WorkerBalancer(
             balancer=self.balancer_config.name,
             rank=get_ep_group().rank_in_group,
-            placement=self._verified_placement(vllm_config, runners),
+            placement=verified_placement(
+                self.loading, str(vllm_config.load_config.load_format), runners
+            ),
         )
         if self.balancer_config.fetches:
             self._bind_slots(vllm_config, runners)
@@ -129,7 +129,10 @@ class BalancedWorker(RecordingWorker):
         self._tell_whether_ranks_are_alike()
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
-            vllm_config, runners, self.worker_balancer.layers, self._recording_of_all_ranks()
+            vllm_config,
+            runners,
+            self.worker_balancer.layers,
+            recording_of_all_ranks(self.balancer_config.record),
         )
         if self.balancer_config.online is not None:
             self.worker_balancer.online = online_placement(
@@ -138,20 +141,6 @@ class BalancedWorker(RecordingWorker):
                 self.model_runner.eplb_state,
                 self.worker_balancer.layers,
             )
-
-    def _recording_of_all_ranks(self) -> RecordSettings | None:
-        """What to record from the start, the same on all ranks; a collective.
-
-        What tells its files from those of another recording is agreed on here: in the settings it
-        would be part of vLLM's config hash, and every start would compile the model anew.
-        """
-        from vllm.distributed import get_ep_group
-
-        record = self.balancer_config.record
-        if record is None:
-            return None
-        run = from_all_ranks(get_ep_group(), uuid.uuid4().hex)[0]
-        return record.model_copy(update={"run": run})
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's; what was routed up to its end was no request's."""
@@ -166,43 +155,13 @@ class BalancedWorker(RecordingWorker):
             self._prefetch.close()
         super().shutdown()
 
-    def _agreed_knee(self, dtype: torch.dtype) -> KneeAndFree:
-        """`knee_and_free` on this rank, which must be that of all where it decides; a collective.
-
-        Raises:
-            BalancerError: on every rank, if their processors differ and the settings do not decide.
-        """
-        from vllm.distributed import get_ep_group
-
-        own, group = knee_and_free(self.balancer_config, dtype), get_ep_group()
-        if self.balancer_config.name != MetroRouting.name and not self.balancer_config.fetches:
-            return own
-        found = from_all_ranks(group, own)
-        if len(set(found)) > 1:
-            fetches = self.balancer_config.fetches
-            names = "`knee_tokens`" if fetches else "`knee_tokens` and `free_tokens`"
-            raise BalancerError(
-                f"Ranks must route a batch alike, and their processors suggest different {names}: "
-                f"{', '.join(f'rank {rank}: {pair}' for rank, pair in enumerate(found))}. "
-                f"Set {names} in --moe-balancer-config."
-            )
-        return own
-
     def _tell_whether_ranks_are_alike(self) -> None:
         """Tells the layers, if they ask: where CPU ranks choose experts for the same tokens."""
         layers = self.worker_balancer.layers
         if layers[0].way == "replicated" and layers[0].tables.counters.is_cpu:
-            alike = self._ranks_are_alike()
+            alike = ranks_are_alike()
             for layer in layers:
                 layer.ranks_are_alike = alike
-
-    def _ranks_are_alike(self) -> bool:
-        """Whether all ranks are known to have this one's processor and number of threads; a
-        collective."""
-        from vllm.distributed import get_ep_group
-
-        found = from_all_ranks(get_ep_group(), (processor(), torch.get_num_threads()))
-        return len(set(found)) == 1 and found[0][0] is not None
 
     def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
@@ -222,34 +181,6 @@ class BalancedWorker(RecordingWorker):
             layers.append(bind_layer(runner, make, config, buffers, self.loading))
         shared.connect(layers, knee_tokens)
         self.worker_balancer.layers.extend(layers)
-
-    def _verified_placement(self, vllm_config: Any, runners: list[Any]) -> str:
-        """What the status says of the initial placement; every rank takes part or none.
-
-        Raises:
-            BalancerError: on every rank, if a weight did not arrive on any or the ranks loaded
-                different placements.
-        """
-        from vllm.distributed import get_ep_group
-
-        if self.loading is None:
-            return VLLMS_OWN
-        layers = [runner.routed_experts for runner in runners]
-        load_format = str(vllm_config.load_config.load_format)
-        placement, group = self.loading.placement, get_ep_group()
-        own = (placement.checksum, self.loading.problem(layers, load_format))
-        found = from_all_ranks(group, own)
-        problems = [f"rank {rank}: {p}" for rank, (_, p) in enumerate(found) if p is not None]
-        if len({checksum for checksum, _ in found}) > 1:
-            problems.append(f"the ranks loaded different files: {[c[:12] for c, _ in found]}")
-        if problems:
-            raise BalancerError(
-                f"The initial placement ({placement.origin}) did not arrive: "
-                f"{'; '.join(problems)}. {placement.remedy} for this model or load format."
-            )
-        if placement.origin == VLLMS_OWN:
-            return VLLMS_OWN
-        return f"{placement.origin} {placement.checksum[:12]} verified"
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's, where weights are still in the slots that they were loaded to.
@@ -368,14 +299,3 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
     )
 
 
-def knee_and_free(config: BalancerConfig, dtype: torch.dtype) -> KneeAndFree:
-    """`knee_tokens` and `free_tokens` of the settings, or of this kind of device; balancers that
-    fetch take the knee alone."""
-    from vllm.platforms import current_platform
-
-    if config.knee_tokens is not None:
-        return config.knee_tokens, config.free_tokens
-    if not current_platform.is_cpu():
-        return GPU_KNEE_TOKENS, None
-    knee, free = AMX_KNEE if has_amx_kernel(str(dtype).removeprefix("torch.")) else CPU_KNEE
-    return knee, None if config.fetches else free
