@@ -45,7 +45,7 @@ bench: env  ## decode with layers of real size, four balancers: under 20 minutes
 	$(BIN)/python -m bench.run configs/runs/decode.toml $(ARGS)
 	$(BIN)/vllm-balance report bench/results -o report.html
 
-# Run files continue where they were ended, recovery with the next server; the recorder starts anew. Other tables of the
+# Run files continue where they were ended, recorder and recovery too, on fresh servers. Other tables of the
 # docs have commands of their own (python -m ...): bench.exchange, bench.look_ahead,
 # bench.metro_routing, bench.metro_gpu, bench.placement, bench.placement_accuracy,
 # bench.harmoeny_schedule, bench.modelled, bench.validation.

@@ -62,11 +62,11 @@ def arms(cell: Cell, redundancies: tuple[float, ...] = REDUNDANCIES) -> Iterator
 
 
 def phase_cells(fine: bool) -> Iterator[Cell]:
-    """DeepSeek-V3 on H100s over batch, skew, redundancy and ranks."""
+    """DeepSeek-V3 on H200s over batch, skew, redundancy and ranks."""
     batches = [2**power for power in range(4, 13, 1 if fine else 2)]
     zipfs = [round(0.1 * step, 1) for step in range(0, 13, 1 if fine else 4)]
     ratios = (1.0625, 1.125, 1.1875, 1.25, 1.375, 1.5) if fine else (1.125, 1.5)
-    base = replace(DEEPSEEK, hardware="h100", prompt_tokens=1, layers=2, steps=8)
+    base = replace(DEEPSEEK, hardware="h200", prompt_tokens=1, layers=2, steps=8)
     for batch, zipf, ranks in product(batches, zipfs, (8, 16, 32, 64)):
         cell = replace(base, concurrency=batch, zipf=zipf, data=ranks)
         for seed in range(SEEDS):

@@ -3,12 +3,11 @@
 One server, and bursts of requests that alternate between no recording, counts and ids, there and
 back, so that a drift of the machine hits all alike. Recordings start and stop over HTTP between the
 bursts. Rows are JSON lines in bench/results/recorder.jsonl; `started` is the same in all rows of a
-run, and in no other's. Every call starts anew.
+run, and in no other's. A run that was ended continues with the next burst, on a fresh server.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -21,37 +20,37 @@ import numpy as np
 from rich.console import Console
 
 from bench import client, command, markdown, real_size_model, run_files
-from bench.provenance import ROOT, config_hash, provenance
+from bench.ended_run import append, unfinished
+from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.server import Arm, Server
 from bench.starts import Start, arm_of
 from vllm_balance import traces
 
 RUN = run_files.FOLDER / "recorder.toml"
+RESULTS = ROOT / "bench" / "results" / "recorder.jsonl"
 console = Console()
 
 
 def recorder() -> None:
     """Append one row per burst to bench/results/recorder.jsonl and print the table."""
-    started = datetime.now(UTC).isoformat()
     settings = run_files.read(RUN)
     model = real_size_model.ensure(**settings["model"])
     load, order = settings["load"], settings["recordings"]["order"]
+    bursts = list(enumerate(order * settings["recordings"]["rounds"]))
     prompts = prompts_of(load, settings["seed"])
-    rows: list[dict[str, Any]] = []
+    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    origin |= {"sources": sources(), "harness": harness(), **provenance()}
+    rows = unfinished(RESULTS, origin, [position for position, _ in bursts])
+    origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
     with Server(static_arm(settings), model) as server, tempfile.TemporaryDirectory() as to:
         for _ in range(2):
             client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
-        for position, what in enumerate(order * settings["recordings"]["rounds"]):
+        for position, what in bursts[len(rows) :]:
             file = Path(to) / f"{position}.npz"
-            rows.append(
-                {"position": position, "arm": what}
-                | _burst(server, str(model), prompts, load["max_tokens"], what, file)
-            )
+            found = _burst(server, str(model), prompts, load["max_tokens"], what, file)
+            rows.append(origin | {"position": position, "arm": what} | found)
+            append(RESULTS, rows[-1:])
             console.print(rows[-1])
-    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
-    origin |= {"started": started}
-    for row in rows:
-        _append(origin | row | provenance())
     console.print(table(rows))
 
 
@@ -71,13 +70,6 @@ def prompts_of(load: dict[str, Any], seed: int) -> list[str]:
         " ".join(pick.choice(words) for _ in range(load["prompt_words"]))
         for _ in range(load["requests"])
     ]
-
-
-def _append(row: dict[str, Any]) -> None:
-    results = ROOT / "bench" / "results" / "recorder.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _burst(

@@ -9,7 +9,6 @@ that was ended continues with the next server.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ import typer
 from rich.console import Console
 
 from bench import command, counters, gate, markdown, real_size_model, run_files
+from bench.ended_run import append, unfinished
 from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed, prepared, said
 from bench.provenance import ROOT, config_hash, harness, provenance, sources
@@ -37,8 +37,6 @@ SETTLED = 3
 """Last bursts of a phase, whose median is where it ends."""
 NEAR = 0.05
 """A burst within this of where its phase ends counts as recovered, if all behind it do."""
-SAME = ("config_hash", "sources", "harness", "machine", "versions")
-"""What all rows of a run have in common."""
 Row = dict[str, Any]
 console = Console()
 
@@ -59,7 +57,7 @@ def recovery(
     origin |= {"expert_bytes": _expert_bytes(model), "sources": sources(), "harness": harness()}
     origin |= provenance()
     starts = plan(settings, rounds=1)
-    rows = _ended(origin, len(starts))
+    rows = unfinished(RESULTS, origin, [start.position for start in starts])
     origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
     done = {row["position"] for row in rows}
     for start in starts:
@@ -69,20 +67,9 @@ def recovery(
         for row in _live_through(start, model, placed, folder):
             console.print(row)
             own.append({**row, **origin})
-        with RESULTS.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in own))
+        append(RESULTS, own)
         rows += own
     console.print(table(rows))
-
-
-def _ended(origin: Row, servers: int) -> list[Row]:
-    """Rows of the newest run, if it is of the same code, machine and settings and lacks servers."""
-    if not RESULTS.exists():
-        return []
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    newest = [row for row in rows if row["started"] == rows[-1]["started"]]
-    same = all(row.get(key) == origin[key] for row in newest for key in SAME)
-    return newest if same and len({row["position"] for row in newest}) < servers else []
 
 
 def _expert_bytes(model: Path) -> int:

@@ -154,7 +154,8 @@ def _measure(
         for start in group:
             turn = Turn(start, left[start.position], model, placed, watch, say)
             turns.append(up.enter_context(turn.up()))
-        cells = sorted({cell for turn in turns for cell in turn.left}, key=group[0].cells.index)
+        asked = {cell for turn in turns for cell in turn.left}
+        cells = [c for c in dict.fromkeys(c for start in group for c in start.cells) if c in asked]
         for (factor, name), same in itertools.groupby(cells, lambda cell: (cell.slow, cell.load)):
             for turn in turns:
                 turn.get_ready(factor, name)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 import psutil
@@ -75,12 +75,13 @@ class Server:
         self.arm, self.model = arm, model
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
-            prefix=f"vllm-{arm.name}-", suffix=".log", delete=False
-        )
+        self._log: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | Forked | None = None
 
     def __enter__(self) -> Self:
+        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
+            prefix=f"vllm-{self.arm.name}-", suffix=".log", delete=False
+        )
         # A run that is ended takes its server along.
         self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         self._process = self._start()
@@ -88,7 +89,7 @@ class Server:
             wait_until_healthy(
                 self._process,
                 self.url,
-                Path(self._log.name),
+                self._log_file,
                 within_s=START_TIMEOUT_S,
             )
         except BaseException:
@@ -98,18 +99,18 @@ class Server:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._process is not None
+        assert self._process is not None and self._log is not None
         self.resume()
         stop(self._process)
         signal.signal(signal.SIGTERM, self._before)
         self._log.close()
         if not exception or exception[0] is None:
-            Path(self._log.name).unlink(missing_ok=True)
+            self._log_file.unlink(missing_ok=True)
 
     def _start(self) -> subprocess.Popen[bytes] | Forked:
         command = self.arm.command(self.model, self.port)
         environ = environment(self.arm.num_ranks, VLLM_PLUGINS="moe_balancer")
-        return starter().start(command, log=Path(self._log.name), environ=environ)
+        return starter().start(command, log=self._log_file, environ=environ)
 
     def _place_ranks(self) -> None:
         """One core for each rank, as vLLM binds the ranks of a CPU when it spawns them.
@@ -132,7 +133,12 @@ class Server:
     @property
     def log(self) -> str:
         """What the server has printed so far."""
-        return Path(self._log.name).read_text(errors="replace")
+        return self._log_file.read_text(errors="replace")
+
+    @property
+    def _log_file(self) -> Path:
+        assert self._log is not None
+        return Path(self._log.name)
 
     def status(self, *, per_layer: bool = False) -> list[dict[str, Any]]:
         """The counters of every rank's balancer."""

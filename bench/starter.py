@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import setproctitle
 
 IMPORTED = (
@@ -117,20 +118,33 @@ def openmp() -> str:
 
 
 def main() -> int | None:
-    """Serves requests until nobody asks any more. A forked child returns from here as `vllm`."""
+    """Serves requests until nobody asks any more, then ends what is left of its servers: who asked
+    may have been killed. A forked child returns from here as `vllm`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Who asks ends its servers first.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What imports print is no answer.
     for name in IMPORTED:
         import_module(name)
+    servers = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "pid" in request:
             answer = status_of(request["pid"])
         elif (answer := os.fork()) == 0:
             return run(request)
+        else:
+            servers.add(answer)
         print(json.dumps(answer), file=answers, flush=True)
+    end_sessions(servers)
     return None
+
+
+def end_sessions(leaders: set[int]) -> None:
+    """Kills every process of these sessions, also those that are stopped."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) in leaders:
+                os.kill(pid, signal.SIGKILL)
 
 
 def status_of(pid: int) -> int | None:

@@ -43,10 +43,49 @@ with Fake(SimpleNamespace(name="fake"), Path("model")) as server:
 '''
 
 
-def test_a_run_that_is_terminated_takes_its_server_along():
+STARTER = """
+import os, signal, time
+from bench import starter
+
+def run(request):
+    os.setsid()
+    if request["command"] == ["stopped"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+starter.IMPORTED, starter.run = (), run
+starter.main()
+"""
+
+
+def test_servers_end_with_whoever_asked_for_them_even_if_that_was_killed():
+    """Of a killed run only the pipe is closed; in turn a server may be stopped at that moment."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    pids = []
+    for command in ("serving", "stopped"):
+        print(json.dumps({"command": [command]}), file=process.stdin, flush=True)
+        pids.append(int(process.stdout.readline()))
+    assert all(psutil.Process(pid).is_running() for pid in pids)
+    process.stdin.close()
+    assert process.wait(timeout=120) == 0
+    deadline = time.monotonic() + 60
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < deadline, "a server outlived its run"
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_terminated_takes_its_server_along(tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         cwd=Path(__file__).parents[1],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
     )

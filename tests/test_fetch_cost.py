@@ -52,7 +52,10 @@ def test_the_threshold_is_printed_with_its_inputs():
     assert weights == 3 * 2048 * 768
     cost = FetchCost(expert_bytes=2 * weights, copy_bytes_per_s=2 * weights * 1e3, token_us=16.0)
     assert cost.fetch_us == 1000 and cost.threshold_tokens == 63
-    assert "q = 63 tokens" in str(cost) and "9.0 MiB" in str(cost) and "1000 us" in str(cost)
+    assert str(cost) == (
+        "threshold q = 63 tokens: a fetch of 9.0 MiB at 9.44 GB/s takes 1000 us, a token 16.00 us"
+    )
+    assert cost.flop_per_s(weights) == pytest.approx(2 * weights / 16e-6)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])

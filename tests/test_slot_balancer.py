@@ -18,7 +18,7 @@ from vllm_balance.kernels.rebalance import Rules
 from vllm_balance.metrics import layer_metrics
 from vllm_balance.routing import FETCHING, LayerTables
 from vllm_balance.slot_balancer import SlotBalancer
-from vllm_balance.types import DynamicSlots
+from vllm_balance.types import Demand, DynamicSlots
 from vllm_balance.worker_balancer import WorkerBalancer
 
 E, S, D, K, HIDDEN = 16, 2, 2, 2, 32
@@ -276,14 +276,22 @@ def test_memory_does_not_grow_over_2000_batches():
     batch = torch.randn(64, HIDDEN), torch.rand(64, K), torch.empty(64, HIDDEN)
     sizes = []
     for number in range(2001):
+        if number % 2:  # A guess of what this batch asks for, mostly a wrong one.
+            guessed = Demand(tokens_E=torch.bincount(
+                hot(int(rng.integers(E)), 64, seed=number % 50).flatten(), minlength=E
+            ).int())  # fmt: skip
+            state = rank.balancer.dynamic.state
+            guess = rank.balancer.policy.schedule(guessed, state)
+            rank.balancer.dynamic.follow(guess, is_guess=True)
         rank.run(hot(int(rng.integers(E)), 64, seed=number % 50), *batch)
         if number in (800, 1400, 2000):
             gc.collect()
             status = rank.balancer.status()
             held = process.memory_info().rss, len(gc.get_objects())
-            sizes.append((*held, status["fetches"], status["evictions"]))
+            counted = (status[name] for name in ("fetches", "evictions", "wasted_bytes"))
+            sizes.append((*held, *counted))
     rank.prefetch.close()
-    rss, objects, fetches, evictions = np.diff(np.array(sizes), axis=0).min(0)
-    assert fetches > 200 and evictions > 200
+    rss, objects, fetches, evictions, wasted = np.diff(np.array(sizes), axis=0).min(0)
+    assert fetches > 200 and evictions > 200 and wasted > 0
     assert rss < 8 * 2**20 < fetches * 2**18
     assert objects < 100

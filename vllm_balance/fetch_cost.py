@@ -84,3 +84,7 @@ class FetchCost:
             f"{self.expert_bytes / 2**20:.1f} MiB at {self.copy_bytes_per_s / 1e9:.2f} GB/s takes "
             f"{self.fetch_us:.0f} us, a token {self.token_us:.2f} us"
         )
+
+    def flop_per_s(self, num_weights: int) -> float:
+        """phi of an expert with so many weights, as the kernel reaches it."""
+        return 2e6 * num_weights / self.token_us

@@ -119,6 +119,9 @@ class Profile(Document):
     def _in_order(self) -> Self:
         if [rank.rank for rank in self.ranks] != list(range(len(self.ranks))):
             raise ValueError("ranks must be 0, 1, 2 ... in this order")
+        batches = [[point.tokens_E for point in rank.points] for rank in self.ranks]
+        if any(of_rank != batches[0] for of_rank in batches):
+            raise ValueError("all ranks must have points of the same batches")
         return self
 
     @property

@@ -354,6 +354,25 @@ def test_first_tokens_of_balancers_that_fetch_are_predicted_as_published(tmp_pat
     every = points(tmp_path, [each for each in own if each.load == "0.9 onto 10"])
     assert len(every) > 10
     require_as_published(every)
+    first = [p for p in every if (p["kind"], p["what"]) == ("measured", "ttft_ms")]
+    assert len(first) > 2 and all(abs(p["error"]) <= 0.1 for p in first)
+
+
+@pytest.mark.parametrize(
+    ("run", "file"),
+    [
+        ("layout-bfloat16", "cpu-amx"),
+        ("redundancy-bfloat16", "cpu-amx"),
+        ("skew-bfloat16", "cpu-amx"),
+        ("harmoeny-qwen3", "cpu-amx"),
+    ],
+)
+def test_predictions_of_a_load_of_other_runs_come_out_again(tmp_path, run, file):
+    rows = newest_by_machine(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
+    own = rows[hardware.load(file)[0].machine]
+    every = points(tmp_path, [each for each in own if each.load == own[-1].load])
+    assert len(every) > 8
+    require_as_published(every)
 
 
 def require_as_published(made):
@@ -378,6 +397,13 @@ def test_what_is_published_is_near_the_aim():
     ranked = [p["ranked"] for p in rows
               if p["kind"] == "pair" and p["far_apart"] and p["run"] in decoding]  # fmt: skip
     assert len(ranked) > 80 and statistics.mean(ranked) >= 0.9
+    prefill = ("prefill", "harmoeny-short", "harmoeny-qwen3", "harmoeny-moe-heavy")
+    first = [p for p in read(RESULTS) if p.get("run") in prefill and not p.get("kept")]
+    near = [abs(p["error"]) <= 0.25 for p in first
+            if (p["kind"], p["what"]) == ("measured", "ttft_ms")]  # fmt: skip
+    assert len(near) > 40 and all(near)
+    ranked = [p["ranked"] for p in first if p["kind"] == "pair" and p["far_apart"]]
+    assert len(ranked) > 40 and statistics.mean(ranked) >= 0.8
 
 
 def test_the_summary_counts_lines_and_pairs_of_present_code():

@@ -464,11 +464,27 @@ def test_trace_info_prints_a_row_per_layer_and_draws(folder):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_profile_is_drawn(folder):
+def test_a_profile_is_drawn_with_its_points_and_its_fit(folder, monkeypatch):
+    from vllm_balance.commands import pictures
     from vllm_balance.commands.pictures import draw_profile
 
-    draw_profile(profiles.load(folder / "p.json"), folder / "p.png")
+    stored = profiles.load(folder / "p.json")
+    draw_profile(stored, folder / "p.png")
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    draw_profile(stored, folder / "p.png")
+    for rank, axis in zip(stored.ranks, drawn[0].axes, strict=True):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        even = [p for p in rank.points if len(set(p.tokens_E)) == 1]
+        for activated in {len(point.tokens_E) for point in even}:
+            own = sorted([p.tokens_E[0], p.time_us] for p in even if len(p.tokens_E) == activated)
+            assert lines[f"{activated} experts"] == own
+        fitted = [line for line in axis.lines if line.get_linestyle() == "-"]
+        assert len(fitted) == len({len(point.tokens_E) for point in even})
+        tokens, time_us = fitted[0].get_xydata()[-1].tolist()
+        first = min(len(point.tokens_E) for point in even)
+        assert time_us == rank.curve.model.of_experts(np.full(first, int(tokens)))
     with pytest.raises(BalancerError, match="cannot be written"):
         draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
 

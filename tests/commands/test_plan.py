@@ -121,6 +121,20 @@ def test_an_slo_bounds_the_requests_in_flight():
         plan(*SMALL, "--zipf", "0.5", "--slo-tpot", "1us")
 
 
+def test_a_skewed_trace_is_worth_a_balancer(tmp_path):
+    """Zipf 1.5, by the Gumbel trick, where the same load under even routing is left alone."""
+    random = np.random.default_rng(0)
+    popularity_E = -1.5 * np.log(1 + random.permutation(128))
+    noisy_TLE = random.gumbel(size=(4000, 2, 128)) + popularity_E
+    ids_TLK = np.argsort(-noisy_TLE, axis=2)[..., :8].astype(np.uint8)
+    trace = traces.Trace(
+        name="t", num_experts=128, top_k=8, layer_index_L=np.arange(2), topk_ids_TLK=ids_TLK,
+    )  # fmt: skip
+    traces.save(tmp_path / "t.npz", trace)
+    said = plan(*SMALL, "--trace", str(tmp_path / "t.npz"), "--concurrency", "2048")
+    assert "Yes: " in said, said
+
+
 def test_a_trace_is_split_between_placing_and_serving(tmp_path):
     random = np.random.default_rng(0)
     ids_TLK = np.argsort(random.random((400, 2, 128)), axis=2)[..., :8].astype(np.uint8)

@@ -1,5 +1,7 @@
 """`trace info`: of one phase at a time, with the tokens of counts and the experts of a kind."""
 
+import re
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -43,14 +45,21 @@ def test_tokens_of_counts_are_printed_and_the_phase_with_most_steps_is_shown(inf
     said = info()
     assert "[c]: 1 layers, 6 experts, top-2; 8300 tokens, 50 recorded steps; 20 prefill, " in said
     assert "What follows is of the 30 steps of decode (--phase)." in said
-    assert "│ 3 │ 1.92 │ 43% │ 0 │ 1 │" in said
+    assert "│ 3 │ 1.92 │ 43% │ 0 │ 1 │ (2,3,4) │" in said
     assert "of the 20 steps of prefill" in info("--phase", "prefill")
     assert "│ 3 │ 1.50 │ 67% │ 4 │ 0 │" in info("--phase", "prefill")
 
 
-def test_experts_are_listed(info):
-    assert "│ 3 │ - │ 5 │" in info("--experts")
-    assert "│ 3 │ 0-3 │ - │" in info("--experts", "--phase", "prefill")
+def test_experts_groups_and_drift_are_listed(info):
+    said = info("--experts")
+    drift = re.search(r"│ 3 │ - │ 5 │ \(2,3,4\) │ ((?:\d+% ?){10})│", said)
+    assert drift is not None, said
+    shares = [int(share[:-1]) for share in drift[1].split()]
+    # Expert 5 takes all in every fifth step, so in half of the tenths, which have three steps.
+    assert shares[0] == 0 and max(shares) > 0
+    last = re.search(r"\(2,3,4\) │ ([\d.]+)% │", said)
+    assert last is not None and round(float(last[1])) == shares[-1]
+    assert re.search(r"│ 3 │ 0-3 │ - │ - │ (0% ){10}│", info("--experts", "--phase", "prefill"))
 
 
 def test_counts_are_in_steps_already(info):
@@ -80,6 +89,10 @@ def test_the_picture_shows_kind_and_group_of_every_expert(info, tmp_path, monkey
     assert path == tmp_path / "t.png"
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:2] == ["skew", "drift"] and "consistent" in titles[2] and "group" in titles[3]
+    skew, drift = figure.axes[:2]
+    assert skew.lines[0].get_xydata().tolist() == [[3.0, pytest.approx(1.92, abs=0.005)]]
+    assert [len(line.get_ydata()) for line in drift.lines] == [10, 10]
+    assert drift.lines[0].get_ydata()[0] == 0 and max(drift.lines[0].get_ydata()) > 0
     kinds, groups = (axis.images[0].get_array() for axis in figure.axes[2:])
     assert kinds.tolist() == [[0, 0, 0, 0, 0, -1]]
     assert groups.mask.tolist() == [[True, True, False, False, False, True]]

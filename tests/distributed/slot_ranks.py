@@ -217,16 +217,21 @@ def gate(rows_NH: torch.Tensor) -> torch.Tensor:
     return rows_NH @ torch.randn(HIDDEN, NUM_EXPERTS, generator=generator, dtype=torch.float64)
 
 
-def of_the_gate(batches: ranks.Batches) -> ranks.Batches:
-    """The same tokens in the second layer, where its router decides."""
+def of_the_gate(batches: ranks.Batches, rng: np.random.Generator | None) -> ranks.Batches:
+    """The same tokens in the second layer, where its router decides; with `rng` something else,
+    which nobody could guess from the first layer's inputs."""
     found = copy.copy(batches)
     found.ids_GK = gate(batches.hidden_GH).topk(TOP_K, dim=1).indices
+    if rng is not None:
+        shift = int(rng.integers(1, NUM_EXPERTS))
+        found.ids_GK = (found.ids_GK + shift) % NUM_EXPERTS
     return found
 
 
 def sequence(world_size: int) -> list[tuple[ranks.Batches, ranks.Batches]]:
     """Batches in the two layers, whose hot experts change, so that two slots are never enough for
-    long. The second layer's are what its router says of the first one's inputs.
+    long. The second layer's are what its router says of the first one's inputs, but in every third
+    batch, of which look-ahead guesses wrong.
 
     The last but one has no tokens on any rank, the last as many for every expert of both layers.
     """
@@ -248,7 +253,7 @@ def sequence(world_size: int) -> list[tuple[ranks.Batches, ranks.Batches]]:
         num_home = NUM_EXPERTS // world_size
         hot = rng.integers(world_size) * num_home + rng.permutation(num_home)[:3]
         batches.hidden_GH += gate(torch.eye(HIDDEN).double())[:, hot].sum(1)
-        found.append((batches, of_the_gate(batches)))
+        found.append((batches, of_the_gate(batches, rng if number % 3 == 2 else None)))
     nothing = np.empty((0, TOP_K), np.int32)
     even = np.arange(20 * TOP_K, dtype=np.int32).reshape(20, TOP_K) % NUM_EXPERTS
     for name, ids in (("no tokens", nothing), ("even", even)):
@@ -282,6 +287,7 @@ def main() -> None:
                     "early_fetches": sum(layer["early_fetches"] for layer in status),
                     "early_hits": sum(layer["early_hits"] for layer in status),
                     "evictions": sum(layer["evictions"] for layer in status),
+                    "wasted_bytes": sum(layer["wasted_bytes"] for layer in status),
                 }
     Path(sys.argv[4]).write_text(json.dumps(findings))
     dist.barrier()

@@ -68,12 +68,19 @@ def test_a_process_goes_on_while_copies_end_well_and_after_other_errors(said):
 
 @pytest.mark.parametrize(("executor", "ends"), [("mp", True), ("uni", False)])
 def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
+    asked = []
+
+    def rules(knee_tokens, costs):
+        asked.append((knee_tokens, costs))
+        return Rules(threshold_tokens=4, fetch_tokens=4)
+
     shared = SimpleNamespace(
         prefetch=SyncPrefetch(broken),
-        rules=lambda knee_tokens, costs: Rules(threshold_tokens=4, fetch_tokens=4),
+        rules=rules,
         connect=lambda layers, knee_tokens: None,
     )
     monkeypatch.setattr("vllm_balance.seams.worker.ModelSlots", lambda *arguments: shared)
+    monkeypatch.setattr("vllm_balance.seams.worker.measured_costs", lambda *_: ["of a profile"])
     monkeypatch.setattr("vllm.distributed.get_ep_group", lambda: None)
     worker = BalancedWorker()
     worker.balancer_config = BalancerConfig(name="harmoeny")
@@ -82,6 +89,7 @@ def test_a_worker_asks_which_executor_runs_it(executor, ends, monkeypatch):
     worker._knee = 4.0, 2.0
     worker._bind_slots(SimpleNamespace(parallel_config=parallel), [])
     assert isinstance(shared.prefetch, EndingPrefetch) == ends
+    assert asked == [(4.0, ["of a profile"])]
 
 
 def _terminated(executor: str) -> None:

@@ -233,15 +233,16 @@ def test_other_experts_wait_and_it_is_said(experts, monkeypatch):
     shared = object.__new__(ModelSlots)
     shared._on_cpu, shared._runners = False, [rank.runner()]
     shared._config = BalancerConfig(name="harmoeny", threshold_tokens=9)
-    assert shared.rules(1.0).fetch_tokens == 0 and said == []
+    as_set = "MoE balancer harmoeny: threshold q = 9 tokens, as set."
+    assert shared.rules(1.0).fetch_tokens == 0 and said == [as_set]
     rank.kernel.impl.fused_experts = object.__new__(experts)
     assert shared.rules(1.0).fetch_tokens == 9
-    (text,) = said
+    text = said[-1]
     assert f"experts of 1 layers ({experts.__name__})" in text and "--moe-backend triton" in text
     said.clear()
     shared._config = BalancerConfig(name="harmoeny", threshold_tokens=9, prefetch="sync")
     rank.kernel.impl.fused_experts = object.__new__(TritonExperts)
-    assert shared.rules(1.0).fetch_tokens == 9 and said == []
+    assert shared.rules(1.0).fetch_tokens == 9 and said == [as_set]
 
 
 @pytest.mark.parametrize(

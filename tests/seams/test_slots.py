@@ -110,10 +110,15 @@ def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
     monkeypatch.setattr(slots, "token_us", lambda experts: 50.0)
     shared = model_slots(group, [runner(0)])
     home = runner(0).tensors[0][:NUM_EXPERTS]
+    said = []
+    monkeypatch.setattr(slots, "_say", said.append)
     # A copy takes 1,000 us, as long as 20 tokens.
     assert shared.rules(1.0).threshold_tokens == 20
     profiled = CostModel(a_us=0.0, b_us=630.0, c_us=0.0, beta_us=100.0)
     assert shared.rules(1.0, [profiled]).threshold_tokens == 10
+    rates = [f"{2 * 3 * HIDDEN * INNER / us / 1e3:,.0f} GFLOP/s" for us in (50, 100)]
+    assert f"({rates[0]}, measured; means over the ranks)" in said[0]
+    assert f"({rates[1]}, from the profile; means over the ranks)" in said[1]
     assert torch.equal(shared._tensors_L[0][0][:NUM_EXPERTS], home), "measured in a dynamic slot"
 
 

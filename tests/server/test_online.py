@@ -33,7 +33,8 @@ def test_experts_move_while_requests_run(layout, model, dense, tmp_path):
     assert found["swaps"] > 0 and found["decisions"] == found["steps"] // 10 >= 4
     assert min(entry["step"] for entry in found["recent"] if entry["swaps"]) <= 30, "moved too late"
     assert found["swap_us"] > 0 and found["moving_us"] > 0
-    assert all(slowdown > 0 for slowdown in found["slowdown_per_rank"])
+    # The profile is made up, so that no rank is as fast as it says.
+    assert all(slowdown > 0 and slowdown != 1 for slowdown in found["slowdown_per_rank"])
     for key in ("steps", "decisions", "moves", "swaps", "slowdown_per_rank", "drift", "recent"):
         assert found[key] == other[key], f"the ranks moved differently: {key}"
     assert ranks[0]["tokens_per_rank"] == ranks[1]["tokens_per_rank"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,11 @@ def info(
         typer.Option(help=f"One of {', '.join(PHASES)}; default: the one with the most."),
     ] = None,
     experts: Annotated[
-        bool, typer.Option("--experts", help="List consistent and temporal experts.")
+        bool,
+        typer.Option(
+            "--experts",
+            help="List consistent and temporal experts, all groups, and the drift of each tenth.",
+        ),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. trace.png.")] = None,
 ) -> None:
@@ -100,7 +105,7 @@ def _print_layers(trace: traces.Trace, summary: TraceSummary) -> None:
     table.add_column("together", overflow="fold")
     table.add_column("drift", justify="right")
     for row, layer in enumerate(trace.layer_index_L):
-        groups = " ".join(f"({','.join(map(str, g))})" for g in summary.groups_L[row][:3])
+        groups = _groups(summary.groups_L[row][:3])
         more = len(summary.groups_L[row]) - 3
         table.add_row(
             str(layer),
@@ -117,9 +122,16 @@ def _print_layers(trace: traces.Trace, summary: TraceSummary) -> None:
 def _print_experts(trace: traces.Trace, summary: TraceSummary) -> None:
     table = Table()
     table.add_column("layer", justify="right")
-    for heading in ("consistent", "temporal"):
+    for heading in ("consistent", "temporal", "together", "drift by tenth"):
         table.add_column(heading, overflow="fold")
     for row, layer in enumerate(trace.layer_index_L):
         found = (summary.consistent_LE[row], summary.temporal_LE[row])
-        table.add_row(str(layer), *(spans(is_one_E.nonzero()[0]) for is_one_E in found))
+        drift = " ".join(f"{share:.0%}" for share in summary.drift_LN[row])
+        groups = _groups(summary.groups_L[row]) or "-"
+        kinds = (spans(is_one_E.nonzero()[0]) for is_one_E in found)
+        table.add_row(str(layer), *kinds, groups, drift)
     Console().print(table)
+
+
+def _groups(groups: Sequence[Sequence[int]]) -> str:
+    return " ".join(f"({','.join(map(str, group))})" for group in groups)

@@ -78,6 +78,8 @@ class ModelSlots:
         threshold = self._config.threshold_tokens
         if threshold is None:
             threshold = self._derived_threshold(costs)
+        else:
+            _say(f"MoE balancer {self._config.name}: threshold q = {threshold} tokens, as set.")
         return Rules(
             threshold_tokens=threshold,
             fetch_tokens=0 if self._hides_copies() else threshold,
@@ -120,7 +122,12 @@ class ModelSlots:
         of_ranks = from_all_ranks(self._group, own)
         speed, time_us = (statistics.mean(values) for values in zip(*of_ranks, strict=True))
         cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
-        _say(f"MoE balancer {self._config.name}: {cost} (means over the ranks).")
+        matrices = 3 if first.is_act_and_mul else 2
+        weights = matrices * first.hidden_dim * first.intermediate_size_per_partition
+        _say(
+            f"MoE balancer {self._config.name}: {cost} ({cost.flop_per_s(weights) / 1e9:,.0f} "
+            f"GFLOP/s, {'measured' if costs is None else 'from the profile'}; means over the ranks)."
+        )
         return cost.threshold_tokens
 
     def connect(self, layers: list[SlotBalancer], knee_tokens: float) -> None:

@@ -97,7 +97,7 @@ class Advice:
         return self.best.balancer != "static" and self.band[0] > 0
 
     @property
-    def staticmisses(self) -> bool:
+    def static_misses(self) -> bool:
         """Whether the SLO is kept only with a balancer."""
         return self.candidates[0].outcome is None
 
