@@ -158,7 +158,7 @@ def test_steps_are_gathered_while_they_come(tmp_path, monkeypatch):
         chunks = [name for name in archive if name.startswith("counts.")]
     assert len(traces.load(tmp_path / "t.npz").counts_NLE) == 150
     # At every look there would be 30; this process may be off its core for some.
-    assert len(chunks) < 10
+    assert len(chunks) < 20
 
 
 def test_steps_without_tokens_do_not_keep_others_from_the_file(tmp_path, monkeypatch):
