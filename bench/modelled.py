@@ -21,9 +21,9 @@ import typer
 from bench import markdown
 from bench.provenance import ROOT, code, commit, digest_of, versions
 from vllm_balance.commands.printing import progress
-from vllm_balance.slo_table import rate_at
 from vllm_balance.simulate.advice import DYNAMIC_SLOTS, PLACING, REPLICATING
 from vllm_balance.simulate.sweep import Cell, missing, room, sweep
+from vllm_balance.slo_table import rate_at
 
 RESULTS = ROOT / "bench" / "results"
 ZIPFS = (0.3, 0.8)

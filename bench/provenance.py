@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"commands", "simulate"} | {
-    f"{name}.py" for name in ("measurement", "measured_tables", "run_tables", "skew_table", "slo_table")
+    f"{name}.py"
+    for name in ("measurement", "measured_tables", "run_tables", "skew_table", "slo_table")
 }
 """Parts of the package that no server runs."""
 MAKERS = {

@@ -300,7 +300,8 @@ def harmoeny(seed: int) -> Iterator[Row]:
         )
         yield _skewed(says, "fetches beside experts against before: layer latency",
                       f"{says.beside:.1%}", says.beside, beside / before - 1,
-                      "published without its alpha; 0.9 here, a batch with empty slots")  # fmt: skip
+                      "published without its alpha; 0.9 here, a batch with empty slots",
+                      )  # fmt: skip
         even = replace(setup, skew=ReplaySettings(zipf=0.0, seed=1))
         base, ours = run(even, "static", 1.0, seed), run(even, "harmoeny_paper", 1.25, seed)
         yield _skewed(says, "no skew, HarMoEny against round robin: layer latency",
@@ -337,9 +338,7 @@ def _skewed(
     if says is HARMOENY["qwen15-moe-fp32"]:
         remark = "; ".join(filter(None, ("64 experts, as 60 do not divide over 8 ranks", remark)))
     what = f"{says.name}, {what}"
-    return _row(
-        "harmoeny", what, published, reference, predicted, remark, ratio=ratio, form=form
-    )
+    return _row("harmoeny", what, published, reference, predicted, remark, ratio=ratio, form=form)
 
 
 def tempo(seed: int) -> Iterator[Row]:

@@ -79,7 +79,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | Forked | None = None
 
     def __enter__(self) -> Self:
-        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in __exit__
+        self._log = tempfile.NamedTemporaryFile(
             prefix=f"vllm-{self.arm.name}-", suffix=".log", delete=False
         )
         # A run that is ended takes its server along.

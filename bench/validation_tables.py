@@ -58,8 +58,8 @@ def table(name: str, rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row]) -> str:
-    """Per hardware file, how many lines are within the aim and how many pairs in the right order; points
-    of older code are left out."""
+    """Per hardware file, how many lines are within the aim and how many pairs in the right order;
+    points of older code are left out."""
     own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
     body = []
     for name in sorted({row["hardware"] for row in own}):

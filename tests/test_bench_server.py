@@ -1,6 +1,8 @@
 """The servers of benchmarks end with the run that started them."""
 
 import itertools
+import json
+import os
 import signal
 import socket
 import subprocess

@@ -7,8 +7,8 @@ names the balancer itself too. ``?per_layer=true`` adds the counters of every la
 ``POST /moe_balancer/record/start`` with ``{"file": ..., "what": "counts" or "ids", "max_bytes":
 ...}`` records what the router chooses into a new file on the server, until
 ``POST /moe_balancer/record/stop`` or the limit. All of it reaches the ranks of this server's
-engines: not those of other nodes with hybrid or external load balancing. For benchmarks, ``POST /moe_balancer/replay`` gives
-a server whose routing is a replay another skew.
+engines: not those of other nodes with hybrid or external load balancing. For benchmarks,
+``POST /moe_balancer/replay`` gives a server whose routing is a replay another skew.
 """
 
 from __future__ import annotations

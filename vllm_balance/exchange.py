@@ -73,7 +73,5 @@ def counts_per_rank(
     if topk_ids_TK.is_cpu:
         counts_SE[rank] = count(topk_ids_TK, num_logical)
         return all_reduce(counts_SE)
-    record_load(
-        topk_ids_TK, num_physical=num_logical, load_P=counts_SE[rank], record_enabled=None
-    )
+    record_load(topk_ids_TK, num_physical=num_logical, load_P=counts_SE[rank], record_enabled=None)
     return all_reduce(counts_SE)

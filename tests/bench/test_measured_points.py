@@ -305,7 +305,9 @@ def test_tables_name_the_file_of_the_machine(tmp_path, asked):
             for arm in ("static", "metro")]  # fmt: skip
     made = points(tmp_path, rows)
     lines = validation_tables.table("measured", made).splitlines()
-    assert lines[0].startswith("| hardware | run | arm | slower than profiled | TPOT ms: measured |")
+    assert lines[0].startswith(
+        "| hardware | run | arm | slower than profiled | TPOT ms: measured |"
+    )
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| here"] * 2 + ["| other"] * 2
     pairs = validation_tables.table("pairs", made).splitlines()[2:]
     assert [line.split(" | ")[0] for line in pairs] == ["| here", "| other"]

@@ -471,6 +471,8 @@ def test_a_profile_is_drawn_with_its_points_and_its_fit(folder, monkeypatch):
     stored = profiles.load(folder / "p.json")
     draw_profile(stored, folder / "p.png")
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BalancerError, match="cannot be written"):
+        draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
     drawn = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
     draw_profile(stored, folder / "p.png")
@@ -485,8 +487,6 @@ def test_a_profile_is_drawn_with_its_points_and_its_fit(folder, monkeypatch):
         tokens, time_us = fitted[0].get_xydata()[-1].tolist()
         first = min(len(point.tokens_E) for point in even)
         assert time_us == rank.curve.model.of_experts(np.full(first, int(tokens)))
-    with pytest.raises(BalancerError, match="cannot be written"):
-        draw_profile(profiles.load(folder / "p.json"), folder / "p.nonsense")
 
 
 @pytest.mark.timeout(900)

@@ -172,7 +172,7 @@ def check_split(seed: int, case: Case) -> None:
     )
     assert (split_ER.numpy() == expected_ER).all(), seed
     spread = ((expected_ER > 0).sum(1) > 1).any()
-    regime = Regime.COMPUTE_BOUND if even and seed % 8 < 4 or spread else Regime.MEMORY_BOUND
+    regime = Regime.COMPUTE_BOUND if (even and seed % 8 < 4) or spread else Regime.MEMORY_BOUND
     said = regime if seed % 8 < 4 else None
     record_gpu.record_split(split_ER, table_ER, *sizes[::-1], buffers.counted, said)
     held_ER = case.table_ER >= 0

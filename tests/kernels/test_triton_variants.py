@@ -65,7 +65,9 @@ print(compiled)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("capability", "variants"), [(80, 7), (90, 4 + 16 + 2 + 4 + 1 + 1 + 8), (100, 7)])
+@pytest.mark.parametrize(
+    ("capability", "variants"), [(80, 7), (90, 4 + 16 + 2 + 4 + 1 + 1 + 8), (100, 7)]
+)
 def test_every_kernel_compiles_with_and_without_its_optional_arguments(capability, variants):
     """In a process of its own: Triton must not be loaded in interpreter mode here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -44,7 +44,13 @@ def runner(seed: int, *, hidden: int = 8, gate=None):
         routed_experts=SimpleNamespace(
             expert_map=None, quant_method=SimpleNamespace(moe_kernel=None)
         ),
-        moe_config=SimpleNamespace(num_logical_experts=NUM_EXPERTS, experts_per_token=2),
+        moe_config=SimpleNamespace(
+            num_logical_experts=NUM_EXPERTS,
+            experts_per_token=2,
+            hidden_dim=hidden,
+            intermediate_size_per_partition=2,
+            is_act_and_mul=True,
+        ),
     )
 
 
@@ -116,7 +122,7 @@ def test_the_threshold_follows_from_the_speeds(group, monkeypatch):
     assert shared.rules(1.0).threshold_tokens == 20
     profiled = CostModel(a_us=0.0, b_us=630.0, c_us=0.0, beta_us=100.0)
     assert shared.rules(1.0, [profiled]).threshold_tokens == 10
-    rates = [f"{2 * 3 * HIDDEN * INNER / us / 1e3:,.0f} GFLOP/s" for us in (50, 100)]
+    rates = [f"{2 * 3 * 8 * 2 / us / 1e3:,.0f} GFLOP/s" for us in (50, 100)]
     assert f"({rates[0]}, measured; means over the ranks)" in said[0]
     assert f"({rates[1]}, from the profile; means over the ranks)" in said[1]
     assert torch.equal(shared._tensors_L[0][0][:NUM_EXPERTS], home), "measured in a dynamic slot"

@@ -66,9 +66,7 @@ def test_memory_decides_between_equals():
 def test_a_gain_within_the_error_is_none(gain, error, worth):
     best = candidate("metro", 1, 1)
     band = (gain - error, gain + error)
-    made = Advice(
-        candidates=(), left_out={}, best=best, static_rate=1.0, gain=gain, band=band
-    )
+    made = Advice(candidates=(), left_out={}, best=best, static_rate=1.0, gain=gain, band=band)
     assert made.worth_it is worth
 
 

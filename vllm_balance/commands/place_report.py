@@ -1,4 +1,4 @@
-"""What ``vllm-balance place`` prints: modelled times, and which experts are consistent or temporal."""
+"""What ``vllm-balance place`` prints: modelled times, and the kinds of experts."""
 
 from __future__ import annotations
 

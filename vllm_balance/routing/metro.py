@@ -4,9 +4,10 @@ arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/me
 compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
 
 `route` is what a batch meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba
-on CPU, Triton on GPU), and vLLM's own for GPU batches that need no choice. `plan` is for the `all_reduce` way: the same decision on exchanged counts.
-Tests hold both against `kernels/metro/reference.py` (the smallest lambda by maximum flow, the
-mapping), and the GPU's choice against `parallel_reference.py`.
+on CPU, Triton on GPU), and vLLM's own for GPU batches that need no choice. `plan` is for the
+`all_reduce` way: the same decision on exchanged counts. Tests hold both against
+`kernels/metro/reference.py` (the smallest lambda by maximum flow, the mapping), and the GPU's
+choice against `parallel_reference.py`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,5 @@ class StaticRouting(FirstCopyRouting):
     ) -> torch.Tensor:
         if topk_ids_TK.is_cpu:
             return super().route(topk_ids_TK, tables, num_valid_tokens)
-        record(
-            topk_ids_TK, regime=Regime.MEMORY_BOUND, **tables.kernel_arguments(num_valid_tokens)
-        )
+        record(topk_ids_TK, regime=Regime.MEMORY_BOUND, **tables.kernel_arguments(num_valid_tokens))
         return topk_ids_TK

@@ -124,9 +124,10 @@ class ModelSlots:
         cost = FetchCost(expert_bytes=layout.expert_bytes, copy_bytes_per_s=speed, token_us=time_us)
         matrices = 3 if first.is_act_and_mul else 2
         weights = matrices * first.hidden_dim * first.intermediate_size_per_partition
+        how = "measured" if costs is None else "from the profile"
         _say(
             f"MoE balancer {self._config.name}: {cost} ({cost.flop_per_s(weights) / 1e9:,.0f} "
-            f"GFLOP/s, {'measured' if costs is None else 'from the profile'}; means over the ranks)."
+            f"GFLOP/s, {how}; means over the ranks)."
         )
         return cost.threshold_tokens
 

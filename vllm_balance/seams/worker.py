@@ -34,6 +34,7 @@ from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.without_eplb import without_eplb
 from vllm_balance.worker_balancer import WorkerBalancer
 
+
 @contextmanager
 def explaining_eplb(config: BalancerConfig) -> Iterator[None]:
     """Inside, what vLLM says against EPLB while it builds a model comes with what to do.
@@ -297,5 +298,3 @@ def _register_replay(vllm_config: Any, runners: list[Any], settings: ReplaySetti
         top_k=runners[0].moe_config.experts_per_token,
         rank=vllm_config.parallel_config.data_parallel_rank,
     )
-
-

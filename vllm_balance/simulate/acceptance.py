@@ -72,9 +72,7 @@ def _no_fetching(hardware: Hardware, layout: Layout) -> str | None:
     return None
 
 
-def _beyond_kernels(
-    model: Model, layout: Layout, balancer: str, num_redundant: int
-) -> str | None:
+def _beyond_kernels(model: Model, layout: Layout, balancer: str, num_redundant: int) -> str | None:
     """What is more than the GPU kernels take."""
     sizes = sizes_and_limits(
         balancer,

@@ -258,8 +258,8 @@ def _cannot_serve(question: Question) -> str:
         tokens = question.prompt_tokens + question.output_tokens
         return (
             f"The cache of one request of {tokens:,} tokens takes "
-            f"{question.model.cache_bytes(tokens) / 1e9:.0f} GB, and does not fit on {where} beside "
-            f"the weights of {name}. Ask for shorter ones, or use more ranks."
+            f"{question.model.cache_bytes(tokens) / 1e9:.0f} GB, and does not fit on {where} "
+            f"beside the weights of {name}. Ask for shorter ones, or use more ranks."
         )
     if asked is None:
         return (

@@ -142,7 +142,7 @@ class Hardware(Sourced):
     """From host memory to a rank's: what fetched experts come over."""
     profile: str | None = None
     """Measured expert times (`vllm-balance profile`), a file beside this one."""
-    other_profiles: list[str] = []
+    other_profiles: list[str] = Field(default_factory=list)
     """Of experts of other sizes, beside it too."""
 
     @model_validator(mode="after")
