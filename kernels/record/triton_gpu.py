@@ -132,10 +132,10 @@ def record_split_kernel(split, table, counters, E, R, P, S, split_stride, stride
     expert_E, rank_S = tl.arange(0, EB), tl.arange(0, SB)
     row_E = expert_E.to(tl.int64)
     tokens_S, activated_S = tl.zeros([SB], tl.int32), tl.zeros([SB], tl.int32)
-    served_E = tl.zeros([EB], tl.int32)
+    served_E, width_E = tl.zeros([EB], tl.int32), tl.zeros([EB], tl.int32) + R
     column, held = 0, 1
     while held > 0:
-        inside_E = (expert_E < E) & (column < R)
+        inside_E = (expert_E < E) & (column < width_E)
         slot_E = tl.load(table + row_E * stride + column, mask=inside_E, other=-1).to(tl.int32)
         is_slot_E = (slot_E >= 0) & (slot_E < P)
         share_E = tl.load(split + row_E * split_stride + column, mask=is_slot_E, other=0)

@@ -16,7 +16,8 @@ from vllm_balance.traces import Trace
 
 def test_the_rules_are_those_of_a_server_with_this_threshold():
     slots = object.__new__(ModelSlots)
-    slots._on_cpu, slots._config = True, SimpleNamespace(threshold_tokens=RULES.threshold_tokens)
+    settings = {"name": "harmoeny", "threshold_tokens": RULES.threshold_tokens}
+    slots._on_cpu, slots._config = True, SimpleNamespace(**settings)
     assert slots.rules(knee_tokens=RULES.knee_tokens) == RULES
 
 

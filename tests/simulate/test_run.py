@@ -255,10 +255,11 @@ QUANTITIES = (
     "efficiency__attention_compute",
 )
 SLOWER = {name: 0.7 for name in QUANTITIES if name.startswith("efficiency")}
-"""Shares of a peak, so that there is room above."""
-FETCHED = Load(concurrency=256, prompt_tokens=512, output_tokens=2, token_budget=2**17, max_steps=3,
+SLOWER["host__bandwidth"] = 2.0
+"""Shares of a peak, so that there is room above; over PCIe no such batch would fetch."""
+FETCHED = Load(concurrency=128, prompt_tokens=512, output_tokens=2, token_budget=65536, max_steps=3,
                steady=False)  # fmt: skip
-"""Batches that an H100 fetches experts for; a steady load finds them in their slots."""
+"""Batches that experts are fetched for; a steady load finds them in their slots."""
 WAITING = {"prefetch": "sync"}
 """Of an arm that fetches: its experts wait, so that a faster link is seen."""
 
