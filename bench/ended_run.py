@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-SAME = ("config_hash", "sources", "harness", "machine", "versions")
+SAME = ("config_hash", "traffic", "sources", "harness", "machine", "versions")
 """What all rows of a run have in common, beside their start."""
 
 
@@ -27,7 +27,7 @@ def unfinished(results: Path, origin: Row, positions: Sequence[int]) -> list[Row
         results.write_bytes(whole)
     rows = [json.loads(line) for line in whole.splitlines()]
     newest = [row for row in rows if row.get("started") == rows[-1].get("started")]
-    same = all(row.get(key) == origin[key] for row in newest for key in SAME)
+    same = all(row.get(key) == origin.get(key) for row in newest for key in SAME)
     lacks = set(positions) - {row["position"] for row in newest}
     return newest if same and lacks else []
 

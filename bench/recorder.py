@@ -42,13 +42,14 @@ def recorder() -> None:
     origin |= {"sources": sources(), "harness": harness(), **provenance()}
     rows = unfinished(RESULTS, origin, [position for position, _ in bursts])
     origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
+    number = rows[-1]["server"] + 1 if rows else 0
     with Server(static_arm(settings), model) as server, tempfile.TemporaryDirectory() as to:
         for _ in range(2):
             client.send(server.url, str(model), prompts, max_tokens=load["warm_tokens"])
         for position, what in bursts[len(rows) :]:
             file = Path(to) / f"{position}.npz"
             found = _burst(server, str(model), prompts, load["max_tokens"], what, file)
-            rows.append(origin | {"position": position, "arm": what} | found)
+            rows.append(origin | {"position": position, "arm": what, "server": number} | found)
             append(RESULTS, rows[-1:])
             console.print(rows[-1])
     console.print(table(rows))
@@ -123,7 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 arm,
                 str(len(own)),
                 f"{median_ms:.1f}",
-                *_spread([against[row["position"]] for row in own]),
+                *_spread([against[row["position"]] for row in own if row["position"] in against]),
                 f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
                 size,
                 dropped,
@@ -137,15 +138,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def against_off(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """TPOT of each burst by its position, over that of the bursts without recording around it.
+    """TPOT of each burst by its position, over that of the bursts without recording around it on
+    the same server.
 
-    Between two of them on the line between; of a burst without recording, over its neighbours'.
+    Between two of them on the line between; of a burst without recording, over its neighbours'. One
+    that has none, of a run that was ended, is left out.
     """
-    off = {row["position"]: row["tpot_ms"] for row in rows if row["arm"] == "off"}
     found = {}
     for row in rows:
+        own = [each for each in rows if each.get("server") == row.get("server")]
+        off = {each["position"]: each["tpot_ms"] for each in own if each["arm"] == "off"}
         at = row["position"]
         known = sorted(place for place in off if place != at)
+        if not known:
+            continue
         found[at] = row["tpot_ms"] / float(np.interp(at, known, [off[p] for p in known]))
     return found
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from bench import command, counters, gate, markdown, real_size_model, run_files
 from bench.ended_run import append, unfinished
 from bench.load import Load, send, timed
-from bench.placed import SLOW_RANK, Placed, prepared, said
+from bench.placed import SLOW_RANK, Placed, prepared, said, traffic
 from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.server import Server
 from bench.slow_rank import slowed
@@ -55,7 +55,7 @@ def recovery(
     console.print(said(placed.shown_slowdown))
     origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
     origin |= {"expert_bytes": _expert_bytes(model), "sources": sources(), "harness": harness()}
-    origin |= provenance()
+    origin |= {"traffic": _traffic(settings, model, folder), **provenance()}
     starts = plan(settings, rounds=1)
     rows = unfinished(RESULTS, origin, [start.position for start in starts])
     origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
@@ -70,6 +70,14 @@ def recovery(
         append(RESULTS, own)
         rows += own
     console.print(table(rows))
+
+
+def _traffic(settings: Row, model: Path, folder: Path) -> list[str]:
+    """Of every recording that is replayed, which one it is."""
+    phases = settings["phases"].values()
+    names = dict.fromkeys(phase["trace"] for phase in phases if "trace" in phase)
+    replays = [settings["replay"], *(settings["replay"] | {"trace": name} for name in names)]
+    return [traffic(settings | {"replay": replay}, model, folder) for replay in replays]
 
 
 def _expert_bytes(model: Path) -> int:

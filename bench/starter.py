@@ -130,6 +130,8 @@ def main() -> int | None:
         request = json.loads(line)
         if "pid" in request:
             answer = status_of(request["pid"])
+            if answer is not None:  # Its number may become another process's.
+                servers.discard(request["pid"])
         elif (answer := os.fork()) == 0:
             return run(request)
         else:
@@ -140,11 +142,16 @@ def main() -> int | None:
 
 
 def end_sessions(leaders: set[int]) -> None:
-    """Kills every process of these sessions, also those that are stopped."""
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(pid) in leaders:
-                os.kill(pid, signal.SIGKILL)
+    """Kills every process of these sessions, also those that are stopped, until none is left."""
+    found = bool(leaders)
+    while found:
+        found = False
+        for process in psutil.process_iter(["status"]):
+            with contextlib.suppress(ProcessLookupError):
+                dead = process.info["status"] == psutil.STATUS_ZOMBIE
+                if not dead and os.getsid(process.pid) in leaders:
+                    os.kill(process.pid, signal.SIGKILL)
+                    found = True
 
 
 def status_of(pid: int) -> int | None:

@@ -9,6 +9,8 @@ MAX_EXPERTS = 512
 MAX_PHYSICAL = 1024
 """Physical experts of a layer."""
 MAX_RANKS = 64
+MAX_PAIRS = 2**20
+"""(Token, choice) pairs that METRO's kernel chooses for; larger batches are spread without it."""
 
 
 def sizes_and_limits(

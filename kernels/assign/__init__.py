@@ -76,7 +76,8 @@ def assign(
         topk_ids_TK: logical expert ids, int32 or int64 [T, K] contiguous.
         split_ER: tokens of each expert for each replica in the global batch, int32 [E, R]; not
             negative, zero where there is no replica.
-        logical_to_physical_ER: slots, int32 or int64 [E, R or wider], last axis dense.
+        logical_to_physical_ER: slots, int32 or int64 [E, R or wider], last axis dense, -1 behind
+            the last replica.
         offset_E: occurrences of each expert on the ranks before this one, int32 or int64 [E];
             None: this rank sees the batch from its first token on.
         num_valid_tokens: int32, one element: rows from here on are padding. They use up no share

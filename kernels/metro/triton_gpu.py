@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..assign.triton_gpu import occurrences, write_non_experts
-from ..limits import MAX_EXPERTS, MAX_PHYSICAL, MAX_RANKS
+from ..limits import MAX_EXPERTS, MAX_PAIRS, MAX_PHYSICAL, MAX_RANKS
 from ..record.triton_gpu import (
     BLOCK_PAIRS,
     COMPUTE_BOUND,
@@ -226,11 +226,12 @@ def route(
     """As ``kernels.metro.route`` into ``out``, arguments already checked.
 
     Raises:
-        ValueError: more experts or ranks than the kernel takes, or free_tokens.
+        ValueError: more experts, ranks or pairs than the kernel takes, or free_tokens.
     """
     _refuse_turns(free_tokens)
     num_experts, num_columns = logical_to_physical_ER.shape
     _require_limits(num_experts, num_physical, num_ranks)
+    require_limit("(token, choice) pairs", topk_ids_TK.numel(), MAX_PAIRS)
     sizes = block_sizes(num_experts, num_columns, num_ranks)
     # With at most knee_tokens pairs no batch is compute-bound: one program is enough.
     programs = 1 if topk_ids_TK.numel() <= knee_tokens else 1 + num_experts

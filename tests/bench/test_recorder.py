@@ -21,6 +21,12 @@ def test_a_drift_of_the_machine_is_no_cost():
     for row in rows[1:-1]:
         expected = 1.05 if row["arm"] == "counts" else 1.0
         assert found[row["position"]] == pytest.approx(expected, abs=1e-9)
+    # After an end in the middle: another server, twice as slow.
+    two = [row | {"server": row["position"] // 6} for row in rows]
+    slower = [row | {"tpot_ms": row["tpot_ms"] * (1 + row["server"])} for row in two]
+    assert recorder.against_off(slower) == pytest.approx(recorder.against_off(two))
+    alone = [row | {"server": 9} for row in rows[:1]]
+    assert recorder.against_off(alone) == {}
     assert recorder._spread([0.99, 1.0, 1.01, 1.02]) == ("+0.50%", "-0.8% to +1.8%")
 
 

@@ -90,6 +90,7 @@ def living(monkeypatch, tmp_path):
     monkeypatch.setattr(recovery.real_size_model, "ensure", lambda **shape: tmp_path)
     monkeypatch.setattr(recovery, "prepared", lambda *_: SimpleNamespace(shown_slowdown={}))
     monkeypatch.setattr(recovery, "_expert_bytes", lambda model: 2**20)
+    monkeypatch.setattr(recovery, "traffic", lambda settings, *_: settings["replay"]["trace"])
     monkeypatch.setattr(recovery, "provenance", lambda: origin)
     monkeypatch.setattr(recovery, "RESULTS", tmp_path / "recovery.jsonl")
     call.lived = lived

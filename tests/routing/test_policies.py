@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_balance.config import BALANCERS, FETCHES
 from vllm_balance.kernels.assign import assign
+from vllm_balance.kernels.limits import MAX_PAIRS
 from vllm_balance.kernels.record import Counter, counters_size
 from vllm_balance.routing import FETCHING, ROUTING, LayerTables, metro, static
 from vllm_balance.routing.metro import MetroRouting
@@ -229,16 +230,18 @@ def test_gpu_batches_that_are_compute_bound_by_their_shape_are_spread_by_vllms_k
     monkeypatch.setattr(metro, "vllm_hash", lambda *_: asked.append("hash"))
     monkeypatch.setattr(metro, "route", lambda *_, **__: asked.append("fused"))
     tables = tables_of(random_case(1))
-    most = 10 * tables.num_logical
+    most = 10 * tables.num_logical * tables.num_ranks
+    assert most < MAX_PAIRS
     for knee_tokens, ids_TK, held in (
         (10.0, on_gpu(most, 1), tables),
         (10.0, on_gpu(most + 1, 1), tables),
-        (math.inf, on_gpu(most + 1, 1), tables),
+        (math.inf, on_gpu(MAX_PAIRS, 1), tables),
+        (math.inf, on_gpu(MAX_PAIRS + 1, 1), tables),
         (10.0, on_gpu(most + 1, 1), replace(tables, load_P=None)),
         (10.0, torch.zeros((most + 1, 1), dtype=torch.int32), tables),
     ):
         MetroRouting(knee_tokens).route(ids_TK, held, None)
-    assert asked == ["fused", "hash", "fused", "fused", "fused"]
+    assert asked == ["fused", "hash", "fused", "hash", "fused", "fused"]
 
 
 def test_on_a_gpu_static_counts_and_maps_nothing(monkeypatch):

@@ -282,12 +282,16 @@ def _how_to_place(question: Question, found: Candidate) -> str:
     assert found.outcome is not None
     ranks, steps = question.layout.num_ranks, found.outcome.steps
     with_prompts_N = steps.prefill_N > 0
-    mean = np.average(steps.prefill_N[with_prompts_N], weights=steps.times_N[with_prompts_N])
-    prompts = min(round(mean), MOST_HISTORY_TOKENS)
-    if question.output_tokens == 1:
+    mean = float(question.prompt_tokens)  # A cycle that was cut short may have no prompt.
+    if with_prompts_N.any():
+        mean = np.average(steps.prefill_N[with_prompts_N], weights=steps.times_N[with_prompts_N])
+    decode = 0 if question.output_tokens == 1 else found.concurrency
+    scale = max((decode + mean) / MOST_HISTORY_TOKENS, 1.0)
+    prompts = max(1, round(mean / scale))
+    if not decode:
         batches = f"--phase prefill --batch {prompts}"
     else:
-        batches = f"--batch {found.concurrency} --prefill-batch {prompts}"
+        batches = f"--batch {max(1, round(decode / scale))} --prefill-batch {prompts}"
     by = f"--model MODEL --knee-tokens {knee_of(question, found):g}"
     if question.hardware.experts == "in_turn":
         by = "--profile PROFILE"

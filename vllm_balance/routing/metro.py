@@ -4,8 +4,8 @@ arXiv 2512.09277, with the exact optimum in place of the paper's greedy (docs/me
 compute-bound regime tokens decide, not experts, and they are spread evenly (section 4 there).
 
 `route` is what a batch meets where a rank sees all ids: one fused kernel (`kernels/metro/`, numba
-on CPU, Triton on GPU), and vLLM's own for GPU batches that need no choice. `plan` is for the
-`all_reduce` way: the same decision on exchanged counts. Tests hold both against
+on CPU, Triton on GPU), and vLLM's own for the largest GPU batches. `plan` is for the `all_reduce`
+way: the same decision on exchanged counts. Tests hold both against
 `kernels/metro/reference.py` (the smallest lambda by maximum flow, the mapping), and the GPU's
 choice against `parallel_reference.py`.
 """
@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_balance.kernels.limits import MAX_PAIRS
 from vllm_balance.kernels.metro import route, split
 from vllm_balance.routing.eplb import vllm_hash
 from vllm_balance.routing.policy import LayerTables
@@ -29,9 +30,8 @@ class MetroRouting:
     its experts in turn (``free_tokens`` given), if the slowest rank then ends sooner: an expert
     with n tokens takes the time of ``knee_tokens + max(0, n - free_tokens)`` tokens.
 
-    On a GPU a batch with more than ``knee_tokens`` pairs, padding included, per expert of the layer
-    is spread by vLLM's hash: in parallel over its pairs, of which the fused kernel reads all for
-    each expert.
+    On a GPU a batch that is compute-bound by its shape is spread by vLLM's hash: in parallel over
+    its pairs, all of which the fused kernel reads for each expert.
     """
 
     name: ClassVar[str] = "metro"
@@ -42,7 +42,7 @@ class MetroRouting:
         self.free_tokens = free_tokens
 
     def plan(self, demand: Demand, placement: Placement) -> Plan:
-        """As `route` decides, without a host sync."""
+        """One replica or all, as `route` decides, without a host sync; exactly even where all."""
         return Plan(split_ER=split(demand.tokens_E, placement, self.knee_tokens, self.free_tokens))
 
     def route(
@@ -65,8 +65,10 @@ class MetroRouting:
     def _is_spread(self, topk_ids_TK: torch.Tensor, tables: LayerTables) -> bool:
         """Whether the shape of a GPU batch says that it is compute-bound: the same on all ranks.
 
-        Its active experts, which are at most all, then have more than ``knee_tokens`` on average.
+        Even if all ranks' rows but one's are padding, its active experts, which are at most all,
+        have more than ``knee_tokens`` on average. Or it is larger than the fused kernel takes.
         """
         if topk_ids_TK.is_cpu or tables.load_P is None:
             return False
-        return topk_ids_TK.numel() > self.knee_tokens * tables.num_logical
+        surely = tables.num_ranks * self.knee_tokens * tables.num_logical
+        return topk_ids_TK.numel() > min(surely, MAX_PAIRS)
