@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,7 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
     starts = plan(settings, rounds)
     left = {start.position: _left(start, starts, done) for start in starts}
     total = sum(len(start.cells) for start in starts)
+    begun = time.monotonic()
     with _progress(total, total - sum(map(len, left.values()))) as (advance, say):
         if not any(left.values()):
             return
@@ -107,6 +109,8 @@ def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None)
                     _append(results, row)
                     advance()
                     console.print(_line(row))
+    minutes = (time.monotonic() - begun) / 60
+    console.print(f"{file.stem}: {sum(map(len, left.values()))} rows in {minutes:.1f} minutes.")
 
 
 def _done(results: Path, identity: tuple[Any, ...]) -> set[Key]:
