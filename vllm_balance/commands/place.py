@@ -142,8 +142,7 @@ def place(
     else:
         run = partial(policy_of(policy, seed=seed, split=split).place, fit, cluster)
     own_LP = with_progress(policy, recorded.num_layers, run)
-    bases = [base for base in ("linear", "eplb") if base != policy]
-    placements = {base: PLACEMENT[base]().place(fit, cluster) for base in bases} | {policy: own_LP}
+    placements = bases_of(policy, fit, cluster) | {policy: own_LP}
     scores = {
         name: score_L(held_out, found_LP, cluster, split) / len(held_out)
         for name, found_LP in placements.items()
@@ -167,26 +166,37 @@ def place(
             f"Layers for which EPLB's placement was better on the other half, and was taken: "
             f"{sources['layers_of_eplb']}."
         )
+    layers = layers_of(recorded.layer_index_L, placements[policy])
     placement_map = maps.PlacementMap(
         created=datetime.now(UTC),
         policy=policy,
         sources=sources,
         shape=shape,
         num_ranks=cluster.num_ranks,
-        layers=[
-            maps.LayerMap(index=int(index), physical_to_logical=slots_P.tolist())
-            for index, slots_P in zip(recorded.layer_index_L, placements[policy], strict=True)
-        ],
+        layers=layers,
     )
     maps.save(output, placement_map)
-    unit = "us" if profile is not None else "times of a token"
     bound_L = lower_bound_L(held_out, cluster) / len(held_out)
-    report(recorded.layer_index_L, scores, bound_L, unit)
+    report(recorded.layer_index_L, scores, bound_L, "us" if profile else "times of a token")
     for line in lines:
         say(line)
     steps_NLE, what = taken.to_tell_kinds(halves[0], fit)
     report_kinds(steps_NLE, what, placement_map, listed=experts)
     say(f"Wrote {output}: {recorded.num_layers} of the model's {shape.num_layers} layers.")
+
+
+def bases_of(policy: str, fit_NLE: np.ndarray, cluster: Cluster) -> dict[str, np.ndarray]:
+    """Expert of each slot [L, P] by the placements that another one is compared with."""
+    bases = [base for base in ("linear", "eplb") if base != policy]
+    return {base: PLACEMENT[base]().place(fit_NLE, cluster) for base in bases}
+
+
+def layers_of(layer_index_L: np.ndarray, slots_LP: np.ndarray) -> list[maps.LayerMap]:
+    """The layers of a map: their numbers in the model, and the expert of each slot."""
+    return [
+        maps.LayerMap(index=int(index), physical_to_logical=slots_P.tolist())
+        for index, slots_P in zip(layer_index_L, slots_LP, strict=True)
+    ]
 
 
 def keep_better(

@@ -121,12 +121,7 @@ class BalancedWorker(RecordingWorker):
         if self.balancer_config.fetches:
             self._bind_slots(vllm_config, runners)
         else:
-            policy = make_policy(self.balancer_config.name, *self._knee)
-            make = partial(LayerBalancer, policy=policy)
-            buffers = PairBuffers()
-            for runner in runners:
-                layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
-                self.worker_balancer.layers.append(layer)
+            self._bind_layers(runners)
         self._tell_whether_ranks_are_alike()
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
@@ -163,6 +158,14 @@ class BalancedWorker(RecordingWorker):
             alike = ranks_are_alike()
             for layer in layers:
                 layer.ranks_are_alike = alike
+
+    def _bind_layers(self, runners: list[Any]) -> None:
+        """Gives the layers balancers whose experts stay where they are within a batch."""
+        policy = make_policy(self.balancer_config.name, *self._knee)
+        make, buffers = partial(LayerBalancer, policy=policy), PairBuffers()
+        for runner in runners:
+            layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
+            self.worker_balancer.layers.append(layer)
 
     def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
         from vllm.distributed import get_ep_group
