@@ -284,7 +284,8 @@ def _how_to_place(question: Question, found: Candidate) -> str:
     with_prompts_N = steps.prefill_N > 0
     mean = float(question.prompt_tokens)  # A cycle that was cut short may have no prompt.
     if with_prompts_N.any():
-        mean = np.average(steps.prefill_N[with_prompts_N], weights=steps.times_N[with_prompts_N])
+        tokens_N, times_N = steps.prefill_N[with_prompts_N], steps.times_N[with_prompts_N]
+        mean = float(np.average(tokens_N, weights=times_N))
     decode = 0 if question.output_tokens == 1 else found.concurrency
     scale = max((decode + mean) / MOST_HISTORY_TOKENS, 1.0)
     prompts = max(1, round(mean / scale))
