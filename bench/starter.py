@@ -120,7 +120,9 @@ def openmp() -> str:
 def main() -> int | None:
     """Serves requests until nobody asks any more, then ends what is left of its servers: who asked
     may have been killed. A forked child returns from here as `vllm`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Who asks ends its servers first.
+    # They may be meant for a whole group of processes: who asks ends its servers first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What imports print is no answer.
     for name in IMPORTED:
@@ -164,6 +166,7 @@ def run(request: dict[str, Any]) -> int | None:
     """In the forked process: becomes `vllm ...`."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, of in enumerate((nothing, log, log)):

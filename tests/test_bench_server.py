@@ -75,6 +75,7 @@ def test_servers_end_with_whoever_asked_for_them_even_if_that_was_killed():
         print(json.dumps({"command": [command]}), file=process.stdin, flush=True)
         pids.append(int(process.stdout.readline()))
     assert all(psutil.Process(pid).is_running() for pid in pids)
+    process.send_signal(signal.SIGTERM)  # As `timeout` sends it to the whole group.
     process.stdin.close()
     assert process.wait(timeout=120) == 0
     deadline = time.monotonic() + 60
