@@ -150,6 +150,7 @@ def _without_fixed(
             "layer": zero,
             "step": zero,
             "token": zero,
+            "prompt_value": {**zero, "source": "prompts"},
             "request": {**zero, "source": "bursts"},
             "request_beside": {**zero, "source": "bursts"},
         },
@@ -175,8 +176,8 @@ def _without_fixed(
             "served": "`python -m bench.machine`: predicted over measured time of the experts of "
             "servers of one and two layers, median over loads",
             "bursts": "`python -m bench.machine`: what is left of TTFT of bursts of short prompts",
-            "prompts": "`python -m bench.machine`: how much longer a prompt of 1,000 tokens takes "
-            "than one of 500, beyond experts and products",
+            "prompts": "`python -m bench.machine`: what is left of TTFT of prompts of 500 and 1,000 "
+            "tokens beyond experts, products and fixed times",
             "vllm": f"vLLM 0.32, EngineArgs.get_batch_defaults, for `vllm serve` on CPUs, times "
             f"{ranks} tensor-parallel ranks",
         },
@@ -185,7 +186,7 @@ def _without_fixed(
 
 def _with_fixed(tables: Tables, found: machine_numbers.Values) -> Tables:
     full = deepcopy(tables)
-    for key in ("layer", "step", "token", "request", "request_beside"):
+    for key in ("layer", "step", "token", "prompt_value", "request", "request_beside"):
         full["fixed"][key] = _number(found[key], "us", full["fixed"][key]["source"])
     for balancer in full["decide"]:
         full["decide"][balancer] = _number(found["decide"], "us", "servers")

@@ -10,7 +10,10 @@ median over loads of predicted over measured time. With that, by non-negative le
 The first is of relative errors, and a median over repeats in which all requests decode together;
 rows have the experts' time on one rank, and by how much the slowest of each layer is behind is the
 simulator's. The second is their median too, or the fastest of repeats that do not say how fast the
-machine was. Attention is from how much longer a longer prompt takes.
+machine was. With these, from prompts of several lengths T and layers of so many values per token::
+
+    TTFT - fixed times - experts measured - rest predicted
+        = L * T * values * prompt_value + (1 / attention_compute - 1) * scores at the peak
 
 All of it is of a machine that is as fast as when the profile was measured: times of rows that say
 how much slower the kernel was just then (bench/speed.py) are divided by it.
@@ -58,6 +61,8 @@ class Served:
     """In the experts of all layers and steps on one rank."""
     scores_us: float
     """Attention proper of the first step at the peak."""
+    values: float
+    """Of a prompt in all layers that norms, residuals and rotary embedding go over."""
     made: Outcome
 
     @property
@@ -89,7 +94,7 @@ def served_experts(rows: list[Row], machine: Hardware, profile: Profile) -> floa
 
 
 def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
-    """Fixed times in us and the share of the peak that attention reaches.
+    """Times in us, and the share of the peak that attention reaches.
 
     Args:
         machine: the file without fixed times, attention at its peak.
@@ -103,6 +108,9 @@ def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
         np.array([each.left_us for each in decoding]),
     )
     request, beside = of_requests(decoding, step, layer, token)
+    prefills = [each for each in loads if not each.decodes]
+    first_us = [request + step + token + each.layers * layer for each in prefills]
+    prompt_value, scores = of_prompts(prefills, np.array(first_us))
     return {
         "step": step,
         "layer": layer,
@@ -110,8 +118,22 @@ def of_servers(rows: list[Row], machine: Hardware, profile: Profile) -> Values:
         "request": request,
         "request_beside": beside,
         "decide": statistics.median(row["decide_us_per_layer"] for row in own),
-        "attention_compute": _attention([each for each in loads if not each.decodes]),
+        "prompt_value": prompt_value,
+        "attention_compute": 1 / (1 + scores),
     }
+
+
+def of_prompts(prefills: list[Served], fixed_us: Any) -> list[float]:
+    """[time of a value, us; attention proper beyond its time at the peak, as a multiple of it].
+
+    Args:
+        fixed_us: time to the first token that depends on no length, of each prefill.
+    """
+    return relative_nnls(
+        np.array([[each.values, each.scores_us] for each in prefills]),
+        np.array([each.ttft_us for each in prefills]),
+        np.array([each.prefill_us for each in prefills]) - fixed_us,
+    )
 
 
 def of_requests(decoding: list[Served], step: float, layer: float, token: float) -> list[float]:
@@ -169,6 +191,7 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
             together, lambda row: row["experts_us_per_layer"] * layers * row["steps"]
         ),
         scores_us=scores / machine.peak(model.dense_number).per_us,
+        values=layers * prompt * model.elementwise_width(machine.ranks_per_node.value),
         made=made,
     )
 
@@ -206,21 +229,3 @@ def _left_us(row: Row, layers: int, made: Outcome) -> float:
     experts_us = own_us / (row["steps"] - prompts_N.sum()) * slowest
     rest_us = made.tpot_us - (experts_N * decode_N).sum() / decode_N.sum()
     return float(1e3 * row["tpot_ms"] - experts_us - rest_us)
-
-
-def _attention(prefills: list[Served]) -> float:
-    """Share of the peak: what a longer prompt adds at the peak, over what it adds.
-
-    What else grows with a prompt and is not modelled counts as attention.
-    """
-    shares = []
-    for layers in {each.layers for each in prefills}:
-        own = sorted(
-            (each for each in prefills if each.layers == layers),
-            key=lambda each: each.load.prompt_tokens,
-        )
-        short, long = own[0], own[-1]
-        peak_us = long.scores_us - short.scores_us
-        more_us = max(long.prefill_us - short.prefill_us, 0.0)
-        shares.append(peak_us / (peak_us + more_us))
-    return statistics.median(shares)

@@ -198,6 +198,17 @@ def test_every_engine_answers_its_own_tokens():
     assert rest(1024.0) == rest(1017.0)
 
 
+def test_norms_and_rotary_embedding_of_prompts_grow_with_the_prompt():
+    """Hidden states twice, queries and keys of the rank: 48 layers of 4,096 + (32 + 4) * 128 / 2
+    values a token on each of two ranks, of the engine with most prompt tokens."""
+    cpu, _ = hardware.load("cpu-amx")
+    step = one_step(prefill_N=150.0, engine_prefill_N=100.0)
+    value_us = cpu.fixed.prompt_value.value
+    bare = cpu.model_copy(update={"fixed": cpu.fixed.model_copy(update={"prompt_value": None})})
+    more, without = (dense(MODEL, each, tensor=2).rest_us(step)[0] for each in (cpu, bare))
+    assert more - without == pytest.approx(100 * 48 * (4096 + 36 * 128 / 2) * value_us)
+
+
 def test_prompts_of_latent_attention_are_unpacked_and_decoding_is_not():
     """DeepSeek: 128 + 64 + 128 multiplications for a prompt's pair, 512 + 64 + 512 to decode."""
     model = models.load("deepseek-v3")

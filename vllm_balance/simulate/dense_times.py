@@ -55,7 +55,15 @@ class DenseTimes:
         total_N += model.num_dense_layers.value * dense_N
         fixed = self.hardware.fixed
         total_N += fixed.step.value + fixed.token.value * sampled_N
-        return np.asarray(total_N + model.num_layers.value * fixed.layer.value)
+        layer_N = fixed.layer.value + self._elementwise_us * steps.engine_prefill_N
+        return np.asarray(total_N + model.num_layers.value * layer_N)
+
+    @property
+    def _elementwise_us(self) -> float:
+        """Norms, residuals and rotary embedding of a prompt's token in one layer."""
+        value_us = self.hardware.fixed.prompt_value
+        width = self.model.elementwise_width(self.layout.tensor)
+        return 0.0 if value_us is None else value_us.value * width
 
     def _own(self, steps: Steps) -> Array:
         """Tokens of the engine with most: an equal part of those that decode, and its prompts'."""

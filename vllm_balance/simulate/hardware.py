@@ -82,11 +82,14 @@ class Fixed(Document):
     experts: Microseconds
     """Kernels of one layer's experts, without tokens."""
     layer: Microseconds
-    """Norms, router, rotary embedding and launches of one layer."""
+    """Norms, router, rotary embedding and launches of one layer, whatever its tokens."""
     step: Microseconds
     """Scheduling and launching a step."""
     token: Microseconds
     """Sampling, answering and streaming each token that comes out, beside the step."""
+    prompt_value: Microseconds | None = None
+    """Of each value of a prompt's hidden states, queries and keys that a layer's norms, residuals
+    and rotary embedding go over; nothing if not said. A GPU does them in passing."""
     request: Microseconds
     """Of a request that arrives alone: from its arrival to its first step, and its first token's
     way back."""

@@ -141,6 +141,12 @@ class Model(Sourced):
         ranks = part.query_rank.value + part.cache_rank.value + part.rotary_dim.value
         return self.hidden.value * ranks
 
+    def elementwise_width(self, tensor: int) -> float:
+        """Values of one token that a layer's norms, residuals and rotary embedding go over on one
+        of the tensor-parallel ranks: hidden states twice, queries and keys."""
+        heads = self.num_heads.value + self.num_kv_heads.value
+        return 2 * self.hidden.value + heads * self.head_dim.value / tensor
+
     @property
     def cache_width(self) -> int:
         """Cached elements of one token in one layer."""
