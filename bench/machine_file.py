@@ -176,8 +176,8 @@ def _without_fixed(
             "served": "`python -m bench.machine`: predicted over measured time of the experts of "
             "servers of one and two layers, median over loads",
             "bursts": "`python -m bench.machine`: what is left of TTFT of bursts of short prompts",
-            "prompts": "`python -m bench.machine`: what is left of TTFT of prompts of 500 and 1,000 "
-            "tokens beyond experts, products and fixed times",
+            "prompts": "`python -m bench.machine`: what is left of TTFT of prompts of 500 and "
+            "1,000 tokens beyond experts, products and fixed times",
             "vllm": f"vLLM 0.32, EngineArgs.get_batch_defaults, for `vllm serve` on CPUs, times "
             f"{ranks} tensor-parallel ranks",
         },
