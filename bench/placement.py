@@ -32,7 +32,7 @@ COSTS = {
     "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
     "cpu-amx": CostModel(
         a_us=300, b_us=630, c_us=0, beta_us=0,
-        tile_us=630 / AMX_KNEE[0], tile_tokens=1, free_tokens=int(AMX_KNEE[1]),
+        tile_us=630 / AMX_KNEE[0], tile_tokens=1, free_tokens=int(AMX_KNEE[1]), in_turn=True,
     ),
 }  # fmt: skip
 """tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core computes

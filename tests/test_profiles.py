@@ -30,7 +30,9 @@ SHAPE = ModelShape(
     dtype="bfloat16",
 )
 VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0"}
-IN_TURN = CostModel(a_us=1, b_us=2, c_us=0, beta_us=0, tile_us=4, tile_tokens=1, free_tokens=2)
+IN_TURN = CostModel(
+    a_us=1, b_us=2, c_us=0, beta_us=0, tile_us=4, tile_tokens=1, free_tokens=2, in_turn=True
+)
 """The form that the profile of a CPU has."""
 
 
@@ -83,6 +85,15 @@ def test_what_is_written_comes_back(tmp_path):
     assert found == profile()
     assert found.costs == (IN_TURN,) * 2
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_a_file_from_before_it_said_so_has_tiles_of_one_token_in_turn(tmp_path):
+    content = json.loads(TEXT)
+    for rank in content["ranks"]:
+        del rank["curve"]["in_turn"]
+    content["ranks"][1]["curve"]["tile_tokens"] = 16
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert [cost.in_turn for cost in profiles.load(tmp_path / "p.json").costs] == [True, False]
 
 
 @given(st.integers(0, len(TEXT.rstrip()) - 1))

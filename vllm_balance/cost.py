@@ -9,8 +9,9 @@ A rank that serves few tokens per expert waits for weights, one that serves many
 being streamed once, summed over the rank's experts: ceil(max(n - free, 0) / tile) of an expert with
 n tokens. A grouped kernel overlaps experts and streams an expert's weights again for every further
 tile of tokens, so that free = tile. One core computes its experts in turn, so that nothing hides
-behind another expert: tile = 1, free are the tokens that an expert's own streaming hides, and the
-second piece is empty. All times are in microseconds.
+behind another expert, and both pieces add up: free are the tokens that an expert's own streaming
+all but hides, beta is what each token costs all the same, c is 0, and tile = 1, or as many tokens
+as the core's matrix units take at once. All times are in microseconds.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import numpy as np
 from vllm_balance.errors import BalancerError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Form = tuple[int | None, int | None]
-"""(tile_tokens, free_tokens) of a curve."""
-PLAIN: Form = (None, None)
-GROUPED: tuple[Form, ...] = tuple((tile, tile) for tile in (16, 32, 64, 128))
-IN_TURN: tuple[Form, ...] = tuple((1, free) for free in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48))
+Form = tuple[int | None, int | None, bool]
+"""(tile_tokens, free_tokens, in_turn) of a curve."""
+PLAIN: Form = (None, None, False)
+GROUPED: tuple[Form, ...] = tuple((tile, tile, False) for tile in (16, 32, 64, 128))
+IN_TURN: tuple[Form, ...] = tuple(
+    (1, free, True) for free in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+)
+IN_TURN += ((16, 16, True), (32, 32, True))
 FORMS = (PLAIN, *GROUPED, *IN_TURN)
 """What a fit tries."""
 GPU_KNEE_TOKENS = 160.0
@@ -52,23 +56,39 @@ class CostModel:
     c_us: float
     """Fixed time of the piece that computes."""
     beta_us: float
-    """Time to compute one (token, choice) pair."""
+    """Time to compute one (token, choice) pair; where experts run in turn, what is not hidden."""
     tile_us: float = 0.0
     """b2: time of each further tile of an expert that is activated anyway."""
     tile_tokens: int | None = None
     """Tokens in a further tile; None if the curve has no such term."""
     free_tokens: int | None = None
     """Tokens of an expert before further tiles begin; None: as many as a tile."""
+    in_turn: bool = False
+    """The rank computes one expert after the other."""
 
     @property
     def token_us(self) -> float:
         """Time of one more token in a large batch."""
-        return max(self.beta_us, self.tile_us / self.tile_tokens if self.tile_tokens else 0.0)
+        of_tiles = self.tile_us / self.tile_tokens if self.tile_tokens else 0.0
+        return self.beta_us + of_tiles if self.in_turn else max(self.beta_us, of_tiles)
 
     @property
     def knee_tokens(self) -> float:
         """Tokens of an expert that take as long to compute as its weights to stream."""
-        return self.b_us / self.token_us if self.token_us else float("inf")
+        return self.first_us / self.token_us if self.token_us else float("inf")
+
+    @property
+    def first_us(self) -> float:
+        """Time that an expert takes as soon as it has a token."""
+        return self.b_us + self.beta_us if self.in_turn else self.b_us
+
+    @property
+    def hidden_tokens(self) -> float:
+        """Tokens of an expert that its first one's time is enough for, measured by many; where
+        experts run in turn. Of a last tile half is used on average."""
+        tile = self.tile_tokens or 1
+        hidden_us = self.beta_us + self.tile_us * max(self.free - (tile - 1) / 2, 0) / tile
+        return hidden_us / self.token_us if self.token_us else 0.0
 
     @property
     def free(self) -> int:
@@ -88,7 +108,9 @@ class CostModel:
     def time_us(self, activated: Array, tokens: Array, further: Array | float = 0.0) -> Array:
         """Modelled time, in the shape of the arguments; 0 where there are no tokens."""
         memory = self.a_us + self.b_us * activated + self.tile_us * further
-        return np.where(tokens > 0, np.maximum(memory, self.c_us + self.beta_us * tokens), 0.0)
+        compute = self.c_us + self.beta_us * tokens
+        both = memory + compute if self.in_turn else np.maximum(memory, compute)
+        return np.where(tokens > 0, both, 0.0)
 
     def of_experts(self, tokens_E: Array) -> float:
         """Modelled time of a rank whose experts get these tokens, [E]."""
@@ -110,15 +132,16 @@ class CostModel:
 def knee_of(costs: Sequence[CostModel]) -> float:
     """Tokens per activated expert at which the ranks' mean curve turns compute-bound, above 0."""
     token_us = sum(cost.token_us for cost in costs)
-    knee = sum(cost.b_us for cost in costs) / token_us if token_us else float("inf")
+    knee = sum(cost.first_us for cost in costs) / token_us if token_us else float("inf")
     return max(knee, 1e-6)
 
 
 def free_of(costs: Sequence[CostModel]) -> float | None:
-    """Tokens of an expert that its own streaming hides, mean over ranks; None: experts overlap."""
-    if any(cost.tile_tokens != 1 for cost in costs):
+    """Tokens of an expert that its first one's time is enough for, mean over ranks; None: experts
+    overlap."""
+    if not all(cost.in_turn for cost in costs):
         return None
-    return sum(cost.free for cost in costs) / len(costs)
+    return sum(cost.hidden_tokens for cost in costs) / len(costs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,16 +219,16 @@ def _fit_form(tokens_NE: Sequence[Array], time_us_N: Array, form: Form) -> tuple
     """(BIC of the robust cost, best curve of this form) over several starts."""
     from scipy.optimize import least_squares
 
-    tile_tokens, free_tokens = form
+    tile_tokens, free_tokens, in_turn = form
     active_N = np.array([(t > 0).sum() for t in tokens_NE], dtype=np.float64)
     tokens_N = np.array([t.sum() for t in tokens_NE], dtype=np.float64)
     probe = CostModel(a_us=0, b_us=0, c_us=0, beta_us=0, tile_tokens=tile_tokens,
-                      free_tokens=free_tokens)  # fmt: skip
+                      free_tokens=free_tokens, in_turn=in_turn)  # fmt: skip
     further_N = np.array([probe.further(t).sum() for t in tokens_NE])
     memory_N3 = np.stack([np.ones_like(active_N), active_N, further_N], axis=1) / time_us_N[:, None]
     compute_N2 = np.stack([np.ones_like(tokens_N), tokens_N], axis=1) / time_us_N[:, None]
-    in_turn = tile_tokens == 1
-    used_5 = np.array([True, True, tile_tokens is not None, not in_turn, not in_turn])
+    together = np.add if in_turn else np.maximum
+    used_5 = np.array([True, True, tile_tokens is not None, not in_turn, True])
     mean_N = tokens_N / active_N
     knees = [np.inf] if in_turn else np.unique(np.quantile(mean_N, (0.1, 0.3, 0.5, 0.7, 0.9)))
 
@@ -216,7 +239,7 @@ def _fit_form(tokens_NE: Sequence[Array], time_us_N: Array, form: Form) -> tuple
 
     def relative(scaled: Array) -> Array:
         x = coefficients(scaled)
-        return np.maximum(memory_N3 @ x[:3], compute_N2 @ x[3:]) - 1
+        return together(memory_N3 @ x[:3], compute_N2 @ x[3:]) - 1
 
     best_cost, best = np.inf, np.zeros(5)
     for knee in knees:

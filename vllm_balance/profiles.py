@@ -56,6 +56,8 @@ class Curve(Document):
     tile_us: float = Field(ge=0)
     tile_tokens: int | None = Field(ge=1, le=MAX_TOKENS)
     free_tokens: int | None = Field(ge=1, le=MAX_TOKENS)
+    in_turn: bool | None = None
+    """Older files do not say it: their tiles of one token are of experts in turn."""
     knee_tokens: float | None = Field(ge=0)
     """Tokens of an expert that compute as long as its weights stream; null: they cost nothing."""
     r2: float = Field(le=1)
@@ -77,7 +79,10 @@ class Curve(Document):
 
     @property
     def model(self) -> CostModel:
-        return CostModel(**{field.name: getattr(self, field.name) for field in fields(CostModel)})
+        own = {field.name: getattr(self, field.name) for field in fields(CostModel)}
+        if self.in_turn is None:
+            own["in_turn"] = self.tile_tokens == 1
+        return CostModel(**own)
 
 
 class RankProfile(Document):

@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from vllm_balance import commands, profiles
 from vllm_balance.commands.expert_probe import Timing
-from vllm_balance.commands.profile import DEFAULT_OUTPUT, sample
+from vllm_balance.commands.profile import DEFAULT_OUTPUT, form_of, sample
 from vllm_balance.commands.profile_check import check_profile, moved
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
@@ -134,3 +135,17 @@ def test_the_help_says_what_is_written_and_what_the_exit_status_means():
     assert "With --check exit status 1 if the profile no longer holds" in said
     assert "The profile to write, a new file." in said and "Replace the file of --output" in said
     assert "Measure nothing" not in said
+
+
+@pytest.mark.parametrize(
+    ("tile", "free", "in_turn", "said"),
+    [
+        (None, None, False, "together"),
+        (64, 64, False, "together, tiles of 64"),
+        (1, 12, True, "in turn, 12 tokens free"),
+        (32, 32, True, "in turn, tiles of 32"),
+    ],
+)
+def test_a_form_is_named(tile, free, in_turn, said):
+    model = replace(CURVE, tile_tokens=tile, free_tokens=free, in_turn=in_turn)
+    assert form_of(model) == said

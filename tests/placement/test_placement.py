@@ -19,7 +19,9 @@ TOKENS = CostModel(a_us=0, b_us=0, c_us=0, beta_us=1)
 MIXED = CostModel(a_us=5, b_us=20, c_us=10, beta_us=1.5)
 TILED = CostModel(a_us=5, b_us=20, c_us=0, beta_us=0.5, tile_us=7, tile_tokens=4)
 
-TURNS = CostModel(a_us=5, b_us=20, c_us=0, beta_us=0, tile_us=6, tile_tokens=1, free_tokens=2)
+TURNS = CostModel(
+    a_us=5, b_us=20, c_us=0, beta_us=2, tile_us=4, tile_tokens=1, free_tokens=2, in_turn=True
+)
 
 
 def history(steps, layers, experts, seed=0, batch=60) -> np.ndarray:
@@ -225,10 +227,10 @@ def test_starts_and_replica_counts():
 
 
 def test_the_bound_of_experts_in_turn_is_their_work():
-    """Work 20, 44 and 68 on ranks of speed 1 and 1/2: 132 units, 3/2 of them per unit of time."""
+    """Work 24, 48 and 72 on ranks of speed 1 and 1/2: 144 units, 3/2 of them per unit of time."""
     counts = np.array([[[2, 6, 10, 0]]])
     ranks = Cluster(costs=(TURNS.slowed(2), TURNS))
-    assert lower_bound_L(counts, ranks) == pytest.approx([(132 + 5 + 5) / 1.5])
+    assert lower_bound_L(counts, ranks) == pytest.approx([(144 + 5 + 5) / 1.5])
 
 
 @pytest.mark.parametrize("model", [TOKENS, MIXED, TURNS])

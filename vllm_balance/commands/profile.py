@@ -236,7 +236,7 @@ def grid(local: int, knee: float) -> list[list[int]]:
     for activated in sorted({max(1, local // 2), max(1, local // 4), max(1, local // 16)}):
         counts = sorted({1, *(max(1, round(knee * factor)) for factor in (0.5, 1.0, 2.0, 8.0))})
         batches += [[n] * activated for n in counts]
-    for tile in (tile for tile, _ in GROUPED if tile):
+    for tile in (tile for tile, *_ in GROUPED if tile):
         batches += [[n] * min(local, TILED) for n in (tile, tile + 1)]
     for mean in sorted({max(2.0, knee / 2), max(3.0, 2 * knee), max(4.0, 4 * knee)}):
         for activated in {local, max(1, local // 2)}:
@@ -297,8 +297,9 @@ def _print(measured: Profile) -> None:
 
 def form_of(model: CostModel) -> str:
     """How the experts of a rank share its time, in words for a table."""
+    how = "in turn" if model.in_turn else "together"
     if model.tile_tokens is None:
-        return "together"
+        return how
     if model.tile_tokens == 1:
-        return f"in turn, {model.free} tokens free"
-    return f"together, tiles of {model.tile_tokens}"
+        return f"{how}, {model.free} tokens free"
+    return f"{how}, tiles of {model.tile_tokens}"

@@ -32,12 +32,12 @@ def best_swap(tokens_NI, rank_of_I, score, state, top_N3):
 
 
 @compiled
-def few_swaps(tokens_NI, rank_of_I, coefficient_S7, swap_M2):
+def few_swaps(tokens_NI, rank_of_I, coefficient_S8, swap_M2):
     """Steepest descent of at most len(swap_M2) swaps, which it writes there; returns how many.
 
     Changes rank_of_I.
     """
-    state = new_state(len(tokens_NI), coefficient_S7)
+    state = new_state(len(tokens_NI), coefficient_S8)
     top_N3 = np.empty((len(tokens_NI), 3), np.int64)
     score = fill(tokens_NI, rank_of_I, state, top_N3)
     for swap in range(len(swap_M2)):

@@ -47,13 +47,13 @@ class GemPlacement:
         refuse_redundant(cluster, self.name)
         num_experts = history_NLE.shape[2]
         cluster.num_physical(num_experts)
-        coefficient_S7 = coefficients(cluster)
+        coefficient_S8 = coefficients(cluster)
         eplb_LP = self.eplb.place(history_NLE, cluster)
         eplb_LE = np.argsort(eplb_LP, axis=1) // (num_experts // cluster.num_ranks)
 
         def place_layer(layer: int) -> Array:
             history_NE = history_NLE[:, layer]
-            rank_of_E = self._search(history_NE, cluster, coefficient_S7, eplb_LE[layer], layer)
+            rank_of_E = self._search(history_NE, cluster, coefficient_S8, eplb_LE[layer], layer)
             return np.argsort(rank_of_E, kind="stable").astype(np.int32)
 
         return place_layers(place_layer, history_NLE.shape[1], progress)
@@ -62,7 +62,7 @@ class GemPlacement:
         self,
         history_NE: Array,
         cluster: Cluster,
-        coefficient_S7: Array,
+        coefficient_S8: Array,
         eplb_E: Array,
         layer: int,
     ) -> Array:
@@ -76,7 +76,7 @@ class GemPlacement:
         rank_of_E = search(
             np.ascontiguousarray(history_NE, dtype=np.int64),
             np.array(starts_ME, dtype=np.int64),
-            coefficient_S7,
+            coefficient_S8,
             self.kicks,
             self.patience,
             int(random.integers(2**31)),
@@ -85,10 +85,10 @@ class GemPlacement:
 
 
 def coefficients(cluster: Cluster) -> Array:
-    """The ranks' curves as the compiled search takes them, float64 [S, 7]."""
+    """The ranks' curves as the compiled search takes them, float64 [S, 8]."""
     return np.array(
         [
-            (c.a_us, c.b_us, c.tile_us, c.c_us, c.beta_us, c.tile_tokens or 0, c.free)
+            (c.a_us, c.b_us, c.tile_us, c.c_us, c.beta_us, c.tile_tokens or 0, c.free, c.in_turn)
             for c in cluster.costs
         ],
         dtype=np.float64,

@@ -43,17 +43,17 @@ class GemReplicaPlacement:
         history."""
         check_history(history_NLE)
         cluster.num_physical(history_NLE.shape[2])
-        coefficient_S7 = coefficients(cluster)
+        coefficient_S8 = coefficients(cluster)
         eplb_LP = self.eplb.place(history_NLE, cluster)
 
         def place_layer(layer: int) -> Array:
-            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S7, eplb_LP[layer])
+            slots_P = self._search(history_NLE[:, layer], cluster, coefficient_S8, eplb_LP[layer])
             return slots_P.astype(np.int32)
 
         return place_layers(place_layer, history_NLE.shape[1], progress)
 
     def _search(
-        self, history_NE: Array, cluster: Cluster, coefficient_S7: Array, eplb_P: Array
+        self, history_NE: Array, cluster: Cluster, coefficient_S8: Array, eplb_P: Array
     ) -> Array:
         from vllm_balance.placement.replica_load import EVEN, ONE
         from vllm_balance.placement.replica_search import descend_replicas
@@ -66,7 +66,7 @@ class GemReplicaPlacement:
 
         def score(slots_P: Array, trials: int) -> float:
             found, _ = descend_replicas(
-                tokens_NE, slots_P, coefficient_S7, split, trials, np.empty(0)
+                tokens_NE, slots_P, coefficient_S8, split, trials, np.empty(0)
             )
             return float(found)
 

@@ -103,7 +103,7 @@ def decide(
     if len(history_NLE) < LEAST_STEPS:
         reason = f"{len(history_NLE)} steps recorded, {LEAST_STEPS} needed"
         return Decision(swaps=(), step_us=0.0, gain_us=0.0, reason=reason)
-    coefficient_S7 = coefficients(cluster)
+    coefficient_S8 = coefficients(cluster)
     least_gain_us = swap_us / settings.horizon
     every = -(-len(placement_LP) // MOST_LAYERS)
     layers = range(turn % every, len(placement_LP), every)
@@ -114,7 +114,7 @@ def decide(
     for layer, now_us, room_us in zip(layers, now_us_L, room_us_L, strict=True):
         if room_us > least_gain_us:
             window_NE, slots_P = history_NLE[:, layer], placement_LP[layer]
-            chain = _chain(window_NE, slots_P, now_us, cluster, coefficient_S7, settings.max_swaps)
+            chain = _chain(window_NE, slots_P, now_us, cluster, coefficient_S8, settings.max_swaps)
             chains.append([Swap(layer=layer, slots=slots, gain_us=gain) for slots, gain in chain])
     swaps = _best(chains, settings.max_swaps, least_gain_us)
     step_us, gain_us = float(now_us_L.sum()), sum(swap.gain_us for swap in swaps)
@@ -165,7 +165,7 @@ def _chain(
     slots_P: Array,
     now_us: float,
     cluster: Cluster,
-    coefficient_S7: Array,
+    coefficient_S8: Array,
     most: int,
 ) -> list[tuple[tuple[int, int], float]]:
     """The best swaps of one layer's even steps, in order, each with its gain on the odd ones."""
@@ -175,7 +175,7 @@ def _chain(
     rank_of_E = slot_of_E // (len(slots_P) // cluster.num_ranks)
     chosen_M2 = np.empty((most, 2), np.int64)
     even_NE = np.ascontiguousarray(history_NE[::2], dtype=np.int64)
-    count = few_swaps(even_NE, rank_of_E.copy(), coefficient_S7, chosen_M2)
+    count = few_swaps(even_NE, rank_of_E.copy(), coefficient_S8, chosen_M2)
     trial_P, odd_NE = slots_P.copy(), history_NE[1::2]
     before_us, chain = float(now_us), []
     for one, two in chosen_M2[:count].tolist():

@@ -26,18 +26,18 @@ from vllm_balance.placement.swap_search import compiled, look_ahead, rank_time
 def remember(problem, room, kept, is_slowest_S):
     """Keeps loads and times of the current placement, and what swaps could gain at most; marks
     ranks that are slowest in some step."""
-    tokens_NE, heaviest_NE, coefficient_S7, split = problem
+    tokens_NE, heaviest_NE, coefficient_S8, split = problem
     slots_EP, num_replicas_E, load_S3 = room
     load_NS3, time_NS, top_N3, left_N, gain_SN = kept
     is_slowest_S[:] = False
     for n in range(len(tokens_NE)):
         slowest = step_time(
-            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S7, split, load_S3
+            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S8, split, load_S3
         )
         load_NS3[n] = load_S3
-        for s in range(len(coefficient_S7)):
+        for s in range(len(coefficient_S8)):
             load_3 = load_S3[s]
-            time_NS[n, s] = rank_time(coefficient_S7[s], load_3[0], load_3[1], load_3[2])
+            time_NS[n, s] = rank_time(coefficient_S8[s], load_3[0], load_3[1], load_3[2])
             is_slowest_S[s] |= time_NS[n, s] >= slowest
     look_ahead(time_NS, top_N3, left_N, gain_SN)
 
@@ -103,17 +103,17 @@ def make(content_P, p, q, expert):
 @compiled
 def attempt(problem, content_P, move, limit, room, kept, change_M4):
     """Makes a move if it lowers the score below limit; returns the new score, else inf."""
-    tokens_NE, heaviest_NE, coefficient_S7, split = problem
+    tokens_NE, heaviest_NE, coefficient_S8, split = problem
     p, q, expert = move
     if split == EVEN:
         m = changes(content_P, room, p, q, expert, change_M4)
-        slots_per_rank = len(content_P) // len(coefficient_S7)
+        slots_per_rank = len(content_P) // len(coefficient_S8)
         pair = (p // slots_per_rank, q // slots_per_rank) if q >= 0 else (-1, -1)
         guess = changed_score(problem, change_M4[:m], pair, limit, kept, room[2])
         if guess >= limit:
             return np.inf
     old = make(content_P, p, q, expert)
-    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S7, split, limit, room)
+    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S8, split, limit, room)
     if score >= limit:
         make(content_P, p, q, old)
         index(content_P, room[0], room[1])
@@ -122,20 +122,20 @@ def attempt(problem, content_P, move, limit, room, kept, change_M4):
 
 
 @compiled
-def descend_replicas(tokens_NE, content_P, coefficient_S7, split, trials, scores):
+def descend_replicas(tokens_NE, content_P, coefficient_S8, split, trials, scores):
     """Moves until none lowers the score, or for `trials` moves tried. Changes content_P.
 
     Returns (score, moves made); the scores, starting score first, go into `scores` as far as it
     reaches.
     """
     num_steps, num_experts = tokens_NE.shape
-    num_slots, num_ranks = len(content_P), len(coefficient_S7)
+    num_slots, num_ranks = len(content_P), len(coefficient_S8)
     heaviest_NE = np.empty(tokens_NE.shape, np.int64)
     for n in range(num_steps):
         heaviest_NE[n] = np.argsort(-tokens_NE[n], kind="mergesort")
     slots_EP = np.empty((num_experts, num_slots), np.int64)
     room = (slots_EP, np.empty(num_experts, np.int64), np.empty((num_ranks, 3)))
-    problem = (tokens_NE, heaviest_NE, coefficient_S7, split)
+    problem = (tokens_NE, heaviest_NE, coefficient_S8, split)
     kept = (
         np.empty((num_steps, num_ranks, 3)),
         np.empty((num_steps, num_ranks)),
@@ -145,7 +145,7 @@ def descend_replicas(tokens_NE, content_P, coefficient_S7, split, trials, scores
     )
     change_M4 = np.empty((2 * num_slots + 8, 4), np.int64)
     is_slowest_S = np.empty(num_ranks, np.bool_)
-    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S7, split, np.inf, room)
+    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S8, split, np.inf, room)
     remember(problem, room, kept, is_slowest_S)
     if len(scores):
         scores[0] = score

@@ -108,13 +108,15 @@ def lower_bound_L(history_NLE: Array, cluster: Cluster) -> Array:
 def _room_for_work(history_NLE: Array, cluster: Cluster) -> Array:
     """Least time in which the ranks have room for what the experts cost one by one, [N, L].
 
-    Of the piece that waits for weights. If a rank is sigma times as slow as another, it has room
-    for 1 / sigma of its work; an expert counts with its least work on any rank, and if it may be
-    divided over replicas with the least work per token.
+    Of the piece that waits for weights, and of both where experts run in turn. If a rank is sigma
+    times as slow as another, it has room for 1 / sigma of its work; an expert counts with its least
+    work on any rank, and if it may be divided over replicas with the least work per token.
     """
     works = []
     for cost in cluster.costs:
         work_NLE = cost.b_us * (history_NLE > 0) + cost.tile_us * cost.further(history_NLE)
+        if cost.in_turn:
+            work_NLE = work_NLE + cost.beta_us * history_NLE
         if cluster.num_redundant:
             work_NLE = np.minimum(work_NLE, history_NLE * _least_per_token_us(cost))
         works.append(work_NLE)
@@ -136,7 +138,8 @@ def _least_per_token_us(cost: CostModel) -> float:
     """Lower bound of an expert's work per token, however its tokens are divided."""
     if cost.tile_tokens is None:
         return 0.0
-    return min(cost.tile_us / cost.tile_tokens, cost.b_us / cost.free)
+    least = min(cost.tile_us / cost.tile_tokens, cost.b_us / cost.free)
+    return least + cost.beta_us if cost.in_turn else least
 
 
 def _room(tokens_NL: Array, active_NL: Array, slots: int, cluster: Cluster) -> Array:

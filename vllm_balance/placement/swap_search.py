@@ -1,10 +1,10 @@
 """Descent by swaps between ranks, compiled. Import this inside a call: it imports numba.
 
 One layer at a time. Items are slots with a load per step; a rank holds the same number of items
-throughout. Coefficients of the ranks are float64 [S, 7]: a, b, b2, c, beta, tile_tokens (0: no
-further tiles), free_tokens.
+throughout. Coefficients of the ranks are float64 [S, 8]: a, b, b2, c, beta, tile_tokens (0: no
+further tiles), free_tokens, in_turn.
 
-The state of a search is (coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS, left_N,
+The state of a search is (coefficient_S8, activated_NS, tokens_NS, further_NS, time_NS, left_N,
 gain_SN). Counts are exact integers, so that nothing drifts while they are updated. left_N is what
 the steps from n on take, gain_SN the most that they could take less without rank s: a swap of two
 ranks is given up as soon as what it could still gain is not enough.
@@ -26,30 +26,31 @@ compiled = partial(kept, folder=Path(__file__).parent, nogil=True, error_model="
 
 
 @compiled
-def rank_time(coefficient_7, activated, tokens, further):
+def rank_time(coefficient_8, activated, tokens, further):
     """`CostModel.time_us` of one rank."""
     if tokens <= 0:
         return 0.0
-    memory = coefficient_7[0] + coefficient_7[1] * activated + coefficient_7[2] * further
-    return max(memory, coefficient_7[3] + coefficient_7[4] * tokens)
+    memory = coefficient_8[0] + coefficient_8[1] * activated + coefficient_8[2] * further
+    compute = coefficient_8[3] + coefficient_8[4] * tokens
+    return memory + compute if coefficient_8[7] else max(memory, compute)
 
 
 @compiled
-def num_further(tokens, coefficient_7):
+def num_further(tokens, coefficient_8):
     """`CostModel.further` of one expert with whole tokens."""
-    tile, free = np.int64(coefficient_7[5]), np.int64(coefficient_7[6])
+    tile, free = np.int64(coefficient_8[5]), np.int64(coefficient_8[6])
     if tile == 0 or tokens <= free:
         return np.int64(0)
     return (tokens - free + tile - 1) // tile
 
 
 @compiled
-def new_state(num_steps, coefficient_S7):
+def new_state(num_steps, coefficient_S8):
     """Room for a state."""
-    num_ranks = len(coefficient_S7)
+    num_ranks = len(coefficient_S8)
     activated_NS = np.empty((num_steps, num_ranks), np.int64)
     return (
-        coefficient_S7,
+        coefficient_S8,
         activated_NS,
         np.empty_like(activated_NS),
         np.empty_like(activated_NS),
@@ -62,7 +63,7 @@ def new_state(num_steps, coefficient_S7):
 @compiled
 def fill(tokens_NI, rank_of_I, state, top_N3):
     """Computes the state from scratch and returns the score."""
-    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
+    coefficient_S8, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
     activated_NS[:], tokens_NS[:], further_NS[:] = 0, 0, 0
     num_steps, num_items = tokens_NI.shape
     for n in range(num_steps):
@@ -71,10 +72,10 @@ def fill(tokens_NI, rank_of_I, state, top_N3):
             tokens = tokens_NI[n, i]
             activated_NS[n, s] += tokens > 0
             tokens_NS[n, s] += tokens
-            further_NS[n, s] += num_further(tokens, coefficient_S7[s])
-        for s in range(len(coefficient_S7)):
+            further_NS[n, s] += num_further(tokens, coefficient_S8[s])
+        for s in range(len(coefficient_S8)):
             time_NS[n, s] = rank_time(
-                coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
+                coefficient_S8[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
     return look_ahead(time_NS, top_N3, state[5], state[6])
 
@@ -82,16 +83,16 @@ def fill(tokens_NI, rank_of_I, state, top_N3):
 @compiled
 def exchange(tokens_NI, rank_of_I, i, j, state, top_N3):
     """Swaps the ranks of items i and j, keeps the state up with it and returns the score."""
-    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
+    coefficient_S8, activated_NS, tokens_NS, further_NS, time_NS = state[:5]
     for s, leaves, enters in ((rank_of_I[i], i, j), (rank_of_I[j], j, i)):
         for n in range(len(tokens_NI)):
             for item, sign in ((leaves, -1), (enters, 1)):
                 tokens = tokens_NI[n, item]
                 activated_NS[n, s] += sign * np.int64(tokens > 0)
                 tokens_NS[n, s] += sign * tokens
-                further_NS[n, s] += sign * num_further(tokens, coefficient_S7[s])
+                further_NS[n, s] += sign * num_further(tokens, coefficient_S8[s])
             time_NS[n, s] = rank_time(
-                coefficient_S7[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
+                coefficient_S8[s], activated_NS[n, s], tokens_NS[n, s], further_NS[n, s]
             )
     rank_of_I[i], rank_of_I[j] = rank_of_I[j], rank_of_I[i]
     return look_ahead(time_NS, top_N3, state[5], state[6])
@@ -126,21 +127,21 @@ def top_three(time_NS, top_N3):
 
 
 @compiled
-def moved(tokens_NI, n, leaves, enters, s, coefficient_7, activated_NS, tokens_NS, further_NS):
+def moved(tokens_NI, n, leaves, enters, s, coefficient_8, activated_NS, tokens_NS, further_NS):
     """Time of rank s in step n if one item left it and another entered."""
     out, into = tokens_NI[n, leaves], tokens_NI[n, enters]
     return rank_time(
-        coefficient_7,
+        coefficient_8,
         activated_NS[n, s] + np.int64(into > 0) - np.int64(out > 0),
         tokens_NS[n, s] + into - out,
-        further_NS[n, s] + num_further(into, coefficient_7) - num_further(out, coefficient_7),
+        further_NS[n, s] + num_further(into, coefficient_8) - num_further(out, coefficient_8),
     )
 
 
 @compiled
 def swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3):
     """Score if items i of rank s and j of rank t changed places; inf if that passes limit."""
-    coefficient_S7, activated_NS, tokens_NS, further_NS, time_NS, left_N, gain_SN = state
+    coefficient_S8, activated_NS, tokens_NS, further_NS, time_NS, left_N, gain_SN = state
     score = 0.0
     for n in range(len(tokens_NI)):
         if score + left_N[n] - gain_SN[s, n] - gain_SN[t, n] >= limit:
@@ -155,10 +156,10 @@ def swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3):
             slowest = max(slowest, time_NS[n, s], time_NS[n, t])
         else:
             at_s = moved(
-                tokens_NI, n, i, j, s, coefficient_S7[s], activated_NS, tokens_NS, further_NS
+                tokens_NI, n, i, j, s, coefficient_S8[s], activated_NS, tokens_NS, further_NS
             )
             at_t = moved(
-                tokens_NI, n, j, i, t, coefficient_S7[t], activated_NS, tokens_NS, further_NS
+                tokens_NI, n, j, i, t, coefficient_S8[t], activated_NS, tokens_NS, further_NS
             )
             slowest = max(slowest, at_s, at_t)
         score += slowest
@@ -166,7 +167,7 @@ def swapped_score(tokens_NI, i, j, s, t, limit, state, top_N3):
 
 
 @compiled
-def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
+def descend(tokens_NI, rank_of_I, coefficient_S8, scores):
     """Swaps until no swap lowers the score. Changes rank_of_I; returns (score, swaps made).
 
     The scores after each swap, starting score first, go into `scores` as far as it reaches. An
@@ -174,7 +175,7 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
     swap: those of the last `idle - 1` turns.
     """
     num_steps, num_items = tokens_NI.shape
-    state = new_state(num_steps, coefficient_S7)
+    state = new_state(num_steps, coefficient_S8)
     top_N3 = np.empty((num_steps, 3), np.int64)
     score = fill(tokens_NI, rank_of_I, state, top_N3)
     swaps, idle = 0, 0
@@ -198,7 +199,7 @@ def descend(tokens_NI, rank_of_I, coefficient_S7, scores):
 
 
 @compiled
-def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
+def search(tokens_NI, starts_MI, coefficient_S8, kicks, patience, seed):
     """Descends from every start, then kicks the best and descends again, keeping what is better.
 
     Returns the rank of each item, int64 [I].
@@ -210,7 +211,7 @@ def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
     descents = 0
     for start_I in starts_MI:
         trial_I = start_I.copy()
-        score, _ = descend(tokens_NI, trial_I, coefficient_S7, none)
+        score, _ = descend(tokens_NI, trial_I, coefficient_S8, none)
         descents += 1
         if score < best:
             best, best_I = score, trial_I
@@ -221,7 +222,7 @@ def search(tokens_NI, starts_MI, coefficient_S7, kicks, patience, seed):
         for _ in range(2 + np.random.randint(3)):
             i, j = np.random.randint(num_items), np.random.randint(num_items)
             trial_I[i], trial_I[j] = trial_I[j], trial_I[i]
-        score, _ = descend(tokens_NI, trial_I, coefficient_S7, none)
+        score, _ = descend(tokens_NI, trial_I, coefficient_S8, none)
         descents += 1
         fruitless += 1
         if score < best * (1.0 - 1e-9):

@@ -128,14 +128,19 @@ def _curve(fixed_2: Array, stream_N: Array, compute_N: Array) -> CostModel:
     b_us = float(stream_N[1])
     if compute_N.any():
         return CostModel(a_us=a_us, b_us=b_us, c_us=c_us, beta_us=_token_us(compute_N))
+    token_us = _token_us(stream_N)
+    beta_us = min(float(stream_N[_MANY] - b_us) / (_MANY - 1), token_us)
+    tile_us = token_us - beta_us
+    free = (_free_tokens(stream_N) * token_us - beta_us) / tile_us if tile_us else 0.0
     return CostModel(
         a_us=a_us,
-        b_us=b_us,
+        b_us=b_us - beta_us,
         c_us=0.0,
-        beta_us=0.0,
-        tile_us=_token_us(stream_N),
+        beta_us=beta_us,
+        tile_us=tile_us,
         tile_tokens=1,
-        free_tokens=max(1, round(_free_tokens(stream_N))),
+        free_tokens=max(1, round(free)),
+        in_turn=True,
     )
 
 
