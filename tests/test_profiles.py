@@ -151,8 +151,8 @@ def test_any_bytes_are_refused(tmp_path_factory, content):
         profiles.load(file)
 
 
-LATER = ("cores_per_rank", "rounds_us")
-"""Not in older files, where they mean one core and one round."""
+LATER = ("cores_per_rank", "rounds_us", "in_turn")
+"""Not in older files, which are of one core and one round; tiles of one token are in turn there."""
 REQUIRED = [
     path
     for path in keys(json.loads(TEXT))
