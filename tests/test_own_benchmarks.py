@@ -79,6 +79,13 @@ def test_recovery_compares_the_ends_of_a_phase_and_counts_its_weights():
     assert table.body[-2][-2:] == ["-", "-"]
 
 
+def test_runs_that_are_not_over_yet_have_a_table():
+    static = recovery.table(parsed("recovery", recovery_bursts("static", 0, [1000] * 4)))
+    assert [line[5:7] for line in static.body] == [["+0.0%", "-"]]
+    first = recorder.table(parsed("recorder", recorder_bursts({"off": [100.0], "ids": [90.0]})))
+    assert [line[2:5] for line in first.body] == [["100.0", "-", "-"], ["90.0", "-", "-"]]
+
+
 def test_look_ahead_adds_servers_of_an_arm_up():
     rows = [
         look_ahead_row("off", fetches=60, hits=40, fetched_bytes=600, wasted_bytes=300),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 
+from pydantic import Field
+
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.own_benchmarks.rows import OwnRow
 
@@ -21,11 +23,11 @@ class Served(OwnRow):
     """Dynamic ones of a rank."""
     look_ahead: str
     """`off` or `router`."""
-    schedules: int
+    schedules: int = Field(gt=0)
     """One per layer and step."""
     ttft_ms: float
     """Median over loads."""
-    fetches: int
+    fetches: int = Field(gt=0)
     """Of experts whose tokens waited."""
     early_fetches: int
     """Of experts that were guessed."""
@@ -33,12 +35,12 @@ class Served(OwnRow):
     """Experts that were needed and in a slot."""
     early_hits: int
     """Those of them that were fetched early."""
-    fetched_bytes: int
+    fetched_bytes: int = Field(gt=0)
     wasted_bytes: int
     fetch_wait_us: float
     look_ahead_us: float
     """In guessing."""
-    experts_us: float
+    experts_us: float = Field(gt=0)
 
 
 def table(rows: list[Served]) -> MeasuredTable:

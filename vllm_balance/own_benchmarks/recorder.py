@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
+from pydantic import Field
 
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.own_benchmarks.rows import OwnRow
@@ -24,9 +25,9 @@ class Burst(OwnRow):
     """What was recorded: `off`, `counts` or `ids`."""
     server: int | None = None
     """A run that was ended has several; None in rows that are older than this field."""
-    tpot_ms: float
+    tpot_ms: float = Field(gt=0)
     """Median over requests."""
-    seconds: float
+    seconds: float = Field(gt=0)
     """From the first request to the last answer."""
     steps: int = 0
     dropped_steps: int = 0
@@ -40,10 +41,10 @@ class Burst(OwnRow):
 
 def table(rows: list[Burst]) -> MeasuredTable:
     """Per arm: time per token, against no recording, and what a step takes in the file."""
-    bursts = {arm: [row for row in rows if row.arm == arm] for arm in ("off", "counts", "ids")}
     against = against_off(rows)
     body = []
-    for arm, own in bursts.items():
+    for arm in dict.fromkeys(row.arm for row in rows):
+        own = [row for row in rows if row.arm == arm]
         values_ms = [row.tpot_ms for row in own]
         median_ms = statistics.median(values_ms)
         steps = sum(row.steps for row in own)
@@ -90,7 +91,9 @@ def against_off(rows: list[Burst]) -> dict[int, float]:
 
 
 def spread(ratios: list[float]) -> tuple[str, str]:
-    """Median and quartiles of ratios, as differences."""
+    """Median and quartiles of ratios, as differences; "-" if there are fewer than two."""
+    if len(ratios) < 2:
+        return "-", "-"
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle - 1:+.2%}", f"{low - 1:+.1%} to {high - 1:+.1%}"
 

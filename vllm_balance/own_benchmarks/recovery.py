@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 
+from pydantic import Field
+
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.own_benchmarks.rows import OwnRow
 
@@ -28,7 +30,7 @@ class Burst(OwnRow):
     """What has changed when it begins."""
     at_s: float
     """Since the change; when the burst was sent."""
-    e2e_ms: float
+    e2e_ms: float = Field(gt=0)
     """Median over requests, as the two below."""
     ttft_ms: float
     tpot_ms: float
@@ -39,7 +41,8 @@ class Burst(OwnRow):
 
 
 def table(rows: list[Burst]) -> MeasuredTable:
-    """Per phase and arm: latency at the change and at the end, and what recovering took."""
+    """Per phase and arm: latency at the change and at the end, and what recovering took; "-" where
+    what to compare with is not measured yet."""
     body = []
     for phase in dict.fromkeys(row.phase for row in rows):
         by_arm = {
@@ -56,7 +59,7 @@ def table(rows: list[Burst]) -> MeasuredTable:
                     str(len(servers)),
                     f"{statistics.median(bursts[0].e2e_ms for bursts in servers):.0f}",
                     f"{ends_ms[arm]:.0f}",
-                    *(f"{ends_ms[arm] / ends_ms[base] - 1:+.1%}" for base in ("static", "gem")),
+                    *(_against(ends_ms[arm], ends_ms.get(base)) for base in ("static", "gem")),
                     _seconds(statistics.median(map(recovery_s, servers))),
                     *_moved(servers),
                 ]
@@ -81,6 +84,10 @@ def _end_ms(rows: list[Burst]) -> float:
     return statistics.median(
         row.e2e_ms for bursts in by_server(rows).values() for row in bursts[-SETTLED:]
     )
+
+
+def _against(own_ms: float, base_ms: float | None) -> str:
+    return "-" if base_ms is None else f"{own_ms / base_ms - 1:+.1%}"
 
 
 def recovery_s(bursts: list[Burst]) -> float:
