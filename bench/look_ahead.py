@@ -24,6 +24,7 @@ from bench import client, command, demo_model, demo_text, markdown
 from bench.gate import FLAGS
 from bench.provenance import ROOT, provenance, sources
 from bench.server import Arm, Server
+from vllm_balance.own_benchmarks.look_ahead import Served, table
 
 SLOTS = (2, 4)
 LOOK_AHEAD = ("off", "router")
@@ -61,7 +62,8 @@ def look_ahead(seed: int = 1) -> None:
         with RESULTS.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         Console(stderr=True).print(rows[-1])
-    Console().print(table(rows), markup=False)
+    found = table([Served.model_validate(row) for row in rows])
+    Console().print(markdown.written(found), markup=False)
 
 
 def prompts(seed: int) -> list[list[str]]:
@@ -99,35 +101,6 @@ def _measured(model: Path, slots: int, how: str, seed: int) -> Row:
         "ttft_ms": statistics.median(ttft_ms),
         **found,
     }
-
-
-def table(rows: list[Row]) -> str:
-    """Per number of slots, without and with look-ahead: what was fetched when, and in vain."""
-    headings = (
-        *("slots per rank", "look-ahead", "needed and there", "fetched late, per layer and step"),
-        *("fetched ahead", "of these used", "bytes wasted", "waiting for copies", "guessing"),
-        "TTFT ms",
-    )
-    body = []
-    for slots, how in dict.fromkeys((row["slots"], row["look_ahead"]) for row in rows):
-        own = [row for row in rows if (row["slots"], row["look_ahead"]) == (slots, how)]
-        total = {key: sum(row[key] for row in own) for key in (*COUNTED, "schedules")}
-        early = total["early_fetches"]
-        body.append(
-            [
-                str(slots),
-                how,
-                f"{total['hits'] / (total['hits'] + total['fetches']):.1%}",
-                f"{total['fetches'] / total['schedules']:.2f}",
-                f"{early / total['schedules']:.2f}",
-                f"{total['early_hits'] / early:.1%}" if early else "-",
-                f"{total['wasted_bytes'] / total['fetched_bytes']:.1%}",
-                f"{total['fetch_wait_us'] / total['experts_us']:.1%}",
-                f"{total['look_ahead_us'] / total['experts_us']:.1%}",
-                f"{statistics.median(row['ttft_ms'] for row in own):.0f}",
-            ]
-        )
-    return markdown.table(headings, body)
 
 
 if __name__ == "__main__":

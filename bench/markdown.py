@@ -8,11 +8,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_balance.measured_tables import MeasuredTable
+
 
 def table(headings: Sequence[str], body: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """A table whose first `left` columns are text and the others numbers."""
     rule = ["---"] * left + ["---:"] * (len(headings) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *body))
+
+
+def written(found: MeasuredTable) -> str:
+    """A measured table with what it says about itself."""
+    text = table(found.headings, found.body, left=found.left)
+    intro = f"{found.title}. {found.caption}"
+    return "\n".join((intro, "", text, "", f"{found.origin}; `{found.command}`."))
 
 
 def grouped(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = {"commands", "simulate"} | {
+ALONE = {"commands", "own_benchmarks", "simulate"} | {
     f"{name}.py"
     for name in ("measurement", "measured_tables", "run_tables", "skew_table", "slo_table")
 }

@@ -9,14 +9,12 @@ run, and in no other's. A run that was ended continues with the next burst, on a
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 from rich.console import Console
 
 from bench import client, command, markdown, real_size_model, run_files
@@ -25,6 +23,7 @@ from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.server import Arm, Server
 from bench.starts import Start, arm_of
 from vllm_balance import traces
+from vllm_balance.own_benchmarks.recorder import Burst, table
 
 RUN = run_files.FOLDER / "recorder.toml"
 RESULTS = ROOT / "bench" / "results" / "recorder.jsonl"
@@ -38,7 +37,8 @@ def recorder() -> None:
     load, order = settings["load"], settings["recordings"]["order"]
     bursts = list(enumerate(order * settings["recordings"]["rounds"]))
     prompts = prompts_of(load, settings["seed"])
-    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    origin = {"run": RUN.stem, "title": settings["title"], "seed": settings["seed"]}
+    origin |= {"config_hash": config_hash(settings)}
     origin |= {"sources": sources(), "harness": harness(), **provenance()}
     rows = unfinished(RESULTS, origin, [position for position, _ in bursts])
     origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
@@ -52,7 +52,7 @@ def recorder() -> None:
             rows.append(origin | {"position": position, "arm": what, "server": number} | found)
             append(RESULTS, rows[-1:])
             console.print(rows[-1])
-    console.print(table(rows))
+    console.print(markdown.written(table([Burst.model_validate(row) for row in rows])))
 
 
 def static_arm(settings: dict[str, Any]) -> Arm:
@@ -106,65 +106,6 @@ def _post(server: Server, action: str, body: dict[str, str] | None) -> list[dict
         httpx.post(url, json=body, timeout=60).raise_for_status().json()["ranks"]
     )
     return ranks
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Per arm: time per token, against no recording, and what a step takes in the file."""
-    bursts = {arm: [row for row in rows if row["arm"] == arm] for arm in ("off", "counts", "ids")}
-    against = against_off(rows)
-    body = []
-    for arm, own in bursts.items():
-        values_ms = [row["tpot_ms"] for row in own]
-        median_ms = statistics.median(values_ms)
-        steps = sum(row.get("steps", 0) for row in own)
-        size = f"{sum(row['bytes'] for row in own) / steps:,.0f}" if steps else "-"
-        dropped = str(sum(row.get("dropped_steps", 0) for row in own))
-        body.append(
-            [
-                arm,
-                str(len(own)),
-                f"{median_ms:.1f}",
-                *_spread([against[row["position"]] for row in own if row["position"] in against]),
-                f"{(max(values_ms) - min(values_ms)) / median_ms:.1%}",
-                size,
-                dropped,
-                *(_share(own, key) for key in ("serving_us", "writing_us")),
-            ]
-        )
-    headings = ("recording", "bursts", "TPOT ms", "against off", "quartiles", "least to most",
-                "bytes a step", "dropped steps", "in serving",
-                "in the writer's thread")  # fmt: skip
-    return markdown.table(headings, body)
-
-
-def against_off(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """TPOT of each burst by its position, over that of the bursts without recording around it on
-    the same server.
-
-    Between two of them on the line between; of a burst without recording, over its neighbours'. One
-    that has none, of a run that was ended, is left out.
-    """
-    found = {}
-    for row in rows:
-        own = [each for each in rows if each.get("server") == row.get("server")]
-        off = {each["position"]: each["tpot_ms"] for each in own if each["arm"] == "off"}
-        at = row["position"]
-        known = sorted(place for place in off if place != at)
-        if not known:
-            continue
-        found[at] = row["tpot_ms"] / float(np.interp(at, known, [off[p] for p in known]))
-    return found
-
-
-def _spread(ratios: list[float]) -> tuple[str, str]:
-    """Median and quartiles of ratios, as differences."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle - 1:+.2%}", f"{low - 1:+.1%} to {high - 1:+.1%}"
-
-
-def _share(rows: list[dict[str, Any]], key: str) -> str:
-    """Median share of a burst's time that the recorder took for itself."""
-    return f"{statistics.median(row.get(key, 0) / row['seconds'] / 1e6 for row in rows):.2%}"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ that was ended continues with the next server.
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,13 +28,10 @@ from bench.server import Server
 from bench.slow_rank import slowed
 from bench.starts import Start, arm_of, plan
 from vllm_balance.model_shape import from_config
+from vllm_balance.own_benchmarks.recovery import Burst, table
 
 RUN = run_files.FOLDER / "recovery.toml"
 RESULTS = ROOT / "bench" / "results" / "recovery.jsonl"
-SETTLED = 3
-"""Last bursts of a phase, whose median is where it ends."""
-NEAR = 0.05
-"""A burst within this of where its phase ends counts as recovered, if all behind it do."""
 Row = dict[str, Any]
 console = Console()
 
@@ -53,7 +48,8 @@ def recovery(
     )
     assert placed is not None
     console.print(said(placed.shown_slowdown))
-    origin = {"run": RUN.stem, "config_hash": config_hash(settings), "seed": settings["seed"]}
+    origin = {"run": RUN.stem, "title": settings["title"], "seed": settings["seed"]}
+    origin |= {"config_hash": config_hash(settings)}
     origin |= {"expert_bytes": _expert_bytes(model), "sources": sources(), "harness": harness()}
     origin |= {"traffic": _traffic(settings, model, folder), **provenance()}
     starts = plan(settings, rounds=1)
@@ -69,7 +65,7 @@ def recovery(
             own.append({**row, **origin})
         append(RESULTS, own)
         rows += own
-    console.print(table(rows))
+    console.print(markdown.written(table([Burst.model_validate(row) for row in rows])))
 
 
 def _traffic(settings: Row, model: Path, folder: Path) -> list[str]:
@@ -133,77 +129,6 @@ def _burst(
         **{key: online.get(key) for key in ("steps", "moving_us", "deciding_us")},
         **{key: online.get(key) for key in ("drift", "slowdown_per_rank")},
     }
-
-
-def table(rows: list[Row]) -> str:
-    """Per phase and arm: latency at the change and at the end, and what recovering took.
-
-    Args:
-        rows: of one run, see `bench.tables.newest_run`.
-    """
-    body = []
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        ends = {arm: _end_ms(of) for arm, of in _by_arm(rows, phase)}
-        for arm, own in _by_arm(rows, phase):
-            starts = _starts(own)
-            first_ms = statistics.median(start[0]["e2e_ms"] for start in starts)
-            body.append(
-                [
-                    phase,
-                    arm,
-                    str(len(starts)),
-                    f"{first_ms:.0f}",
-                    f"{ends[arm]:.0f}",
-                    *(f"{ends[arm] / ends[base] - 1:+.1%}" for base in ("static", "gem")),
-                    _seconds(statistics.median(map(_recovery_s, starts))),
-                    *_moved(starts),
-                ]
-            )
-    headings = ("phase", "arm", "servers", "first burst ms", "last bursts ms", "against static",
-                "against gem", "settled after s", "swaps", "moved MiB")  # fmt: skip
-    return markdown.table(headings, body, left=2)
-
-
-def _by_arm(rows: list[Row], phase: str) -> list[tuple[str, list[Row]]]:
-    here = [row for row in rows if row["phase"] == phase]
-    arms = dict.fromkeys(row["arm"] for row in here)
-    return [(arm, [row for row in here if row["arm"] == arm]) for arm in arms]
-
-
-def _starts(rows: list[Row]) -> list[list[Row]]:
-    """The bursts of each server, in order."""
-    positions = dict.fromkeys(row["position"] for row in rows)
-    return [[row for row in rows if row["position"] == position] for position in positions]
-
-
-def _end_ms(rows: list[Row]) -> float:
-    """End-to-end latency at the end of a phase, median over bursts and servers."""
-    return statistics.median(row["e2e_ms"] for own in _starts(rows) for row in own[-SETTLED:])
-
-
-def _recovery_s(bursts: list[Row]) -> float:
-    """Seconds from the change to the first burst from which on all are near the end's latency.
-
-    Infinite if the last one is not.
-    """
-    end_ms = statistics.median(row["e2e_ms"] for row in bursts[-SETTLED:])
-    far = [i for i, row in enumerate(bursts) if row["e2e_ms"] > (1 + NEAR) * end_ms]
-    if not far:
-        return 0.0
-    behind = bursts[far[-1] + 1 :]
-    return float(behind[0]["at_s"]) if behind else math.inf
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f}" if math.isfinite(value) else "never"
-
-
-def _moved(starts: list[list[Row]]) -> list[str]:
-    """Swaps of a phase, and the weights that they moved."""
-    if starts[0][-1]["swaps"] is None:
-        return ["-", "-"]
-    swaps = statistics.median(own[-1]["swaps"] for own in starts)
-    return [f"{swaps:.0f}", f"{2 * swaps * starts[0][0]['expert_bytes'] / 2**20:,.0f}"]
 
 
 if __name__ == "__main__":

@@ -13,34 +13,28 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import typer
 
 from bench import (
     harmoeny_tables,
-    look_ahead,
     markdown,
     metro_tables,
     modelled,
     placement,
     placement_accuracy,
-    recorder,
-    recovery,
     run_files,
     sweep_speed,
     validation,
 )
 from bench.provenance import ROOT
-from vllm_balance import measured_tables, run_tables, slo_table
+from vllm_balance import measured_tables, own_benchmarks, run_tables, slo_table
 from vllm_balance.measured_tables import MeasuredTable
 from vllm_balance.measurement import newest_by_machine, read_measurements
+from vllm_balance.own_benchmarks import OWN_BENCHMARKS, OwnRow, newest_run
 
 Row = dict[str, Any]
-ONE_RUN = ("started", "config_hash", "machine")
-"""What all rows of one run of a benchmark of its own have in common, and early ones, which have no
-start, their commit."""
 WRITERS = {
     "accuracy": (placement_accuracy.writer, "placement_accuracy"),
     "metro": (metro_tables.writer, "metro_routing"),
@@ -100,43 +94,38 @@ def _rows(name: str) -> list[Row]:
 
 def table(run: str) -> str:
     """The Markdown table of one run."""
-    kinds = {
-        "exchange": exchange_table,
-        "recorder": partial(own_table, recorder.table, "bench.recorder", "Medians over bursts."),
-        "look_ahead": partial(
-            own_table,
-            look_ahead.table,
-            "bench.look_ahead",
-            "Sums over ranks and two servers; times as shares of the experts' time.",
-        ),
-        "recovery": partial(
-            own_table,
-            recovery.table,
-            "bench.recovery --traces DIR",
-            "End-to-end latency of a request, medians over requests, bursts and servers.",
-        ),
-    }
-    return kinds[run](run) if run in kinds else measured_table(run)
+    if run == "exchange":
+        return exchange_table(run)
+    return own_table(run) if run in OWN_BENCHMARKS else measured_table(run)
 
 
-def own_table(render: Callable[[list[Row]], str], command: str, caption: str, run: str) -> str:
+def own_table(run: str) -> str:
     """A benchmark that is no table of servers by arm, by its newest run."""
-    rows = newest_run(_rows(run))
-    title = rows[-1].get("title")
-    if title is None:
-        title = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")["title"]
-    return "\n".join((f"{title}. {caption}", "", render(rows), "", _origin(rows[-1], command)))
+    own = OWN_BENCHMARKS[run]
+    path = ROOT / "bench" / "results" / f"{run}.jsonl"
+    found = own.table(newest_run(own_benchmarks.read(path, run)))
+    if not found.title:
+        settings = run_files.read(ROOT / "configs" / "runs" / f"{run}.toml")
+        found = replace(found, title=settings["title"])
+    return markdown.written(found)
 
 
-def newest_run(rows: list[Row]) -> list[Row]:
-    """The rows of the run that the last one is of."""
-    keys = ONE_RUN if "started" in rows[-1] else (*ONE_RUN, "commit")
-    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in keys)]
+class Exchange(OwnRow):
+    """One way of exchanging counts."""
+
+    ranks: int
+    experts: int
+    tokens_per_rank: int
+    way: str
+    collectives_per_layer: float
+    bytes_per_layer: float
+    exchange_us: float
+    decide_us: float
 
 
 def exchange_table(run: str) -> str:
     """What each way of exchanging counts costs."""
-    rows = newest_run(_rows(run))
+    rows = newest_run(map(Exchange.model_validate, _rows(run)))
     headings = [
         "processes",
         "experts",
@@ -148,19 +137,20 @@ def exchange_table(run: str) -> str:
     ]
     body = [
         [
-            str(row["ranks"]),
-            str(row["experts"]),
-            f"`{row['way']}`",
-            f"{row['collectives_per_layer']:g}",
-            f"{row['bytes_per_layer']:,.0f}",
-            f"{row['exchange_us']:.0f}",
-            f"{row['decide_us']:.0f}",
+            str(row.ranks),
+            str(row.experts),
+            f"`{row.way}`",
+            f"{row.collectives_per_layer:g}",
+            f"{row.bytes_per_layer:,.0f}",
+            f"{row.exchange_us:.0f}",
+            f"{row.decide_us:.0f}",
         ]
         for row in rows
     ]
-    intro = f"Per layer, {rows[0]['tokens_per_rank']} tokens per rank, top-8; medians of rank 0."
+    intro = f"Per layer, {rows[0].tokens_per_rank} tokens per rank, top-8; medians of rank 0."
     text = markdown.table(headings, body)
-    return "\n".join((intro, "", text, "", _origin(rows[-1], "bench.exchange")))
+    origin = f"Measured on {rows[-1].machine}; commit {rows[-1].commit}"
+    return "\n".join((intro, "", text, "", f"{origin}; `python -m bench.exchange`."))
 
 
 def measured_table(name: str) -> str:
@@ -172,7 +162,7 @@ def measured_table(name: str) -> str:
     kind = slo_table.table if run.endswith("-slo") else run_tables.main_table
     path = ROOT / "bench" / "results" / f"{run.removesuffix('-slo')}.jsonl"
     every = [kind(rows) for rows in newest_by_machine(read_measurements(path)).values()]
-    return "\n\n".join(map(_written, every if run == name else [_brief(every[0])]))
+    return "\n\n".join(map(markdown.written, every if run == name else [_brief(every[0])]))
 
 
 def _brief(found: MeasuredTable) -> MeasuredTable:
@@ -184,16 +174,6 @@ def _brief(found: MeasuredTable) -> MeasuredTable:
         headings=[found.headings[column] for column in columns],
         body=[[line[column] for column in columns] for line in found.body],
     )
-
-
-def _written(found: MeasuredTable) -> str:
-    text = markdown.table(found.headings, found.body)
-    intro = f"{found.title}. {found.caption}"
-    return "\n".join((intro, "", text, "", f"{found.origin}; `{found.command}`."))
-
-
-def _origin(row: Row, command: str) -> str:
-    return f"Measured on {row['machine']}; commit {row['commit']}; `python -m {command}`."
 
 
 if __name__ == "__main__":

@@ -82,3 +82,49 @@ def rows() -> list[Measurement]:
         for turn in range(2)
         for number, (arm, tpot_ms) in enumerate(times.items())
     ]
+
+
+ORIGIN = {"seed": 1, "versions": {}, "commit": "abc1234", "machine": "A machine"}
+"""Of a row of a benchmark of its own."""
+
+
+def recorder_bursts(tpots_ms: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Rows of `bench.recorder`: bursts of one second that alternate between the arms."""
+    recorded = {"steps": 4, "bytes": 4000, "serving_us": 2e3, "writing_us": 1e3}
+    in_order = [one for turn in zip(*map(_named, tpots_ms.items()), strict=True) for one in turn]
+    return [
+        ORIGIN
+        | {"run": "recorder", "position": position, "arm": arm, "tpot_ms": ms, "seconds": 1.0}
+        | (recorded if arm != "off" else {})
+        for position, (arm, ms) in enumerate(in_order)
+    ]
+
+
+def _named(arm: tuple[str, list[float]]) -> list[tuple[str, float]]:
+    return [(arm[0], ms) for ms in arm[1]]
+
+
+def recovery_bursts(
+    arm: str,
+    position: int,
+    e2e_ms: list[float],
+    swaps: list[int] | None = None,
+    phase: str = "other traffic",
+) -> list[dict[str, Any]]:
+    """Rows of `bench.recovery`: one phase of one server, a burst every five seconds."""
+    return [
+        ORIGIN
+        | {"run": "recovery", "arm": arm, "position": position, "phase": phase}
+        | {"at_s": 5.0 * burst, "e2e_ms": ms, "ttft_ms": ms / 2, "tpot_ms": ms / 32}
+        | {"swaps": None if swaps is None else swaps[burst], "expert_bytes": 2**20}
+        for burst, ms in enumerate(e2e_ms)
+    ]
+
+
+def look_ahead_row(how: str, **counted: Any) -> dict[str, Any]:
+    """A row of `bench.look_ahead`, whose server counted nothing else."""
+    names = ("fetches", "early_fetches", "hits", "early_hits", "fetched_bytes", "wasted_bytes")
+    none = dict.fromkeys((*names, "fetch_wait_us", "look_ahead_us"), 0)
+    served = {"slots": 2, "look_ahead": how, "schedules": 100, "ttft_ms": 50.0}
+    title = {"run": "look_ahead", "title": "Prefill <of> a test"}
+    return ORIGIN | title | none | {"experts_us": 1000.0} | served | counted

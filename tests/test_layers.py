@@ -54,6 +54,7 @@ ROWS = [
         "documents",
         "measurement",
         "measured_tables",
+        "own_benchmarks",
         "run_tables",
         "skew_table",
         "slo_table",
@@ -62,7 +63,7 @@ ROWS = [
     ["types", "errors"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-UNITS = ("seams", "kernels", "routing", "commands", "placement", "simulate")
+UNITS = ("seams", "kernels", "routing", "commands", "placement", "simulate", "own_benchmarks")
 """Packages whose modules know each other."""
 VLLM_AT_IMPORT = {"endpoint", "seams.worker_cpu", "seams.worker_gpu"}
 """Modules that vLLM itself asks for by name, inside a process that has imported it already."""

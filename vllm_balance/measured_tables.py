@@ -95,6 +95,8 @@ class MeasuredTable:
     """Machine and commit."""
     command: str
     """Makes the rows."""
+    left: int = 1
+    """Columns of text; the others are numbers."""
 
 
 def table_of(

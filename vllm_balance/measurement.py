@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from vllm_balance.documents import Document, explain
+from vllm_balance.documents import Document, DocumentT, explain
 from vllm_balance.errors import BalancerError
 
 FORMAT: Literal["vllm-balance measurement 1"] = "vllm-balance measurement 1"
@@ -247,7 +247,18 @@ def _over_steps(row: Measurement, steps: float) -> Measurement:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
+    """All rows of a file, oldest first, as `read_rows` does."""
+    return read_rows(path, parse, "measurement", "python -m bench.run")
+
+
+def read_rows(
+    path: Path, parse: Callable[[bytes], DocumentT], what: str, made_by: str
+) -> list[DocumentT]:
     """All rows of a file, oldest first; what is behind the last line feed is no row yet.
+
+    Args:
+        what: names a row in messages.
+        made_by: the command that writes them.
 
     Raises:
         BalancerError: the file is missing, or a line is not such a row.
@@ -262,8 +273,8 @@ def read_measurements(path: Path) -> list[Measurement]:
             rows.append(parse(line))
         except ValidationError as error:
             raise BalancerError(
-                f"Line {number} of {path} is no measurement of this version. {explain(error)} Name "
-                f"a file of rows, as `python -m bench.run` writes them, or measure anew with it."
+                f"Line {number} of {path} is no {what} of this version. {explain(error)} Name "
+                f"a file of rows, as `{made_by}` writes them, or measure anew with it."
             ) from error
     return rows
 
@@ -276,7 +287,13 @@ def _unreadable(path: Path, error: OSError) -> BalancerError:
 
 
 def is_results(path: Path) -> bool:
-    """Whether the first line of a file says that it holds measurements; one cut short says nothing.
+    """Whether the first line of a file says that it holds measurements. Raises BalancerError as
+    `first_row` does."""
+    return first_row(path).get("format") == FORMAT
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """What the first line of a file holds; nothing if it was cut short or is no object.
 
     Raises:
         BalancerError: the file cannot be read.
@@ -287,8 +304,8 @@ def is_results(path: Path) -> bool:
     except OSError as error:
         raise _unreadable(path, error) from error
     except (ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and first.get("format") == FORMAT
+        return {}
+    return first if isinstance(first, dict) else {}
 
 
 def newest(rows: Iterable[Measurement]) -> list[Measurement]:

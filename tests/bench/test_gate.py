@@ -187,7 +187,10 @@ def test_a_refused_arm_leaves_no_proof(servers, monkeypatch, tmp_path):
 
 
 SERVED = ("vllm_balance/balancer.py", "kernels/a/b.py", *sorted(provenance.MAKERS))
-ALONE = ("vllm_balance/commands/report.py", "vllm_balance/simulate/run.py")
+ALONE = tuple(
+    f"vllm_balance/{name}"
+    for name in ("commands/report.py", "own_benchmarks/rows.py", "simulate/run.py")
+)
 
 
 @pytest.fixture

@@ -1,62 +1,14 @@
-"""Recovery from a change: when a phase counts as settled, and what the table compares."""
+"""Recovery from a change: rows of a run that was ended or made again."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from measured import recovery_bursts
 
-from bench import recovery, tables
-from bench.recovery import _recovery_s, table
-
-
-def _bursts(arm, position, e2e_ms, swaps=None, phase="other traffic"):
-    return [
-        {
-            **{"arm": arm, "position": position, "phase": phase, "burst": burst},
-            **{"at_s": 5.0 * burst, "e2e_ms": value, "expert_bytes": 2**20},
-            "swaps": None if swaps is None else swaps[burst],
-        }
-        for burst, value in enumerate(e2e_ms)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("e2e_ms", "expected_s"),
-    [
-        ([1000, 1000, 1000, 1000], 0.0),
-        ([1300, 1200, 1000, 1010, 990], 10.0),
-        ([1040, 1000, 1000, 1000], 0.0),
-        ([1000, 1300, 1000, 1000, 1000], 10.0),
-    ],
-)
-def test_settled_from_the_first_burst_behind_which_all_are_near_the_end(e2e_ms, expected_s):
-    assert _recovery_s(_bursts("online", 0, e2e_ms)) == expected_s
-
-
-def test_a_phase_that_ends_far_from_its_end_has_not_settled():
-    assert _recovery_s(_bursts("online", 0, [1000, 1000, 1000, 1500])) == math.inf
-
-
-def test_table_compares_the_ends_of_a_phase_and_counts_its_weights():
-    rows = _bursts("static", 0, [1000] * 4) + _bursts("gem", 1, [1200] * 4)
-    rows += _bursts("online", 2, [1200, 900, 900, 900], swaps=[0, 4, 6, 6])
-    lines = table(rows).splitlines()
-    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
-    assert cells == [
-        "other traffic",
-        "online",
-        "1",
-        "1200",
-        "900",
-        "-10.0%",
-        "-25.0%",
-        "5",
-        "6",
-        "12",
-    ]
-    assert lines[-2].split("|")[-3].strip() == "-"
+from bench import recovery
+from vllm_balance import own_benchmarks
 
 
 class Killed(BaseException):
@@ -72,10 +24,10 @@ def living(monkeypatch, tmp_path):
     def call(killed_in=None):
         def live_through(start, *_):
             lived.append(start.position)
-            for burst in _bursts(start.arm, start.position, [1000] * 4):
-                if len(lived) == killed_in and burst["burst"] == 1:
+            for burst, row in enumerate(recovery_bursts(start.arm, start.position, [1000.0] * 4)):
+                if len(lived) == killed_in and burst == 1:
                     raise Killed
-                yield burst
+                yield row | {"burst": burst}
 
         lived.clear()
         monkeypatch.setattr(recovery, "_live_through", live_through)
@@ -121,4 +73,6 @@ def test_an_ended_run_of_other_code_is_left_alone(living, monkeypatch):
     monkeypatch.setattr(recovery, "sources", lambda: "other code")
     rows = living()
     assert living.lived == [0, 1, 2, 3, 4, 5] and len({row["started"] for row in rows}) == 2
-    assert tables.newest_run(rows) == rows[4:]
+    newest = own_benchmarks.newest_run(own_benchmarks.read(recovery.RESULTS, "recovery"))
+    assert len(rows) == 28 and len(newest) == 24
+    assert {row.started for row in newest} == {rows[-1]["started"]}

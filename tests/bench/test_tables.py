@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from measured import row, rows
+from measured import recovery_bursts, row, rows
 
 from bench import tables
-from bench.tables import newest_run
 
 PAGE = "# Title\n\n<!-- table:decode -->\nold\n<!-- end -->\n\nText.\n"
 
@@ -79,39 +78,24 @@ def test_a_table_of_a_run_that_was_not_measured_is_an_error(root):
         tables.table("prefill")
 
 
-def test_a_benchmark_that_was_run_again_is_shown_by_its_newest_run():
-    """Two runs of one commit have the same positions."""
-    early = {"commit": "abc", "config_hash": "0", "machine": "A", "position": 0}
-    first, again = early | {"started": "2026-01-01T10:00"}, early | {"started": "2026-01-02T10:00"}
-    assert newest_run([early, early, first, again, again]) == [again, again]
-    assert newest_run([again, early, early]) == [early, early]
-    assert newest_run([first, first | {"position": 1}]) == [first, first | {"position": 1}]
-
-
-@pytest.mark.parametrize("key", ["commit", "config_hash", "machine"])
-def test_rows_without_a_start_are_one_run_per_commit_settings_and_machine(key):
-    row = {"commit": "abc", "config_hash": "0", "machine": "A"}
-    other = row | {key: "another"}
-    assert newest_run([row, other, row]) == [row, row]
-
-
-def test_an_own_table_is_of_the_newest_run_alone(root):
+def test_an_own_table_is_of_the_newest_run_alone_and_named_by_its_run_file(root):
     (root / "configs" / "runs").mkdir(parents=True)
     (root / "configs" / "runs" / "recovery.toml").write_text('title = "Requests"')
-    origin = {"commit": "abc1234", "config_hash": "0", "machine": "A machine"}
-    rows = [origin | {"started": day, "value": day} for day in ("Monday", "Tuesday")]
+    rows = [
+        row | {"started": day}
+        for day, ms in (("Monday", 1000.0), ("Tuesday", 2000.0))
+        for number, arm in enumerate(("static", "gem"))
+        for row in recovery_bursts(arm, number, [ms] * 3)
+    ]
     text = "".join(json.dumps(one) + "\n" for one in rows)
     (root / "bench" / "results" / "recovery.jsonl").write_text(text)
-    found = tables.own_table(
-        lambda shown: " ".join(one["value"] for one in shown), "bench.x", "Medians.", "recovery"
+    intro, _, _, rule, *body, _, origin = tables.table("recovery").splitlines()
+    assert intro.startswith("Requests. End-to-end latency of a request")
+    assert rule.startswith("| --- | --- | ---: |")
+    assert [line.split(" | ")[3] for line in body] == ["2000"] * 2
+    assert origin == (
+        "Measured on A machine; commit abc1234; `python -m bench.recovery --traces DIR`."
     )
-    assert found.splitlines() == [
-        "Requests. Medians.",
-        "",
-        "Tuesday",
-        "",
-        "Measured on A machine; commit abc1234; `python -m bench.x`.",
-    ]
 
 
 def test_a_run_on_several_machines_has_a_table_for_each(root):

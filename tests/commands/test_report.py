@@ -1,17 +1,19 @@
 """The report: one file that works in a real browser, on a desk and on a phone."""
 
+import json
 import re
 import shutil
 import sys
 import time
 
 import pytest
-from measured import latency, row, rows
+from measured import latency, look_ahead_row, recorder_bursts, recovery_bursts, row, rows
 from playwright.sync_api import expect, sync_playwright
 from typer.testing import CliRunner
 
 from vllm_balance import commands
-from vllm_balance.commands.report import _section, report
+from vllm_balance.commands import recovery_plot
+from vllm_balance.commands.report import _section, _section_of, report
 from vllm_balance.commands.report_plots import (
     COLOURS,
     over_time,
@@ -21,6 +23,7 @@ from vllm_balance.commands.report_plots import (
 )
 from vllm_balance.errors import BalancerError
 from vllm_balance.measurement import Measurement
+from vllm_balance.own_benchmarks.recovery import Burst
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_MS = 120_000
@@ -51,13 +54,54 @@ def written(path, measured):
     return path
 
 
+PHASES = {"traffic of the map": 3, "other traffic": 7, "a rank slowed by 28 %": 7}
+"""Of a run of `bench.recovery`, and bursts in each."""
+
+
+def recovery():
+    """Servers of three arms, there and back but for the last: ms rise by 100 more with every phase,
+    and fall to 1000 plus the server's place."""
+    return [
+        burst
+        for position, arm in enumerate(("static", "online", "gem", "gem", "static"))
+        for rise, (phase, count) in enumerate(PHASES.items())
+        for burst in recovery_bursts(
+            arm,
+            position,
+            [1000.0 + 100 * rise] + [1000.0 + position] * (count - 1),
+            swaps=list(range(count)) if arm == "online" else None,
+            phase=phase,
+        )
+    ]
+
+
+OWN = {
+    "recorder": recorder_bursts({"off": [100.0, 104.0], "counts": [110.0] * 2, "ids": [121.0] * 2}),
+    "recovery": recovery(),
+    "look_ahead": [
+        look_ahead_row(how, fetches=60, hits=40, fetched_bytes=600) for how in ("off", "router")
+    ],
+}
+"""Rows of benchmarks of their own."""
+
+
+def own_file(path, own):
+    """Behind rows of another machine, which make other tables."""
+    other = [one | {"machine": "Another machine", "tpot_ms": 7.0, "e2e_ms": 7.0} for one in own]
+    path.write_text("".join(json.dumps(one) + "\n" for one in other + own))
+    return path
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Two runs, a run of other settings in front of one of them, and a file of something else."""
+    """Two runs, a run of other settings in front of one of them, three benchmarks of their own, and
+    a file of something else."""
     folder = tmp_path_factory.mktemp("results")
     old = [row("metro", title="Old", config_hash="0")]
     written(folder / "decode.jsonl", old + rows())
     written(folder / "batch.jsonl", sweep())
+    for name, own in OWN.items():
+        own_file(folder / f"{name}.jsonl", own)
     (folder / "exchange.jsonl").write_text('{"run": "exchange", "ranks": 2}\n')
     return folder
 
@@ -67,7 +111,7 @@ def page_file(results, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     ended = CliRunner().invoke(commands.app, ["report", str(results), "-o", str(path)])
     assert ended.exit_code == 0, ended.output
-    assert "batch, decode" in ended.output
+    assert "batch, decode, look_ahead, recorder, recovery." in " ".join(ended.output.split())
     return path
 
 
@@ -164,6 +208,28 @@ def test_a_click_into_the_legend_hides_an_arm(page):
     assert plot.evaluate("element => element._fullData[1].visible") == "legendonly"
 
 
+def test_recovery_is_drawn_burst_by_burst_with_marks_where_something_changed(page):
+    page.get_by_role("tab", name="recovery").click()
+    plot = page.locator("section:visible .js-plotly-plot")
+    expect(plot.locator(".scatter .lines path")).to_have_count(5)
+    assert plot.locator(".shapelayer path").count() == 2
+    labels = plot.locator(".annotation")
+    expect(labels).to_have_text([re.compile(phase.replace(" ", r"\s*")) for phase in PHASES])
+    frame, width = plot.bounding_box(), page.viewport_size["width"]
+    for label in labels.all():
+        box = label.bounding_box()
+        assert frame["y"] <= box["y"] and box["x"] + box["width"] <= width
+    title, legend = plot.locator(".xtitle").bounding_box(), plot.locator(".legend").bounding_box()
+    assert title["y"] + title["height"] <= legend["y"]
+    page.get_by_role("combobox", name="Latency burst by burst: which").select_option("TTFT")
+    assert plot.evaluate("element => element.data[0].y[3]") == 1100 / 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    table = page.locator("section:visible table")
+    assert table.locator("tbody tr").nth(1).locator("td").nth(1).inner_text() == "online"
+    expect(page.locator("section:visible").get_by_text("Another machine")).to_have_count(0)
+    page.get_by_role("tab", name="batch").click()
+
+
 @on_a_desk
 def test_hovering_says_what_a_point_is(page):
     plot = page.locator("section:visible .js-plotly-plot").first
@@ -178,6 +244,55 @@ def test_hovering_says_what_a_point_is(page):
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_timeout(200)
     expect(said).to_contain_text("batch 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("recorder", ["counts", "2", "110.0"]),
+        ("recovery", ["traffic of the map", "online", "1", "1000", "1001"]),
+        ("look_ahead", ["2", "router", "40.0%", "0.60"]),
+    ],
+)
+def test_a_benchmark_of_its_own_has_its_table_from_the_newest_run(tmp_path, name, line):
+    section = _section_of(own_file(tmp_path / "rows.jsonl", OWN[name]))
+    (table,) = section["tables"]
+    assert table.body[1][: len(line)] == line
+    assert section["run"] == name and section["facts"]["rows"] == str(len(OWN[name]))
+    assert table.origin == "Measured on A machine; commit abc1234"
+    assert table.command.startswith(f"python -m bench.{name}")
+
+
+def test_a_benchmark_of_its_own_says_what_it_is_about_and_what_was_served(page_file):
+    text = page_file.read_text()
+    assert "<h2>What recording costs while serving</h2>" in text
+    assert "Prefill &lt;of&gt; a test. Sums over ranks" in " ".join(text.split())
+
+
+def test_a_damaged_row_of_a_benchmark_of_its_own_is_named(tmp_path):
+    broken = {key: value for key, value in OWN["recorder"][0].items() if key != "tpot_ms"}
+    path = own_file(tmp_path / "recorder.jsonl", OWN["recorder"])
+    with path.open("a") as file:
+        file.write(json.dumps(broken) + "\n")
+    with pytest.raises(BalancerError, match=r"Line 13 of .* is no row of bench\.recorder"):
+        report([tmp_path], tmp_path / "report.html")
+
+
+def test_servers_of_an_arm_have_one_colour_and_bursts_say_when_they_were():
+    (panel,) = recovery_plot.panels([Burst.model_validate(one) for one in OWN["recovery"]])
+    assert list(panel.figures) == ["end to end", "TPOT", "TTFT"]
+    figure = panel.figures["end to end"]
+    first, online, *_ = figure["data"]
+    assert [each["name"] for each in figure["data"]] == [
+        *("static, server 1", "online", "gem, server 1", "gem, server 2", "static, server 2")
+    ]
+    lines = [each["line"] for each in figure["data"]]
+    assert [line["color"] for line in lines] == [COLOURS[arm] for arm in (0, 1, 2, 2, 0)]
+    assert [line["dash"] for line in lines] == ["solid"] * 3 + ["dot"] * 2
+    assert online["x"] == list(range(1, 18)) and online["y"][3:5] == [1100.0, 1001.0]
+    assert online["text"][2] == "traffic of the map, after 10 s, 2 swaps"
+    assert first["text"][2] == "traffic of the map, after 10 s"
+    assert [mark["x0"] for mark in figure["layout"]["shapes"]] == [3.5, 10.5]
 
 
 def test_heat_is_by_expert_and_rank():

@@ -5,7 +5,8 @@ A figure is data and layout of plotly.js; the page adds fonts, margins and sizes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,9 @@ def panels(rows: list[Measurement]) -> list[Panel]:
         ),
         Panel(
             title="Activated experts per rank over time",
-            note="Per step, summed over layers: what each rank streams. A line per arm and rank, "
-            "from the first load of each arm.",
+            note="Per step, summed over layers: what each rank streams. In decode lower is better, "
+            "and an arm's ranks close together. A line per arm and rank, from the first load of "
+            "each arm.",
             figures={name: over_time(own) for name, own in _views(rows)},
         ),
         Panel(
@@ -62,7 +64,8 @@ def panels(rows: list[Measurement]) -> list[Panel]:
         ),
         Panel(
             title="Latency",
-            note="Share of requests (ITL: of tokens) that took at most so long.",
+            note="Further left is better. Share of requests (ITL: of tokens) that took at most so "
+            "long.",
             figures={
                 f"{heading}{f', {name}' if name else ''}": latency(own, field)
                 for name, own in _views(rows)
@@ -95,7 +98,7 @@ def pareto(rows: list[Measurement], heading: str) -> Figure:
     lines: dict[tuple[str, str], list[list[Measurement]]] = {}
     for (case, _, arm), own in grouped(rows).items():
         lines.setdefault((case, arm), []).append(own)
-    data = []
+    data, colours = [], colours_of(row.arm for row in rows)
     for (case, arm), loads in lines.items():
         loads.sort(key=lambda own: own[0].concurrency)
         joined = len({own[0].concurrency for own in loads}) == len(loads)
@@ -104,35 +107,31 @@ def pareto(rows: list[Measurement], heading: str) -> Figure:
                 "type": "scatter",
                 "mode": "lines+markers" if joined else "markers",
                 "name": " ".join(filter(None, (case, arm))),
-                "x": [_round(median(own, latency_ms)) for own in loads],
+                "x": [rounded(median(own, latency_ms)) for own in loads],
                 "y": [
-                    _round(median(own, total_tokens_per_s if is_first else tokens_per_s))
+                    rounded(median(own, total_tokens_per_s if is_first else tokens_per_s))
                     for own in loads
                 ],
                 "text": [own[0].load_name or f"{own[0].concurrency} at once" for own in loads],
                 "hovertemplate": "%{text}<br>%{x} ms<br>%{y} tokens/s<extra>%{fullData.name}"
                 "</extra>",
                 "marker": {"size": 9, "symbol": _case_number(rows, case)},
-                "line": {"color": _colour(rows, arm)},
+                "line": {"color": colours[arm]},
             }
         )
-    layout = _axes(
+    layout = axes(
         f"{heading}, ms (median)",
         "tokens per second, prompts included" if is_first else "tokens per second",
     )
     layout["yaxis"]["rangemode"] = "tozero"
     slo = set() if is_first else {row.slo_tpot_ms for row in rows}
-    layout["shapes"] = [
-        {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1}
-        | {"line": {"dash": "dash", "color": "#888"}}
-        for at in sorted(filter(None, slo))
-    ]
+    layout["shapes"] = [mark(at) for at in sorted(filter(None, slo))]
     return {"data": data, "layout": layout}
 
 
 def over_time(rows: list[Measurement]) -> Figure:
     """Activated experts of each rank over the seconds of a load."""
-    data = []
+    data, colours = [], colours_of(row.arm for row in rows)
     for (_, _, arm), own in grouped(rows).items():
         samples = own[0].samples
         for rank in range(own[0].num_ranks):
@@ -144,10 +143,13 @@ def over_time(rows: list[Measurement]) -> Figure:
                     "x": [sample.at_s for sample in samples],
                     "y": [sample.activated_per_rank[rank] for sample in samples],
                     "marker": {"size": 4},
-                    "line": {"color": _colour(rows, arm), "dash": DASHES[rank % len(DASHES)]},
+                    "line": {
+                        "color": colours[arm],
+                        "dash": DASHES[rank % len(DASHES)],
+                    },
                 }
             )
-    return {"data": data, "layout": _axes("seconds", "activated experts per step")}
+    return {"data": data, "layout": axes("seconds", "activated experts per step")}
 
 
 def _heat_maps(rows: list[Measurement]) -> Iterator[tuple[str, Figure]]:
@@ -166,9 +168,9 @@ def heat_map(rows: list[Measurement], layer: int) -> Figure:
         if order_E is None:
             order_E = share_SE.sum(0).argsort(kind="stable")[::-1]
         names += [f"{arm} {rank}" for rank in range(len(share_SE))]
-        shares += [[_round(value) for value in share_E[order_E]] for share_E in share_SE]
+        shares += [[rounded(value) for value in share_E[order_E]] for share_E in share_SE]
     assert order_E is not None
-    layout = _axes("expert", "")
+    layout = axes("expert", "")
     layout["xaxis"] |= {"type": "category", "nticks": 12}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     layout["height"] = 120 + 26 * len(names)
@@ -199,7 +201,7 @@ def tokens_per_expert_SE(rows: list[Measurement], layer: int) -> np.ndarray:
 
 def latency(rows: list[Measurement], field: str) -> Figure:
     """Cumulative distribution of one latency, the median over the repeats of each arm."""
-    data = []
+    data, colours = [], colours_of(row.arm for row in rows)
     for (_, _, arm), own in grouped(rows).items():
         found: list[Latency] = [getattr(row, field) for row in own]
         quantiles = np.median([one.quantiles for one in found], axis=0)
@@ -208,12 +210,12 @@ def latency(rows: list[Measurement], field: str) -> Figure:
                 "type": "scatter",
                 "mode": "lines",
                 "name": arm,
-                "x": [_round(value) for value in quantiles],
-                "y": [_round(value) for value in np.linspace(0, 100, len(quantiles))],
-                "line": {"color": _colour(rows, arm)},
+                "x": [rounded(value) for value in quantiles],
+                "y": [rounded(value) for value in np.linspace(0, 100, len(quantiles))],
+                "line": {"color": colours[arm]},
             }
         )
-    return {"data": data, "layout": _axes("ms", "percent")}
+    return {"data": data, "layout": axes("ms", "percent")}
 
 
 def _views(rows: list[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
@@ -223,18 +225,26 @@ def _views(rows: list[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
         yield ", ".join(filter(None, (case, load))), own
 
 
-def _axes(x: str, y: str) -> dict[str, Any]:
+def axes(x: str, y: str) -> dict[str, Any]:
+    """A layout whose axes have titles."""
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
-def _colour(rows: list[Measurement], arm: str) -> str:
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    return COLOURS[arms.index(arm) % len(COLOURS)]
+def mark(x: float) -> dict[str, Any]:
+    """A dashed line from the bottom of a plot to its top."""
+    line = {"dash": "dash", "color": "#888"}
+    return {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+
+
+def colours_of(arms: Iterable[str]) -> dict[str, str]:
+    """Of each arm, in the order in which they first come."""
+    return dict(zip(dict.fromkeys(arms), itertools.cycle(COLOURS), strict=False))
 
 
 def _case_number(rows: list[Measurement], case: str) -> int:
     return list(dict.fromkeys(row.case for row in rows)).index(case)
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
+    """As many digits as a plot shows."""
     return round(float(value), 2)
