@@ -69,6 +69,26 @@ def test_traffic_is_what_a_server_replays():
         assert torch.equal(batch[1], replay.rows(1, num_tokens))
 
 
+@pytest.mark.parametrize(
+    "skew",
+    [
+        ReplaySettings(zipf=0.8, change_every=2, seed=3, rows=512),
+        ReplaySettings(hot=Hot(experts=9, fraction=0.9, ranks=2, further_fractions=(0.3, 0.6)),
+                       change_every=1, seed=3, rows=512),
+    ],
+)  # fmt: skip
+def test_traffic_that_changes_is_what_a_server_replays(skew):
+    """Of batches that decode, of prompts and of both, from the beginning and again from there."""
+    ours = skewed(skew, MODEL, 2)
+    for _ in range(2):
+        replay = Replay(skew, num_layers=2, num_experts=128, top_k=8)
+        for decode, prefill in ((3, 0), (0, 500), (40, 30), (7, 1), (600, 0)):
+            batch = ours.batch(decode, prefill)
+            assert torch.equal(batch[0], replay.rows(0, decode + prefill))
+            assert torch.equal(batch[1], replay.rows(1, decode + prefill))
+        ours = ours.fresh()
+
+
 def test_history_counts_every_pair():
     history_NLE = TRAFFIC.fresh().history(np.array([(64, 0), (0, 64), (30, 4)]))
     assert history_NLE.shape == (3, 2, 128)
