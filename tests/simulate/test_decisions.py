@@ -14,7 +14,7 @@ from vllm_balance import traces
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.metro.reference import optimal_activated
-from vllm_balance.placement import PLACEMENT, Cluster
+from vllm_balance.placement import PLACEMENT, TRACED, Cluster
 from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import Hot, ReplaySettings, draw
 from vllm_balance.routing import FETCHING, ROUTING
@@ -369,8 +369,15 @@ def test_gem_places_by_batches_as_large_as_the_steps_of_the_load():
     assert not seen["tokens"][:, 0].any() and (seen["tokens"][:, 1] == 4096).all()
 
 
-def test_a_balancer_that_is_placed_by_more_than_counts_is_not_simulated():
-    with pytest.raises(BalancerError, match="exflow is not simulated"):
+def test_exflow_is_placed_by_its_policy_on_the_tokens_of_a_trace():
+    noise = np.random.default_rng(1).random((500, 2, 128))
+    known = Trace(name="t", num_experts=128, top_k=8, layer_index_L=np.arange(2),
+                  topk_ids_TLK=np.argsort(noise, axis=2)[..., :8])  # fmt: skip
+    slots_LP = TRACED["exflow"]().place_trace(known, ranks(8))
+    decides = decider_of(replace(arm_of("exflow"), known_trace=known), TRAFFIC.fresh())
+    for tables, slots_P in zip(decides.tables_L, slots_LP, strict=True):
+        assert tables.logical_to_physical_ER[:, 0].tolist() == np.argsort(slots_P).tolist()
+    with pytest.raises(BalancerError, match="exflow places experts by the tokens of a trace"):
         decider_of(arm_of("exflow"), TRAFFIC.fresh())
 
 
