@@ -32,7 +32,7 @@ import numpy as np
 from bench import speed
 from bench.load import Load
 from bench.machine_numbers import part, relative_nnls
-from bench.predictions import benchmark_model, burst
+from bench.predictions import benchmark_model, loop
 from vllm_balance.measurement import KernelTime
 from vllm_balance.profiles import Profile
 from vllm_balance.replay_rows import ReplaySettings
@@ -171,7 +171,7 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
         hardware=machine,
         profile=profile,
         layout=Layout(tensor=machine.ranks_per_node.value),
-        load=burst(load),
+        load=loop(load),
         balancer="static",
     )
     even = ReplaySettings(zipf=0.0)

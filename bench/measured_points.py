@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import placed, real_size_model, run_files, speed
 from bench.load import Load as Asked
 from bench.placed import SLOW_RANK, Slowed
-from bench.predictions import Recorded, is_profiled, predict, profiled_dtype
+from bench.predictions import Recorded, is_profiled, predict, profiled_dtype, rearranges
 from bench.provenance import provenance
 from bench.validation_tables import Variant
 from vllm_balance.measured_tables import FEW_TOKENS
@@ -39,8 +39,7 @@ RUNS = (
 )
 RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "trace")
 RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow")
-NOT_SIMULATED = "exflow"
-"""It is placed by which experts follow each other, and not by counts."""
+RUNS += ("traffic", "traffic-bfloat16", "harmoeny-varying", "turns-harmoeny")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
@@ -113,8 +112,8 @@ def _of_run(
 ) -> Iterator[Row]:
     groups: dict[Variant, Arms] = {}
     for row in rows:
-        if row.arm != NOT_SIMULATED:
-            variant = Variant(row.case, row.load, row.slow)
+        variant = Variant(row.case, row.load, row.slow)
+        if not rearranges(*_of_variant(settings, variant), row.arm):
             groups.setdefault(variant, {}).setdefault(row.arm, []).append(row)
     with _recorded(settings, rows, traces) as (is_there, files):
         if not is_there:
@@ -126,16 +125,12 @@ def _of_run(
         about = {"hardware": machine, "profiled": is_profiled(settings, machine)}
         for variant, arms in groups.items():
             tables, load = _of_variant(settings, variant)
-            # The simulator's traffic keeps its popular experts.
-            if "change_every" not in (load.replay or tables["replay"]):
-                made = {
-                    arm: predict(tables, load, arm, machine, files, _slowed(tables, own))
-                    for arm, own in arms.items()
-                }
-                slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
-                yield from (
-                    point | about for point in _group(name, variant, arms, made, slow, load)
-                )
+            made = {
+                arm: predict(tables, load, arm, machine, files, _slowed(tables, own))
+                for arm, own in arms.items()
+            }
+            slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
+            yield from (point | about for point in _group(name, variant, arms, made, slow, load))
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import real_size_model
 from bench.load import Load as Asked
 from bench.placed import Slowed
+from vllm_balance import traces
+from vllm_balance.config import BalancerConfig
+from vllm_balance.placement import TRACED
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
 from vllm_balance.simulate.hardware import NUMBER_OF, is_of
@@ -21,6 +24,8 @@ SHAPE += ("vocabulary",)
 """What a benchmark's model may have otherwise than BASE."""
 BUDGET, TOKEN_BUDGET = "--max-num-batched-tokens", 8192
 """The flag, and where a run file lacks it a limit that its loads stay below."""
+MAX_STEPS = 1000
+"""More than any load of configs/runs has."""
 NUMBERS = {dtype: (NUMBER_OF[dtype], width) for dtype, width in (("bfloat16", 2), ("float32", 4))}
 """What a model is served in: the format of its arithmetic, bytes of a weight or cached element."""
 AT_FULL_SPEED = Slowed(0, 1.0)
@@ -48,15 +53,17 @@ def benchmark_model(preset: str, num_layers: int, dtype: str = "bfloat16", **cha
     return base.model_copy(update={"expert_number": number, "dense_number": number, **stored})
 
 
-def burst(load: Asked, engines: int = 1, token_budget: int = TOKEN_BUDGET) -> Load:
-    """What the first requests of a benchmark's load ask for: they arrive at once."""
+def loop(load: Asked, engines: int = 1, token_budget: int = TOKEN_BUDGET) -> Load:
+    """What the client sends: a closed loop that ends."""
     return Load(
         concurrency=load.at_once,
+        requests=load.requests,
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.max_tokens,
+        length_spread=load.length_spread,
         token_budget=token_budget,
         engines=engines,
-        max_steps=1000,
+        max_steps=MAX_STEPS,
         steady=False,
     )
 
@@ -97,24 +104,33 @@ def predict(
     extra = own.get("num_redundant_experts", own.get("dynamic_slots", 0) * layout.num_ranks)
     asked = load.replay or settings["replay"]
     served = known = {**asked, "seed": settings["seed"]}
+    known_trace = None
     if "trace" in asked:
         assert recorded is not None
-        served = {**served, "trace": recorded.replayed}
-        known = {**served, "trace": recorded.known if "place" in own else recorded.replayed}
+        served = known = {**served, "trace": recorded.replayed}
+    if "place" in own:
+        assert recorded is not None
+        known = {**settings["replay"], "seed": settings["seed"], "trace": recorded.known}
+        if own["place"] in TRACED:
+            # `vllm-balance place` scores by the other half.
+            known_trace, _ = traces.load(recorded.known).split(settings["seed"])
+    sent = partial(loop, engines=layout.data, token_budget=_token_budget(serve["flags"]))
     arm = Arm(
         model=model,
         hardware=described,
         profile=profile,
         layout=layout,
         balancer=own.get("balancer", name),
+        seed=settings["seed"],
         placed_by=None if own.get("place") == "gem" else own.get("place"),
+        known_trace=known_trace,
         known_batches=_known_batches(settings["place"]) if "place" in own else (),
         slowness=tuple(
             slow.factor if rank == slow.rank else 1.0 for rank in range(layout.num_ranks)
         ),
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
-        load=burst(load, layout.data, _token_budget(serve["flags"])),
-        warm_batches=_warm_batches(settings, load),
+        load=sent(load),
+        warm=tuple(map(sent, _warming(settings, load))),
     )
     layers = model.num_moe_layers
     traffic, placed_by = (skewed(ReplaySettings(**each), model, layers) for each in (served, known))
@@ -136,7 +152,16 @@ def _token_budget(flags: list[str]) -> int:
     return int(flags[flags.index(BUDGET) + 1])
 
 
-def _warm_batches(settings: Row, load: Asked) -> int:
-    """Batches before a load is measured: `bench.run` sends what warms up twice."""
+def _warming(settings: Row, load: Asked) -> tuple[Asked, ...]:
+    """What a server has served since its traffic began: `bench.run` sends what warms up twice."""
     warm = load.warming or (Asked(**settings["warm"]) if "warm" in settings else None)
-    return 0 if warm is None else 2 * math.ceil(warm.requests / warm.at_once)
+    return () if warm is None else (warm, warm)
+
+
+def rearranges(settings: Row, load: Asked, name: str) -> bool:
+    """Whether experts of an arm move in mid-load, which is not simulated: vLLM's EPLB places them
+    anew while the popular ones change."""
+    own = settings["arms"][name]
+    balancer = BalancerConfig(name=own.get("balancer", name))
+    changes = "change_every" in (load.replay or settings["replay"])
+    return changes and "place" not in own and not balancer.stays

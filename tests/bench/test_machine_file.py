@@ -133,7 +133,7 @@ def simulated():
     for layers, load in itertools.product(machine.LAYERS, machine.LOADS):
         model = machine_servers.benchmark_model("qwen3-30b-a3b", layers)
         arm = Arm(model=model, hardware=described, profile=PROFILE, layout=Layout(tensor=2),
-                  load=machine_servers.burst(load), balancer="static")  # fmt: skip
+                  load=machine_servers.loop(load), balancer="static")  # fmt: skip
         made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
         found.append((layers, load, made))
     return found

@@ -14,7 +14,7 @@ from vllm_balance import traces
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.metro.reference import optimal_activated
-from vllm_balance.placement import PLACEMENT, Cluster
+from vllm_balance.placement import PLACEMENT, TRACED, Cluster
 from vllm_balance.replay import Replay
 from vllm_balance.replay_rows import Hot, ReplaySettings, draw
 from vllm_balance.routing import FETCHING, ROUTING
@@ -67,6 +67,26 @@ def test_traffic_is_what_a_server_replays():
         batch = ours.batch(num_tokens, 0)
         assert torch.equal(batch[0], replay.rows(0, num_tokens))
         assert torch.equal(batch[1], replay.rows(1, num_tokens))
+
+
+@pytest.mark.parametrize(
+    "skew",
+    [
+        ReplaySettings(zipf=0.8, change_every=2, seed=3, rows=512),
+        ReplaySettings(hot=Hot(experts=9, fraction=0.9, ranks=2, further_fractions=(0.3, 0.6)),
+                       change_every=1, seed=3, rows=512),
+    ],
+)  # fmt: skip
+def test_traffic_that_changes_is_what_a_server_replays(skew):
+    """Of batches that decode, of prompts and of both, from the beginning and again from there."""
+    ours = skewed(skew, MODEL, 2)
+    for _ in range(2):
+        replay = Replay(skew, num_layers=2, num_experts=128, top_k=8)
+        for decode, prefill in ((3, 0), (0, 500), (40, 30), (7, 1), (600, 0)):
+            batch = ours.batch(decode, prefill)
+            assert torch.equal(batch[0], replay.rows(0, decode + prefill))
+            assert torch.equal(batch[1], replay.rows(1, decode + prefill))
+        ours = ours.fresh()
 
 
 def test_history_counts_every_pair():
@@ -349,8 +369,15 @@ def test_gem_places_by_batches_as_large_as_the_steps_of_the_load():
     assert not seen["tokens"][:, 0].any() and (seen["tokens"][:, 1] == 4096).all()
 
 
-def test_a_balancer_that_is_placed_by_more_than_counts_is_not_simulated():
-    with pytest.raises(BalancerError, match="exflow is not simulated"):
+def test_exflow_is_placed_by_its_policy_on_the_tokens_of_a_trace():
+    noise = np.random.default_rng(1).random((500, 2, 128))
+    known = Trace(name="t", num_experts=128, top_k=8, layer_index_L=np.arange(2),
+                  topk_ids_TLK=np.argsort(noise, axis=2)[..., :8])  # fmt: skip
+    slots_LP = TRACED["exflow"]().place_trace(known, ranks(8))
+    decides = decider_of(replace(arm_of("exflow"), known_trace=known), TRAFFIC.fresh())
+    for tables, slots_P in zip(decides.tables_L, slots_LP, strict=True):
+        assert tables.logical_to_physical_ER[:, 0].tolist() == np.argsort(slots_P).tolist()
+    with pytest.raises(BalancerError, match="exflow places experts by the tokens of a trace"):
         decider_of(arm_of("exflow"), TRAFFIC.fresh())
 
 

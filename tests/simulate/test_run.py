@@ -95,6 +95,36 @@ def test_every_request_of_a_burst_waits_until_all_are_handled():
     assert made.ttft_us_at(0.99) == pytest.approx(made.step_us_N[0] + 100)
 
 
+def test_prompts_that_alternate_between_engines_take_two_steps_but_for_the_first():
+    load = Load(concurrency=2, requests=6, prompt_tokens=9, output_tokens=1, token_budget=64,
+                max_steps=99, steady=False, engines=2)  # fmt: skip
+    machine = with_numbers(H100, fixed__request=100.0, fixed__request_beside=7.0)
+    made = run(replace(ARM, load=load, hardware=machine, layout=Layout(data=2)))
+    step_us = made.step_us_N
+    # The first two came together.
+    times = [step_us[0] + 107, step_us[:2].sum() + 107, *(step_us[1:-1] + step_us[2:] + 100)]
+    assert [made.ttft_us_at(i / 5) for i in range(6)] == pytest.approx(sorted(times))
+
+
+def test_what_warms_up_moves_the_traffic_on():
+    """A changing skew of one hot expert: under static the load is that of the batches behind it."""
+    load = Load(concurrency=1, prompt_tokens=64, output_tokens=1, token_budget=64, max_steps=99,
+                steady=False)  # fmt: skip
+    arm = replace(ARM, balancer="static", load=replace(load, requests=9))
+    hot = ReplaySettings(hot=Hot(experts=8, fraction=1.0, further_fractions=(0.0, 0.5)),
+                         change_every=1, seed=1, rows=1024)  # fmt: skip
+
+    def pairs(arm):
+        return simulate(arm, skewed(hot, MODEL, 2), skewed(hot, MODEL, 2)).pairs_N
+
+    whole, behind = (
+        pairs(each)
+        for each in (arm, replace(arm, load=load, warm=(replace(load, requests=4),) * 2))
+    )
+    assert behind.tolist() == whole[8:].tolist()
+    assert len(set(whole.tolist())) > 3
+
+
 def test_requests_that_arrive_in_turn_do_not_wait_for_each_other():
     load = Load(concurrency=4, prompt_tokens=3, output_tokens=4, token_budget=16, max_steps=40)
     late, free = (with_numbers(H100, fixed__request_beside=us) for us in (1e6, 0.0))
@@ -148,7 +178,7 @@ def test_a_warm_server_fetches_less_and_fetches_take_a_cores_own_time():
 
     static, cold, warm = (
         experts_us(replace(arm, **changes))
-        for changes in ({"balancer": "static"}, {}, {"warm_batches": 2})
+        for changes in ({"balancer": "static"}, {}, {"warm": (load, load)})
     )
     # Five experts in each of two layers; the schedule counts them and evens the ranks out.
     copies_us = 2 * 5 * MODEL.expert_bytes / machine.host.bandwidth.per_us

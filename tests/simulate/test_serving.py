@@ -112,26 +112,113 @@ def test_the_first_request_of_a_burst_has_a_step_to_itself_and_the_others_wait_f
     assert steps.first_R.tolist() == [0, 1, 1]
 
 
-@given(
-    st.integers(1, 40),
-    st.integers(1, 60),
-    st.integers(1, 30),
-    st.integers(0, 64),
-    st.integers(0, 9),
-)
-def test_no_token_is_lost(concurrency, prompt, output, spare, seed):
-    asked = load(
-        concurrency=concurrency, prompt_tokens=prompt, output_tokens=output,
-        token_budget=concurrency + spare, max_steps=10**6,
-    )  # fmt: skip
+def test_a_request_that_follows_another_finds_the_next_step_running():
+    """The first ends with step 2; step 3 is the second's, and the third is taken in step 4."""
+    steps = schedule(load(concurrency=2, requests=3, prompt_tokens=2, token_budget=64))
+    assert steps.prefill_N.tolist() == [2, 2, 0, 0, 2, 0, 0]
+    assert steps.decode_N.tolist() == [0, 1, 2, 1, 0, 1, 1]
+    assert (steps.arrived_R.tolist(), steps.first_R.tolist()) == ([0, 0, 3], [0, 1, 4])
+
+
+def test_requests_one_at_a_time_wait_for_nobody():
+    steps = schedule(load(requests=5, output_tokens=1))
+    assert steps.prefill_N.tolist() == [5] * 5
+    assert steps.arrived_R.tolist() == steps.first_R.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_prompts_of_two_engines_that_hold_one_each_alternate():
+    """As measured with data parallelism: each waits for the other engine's step and then its own,
+    and no step has two."""
+    steps = schedule(load(concurrency=2, requests=12, prompt_tokens=500, output_tokens=1,
+                          token_budget=4096, engines=2))  # fmt: skip
+    assert steps.prefill_N.tolist() == steps.engine_prefill_N.tolist() == [500] * 12
+    assert steps.first_R.tolist() == list(range(12))
+    assert steps.arrived_R.tolist() == [0, *range(11)]
+
+
+def loop_by_hand(asked, seed):
+    """(decode, prefill) tokens of each step and (arrived, first) step of each request, by a client
+    and engines that keep lists of single requests."""
+    lengths = iter(zip(*(each.tolist() for each in asked.lengths(np.random.default_rng(seed))),
+                       strict=True))  # fmt: skip
+    engines = [[] for _ in range(asked.engines)]
+    every, rows = [], []
+    while True:
+        now, busy = len(rows), any(engines)
+        for _ in range(asked.concurrency - sum(map(len, engines))):
+            if (each := next(lengths, None)) is not None:
+                prompt, output = each
+                request = {"left": prompt, "out": output, "came": now, "first": None,
+                           "wait": busy}  # fmt: skip
+                busy = True
+                every.append(request)
+                min(engines, key=len).append(request)
+        if not any(engines):
+            return rows, [(each["came"], each["first"]) for each in every]
+        row = [0, 0]
+        for requests in engines:
+            room = asked.engine_budget - sum(not each["left"] for each in requests)
+            for each in requests:
+                if not each["left"]:
+                    each["out"] -= 1
+                    row[0] += 1
+                elif each["came"] < now or not each["wait"]:
+                    taken = min(max(room, 0), each["left"])
+                    room -= taken
+                    each["left"] -= taken
+                    row[1] += taken
+                    if not each["left"]:
+                        each["first"] = now
+                        each["out"] -= 1
+            requests[:] = [each for each in requests if each["out"]]
+        rows.append(tuple(row))
+
+
+LOOPS = st.builds(
+    lambda concurrency, more, engines, spare, **asked: load(
+        concurrency=concurrency, requests=concurrency + more, engines=engines, max_steps=10**6,
+        token_budget=engines * (-(-concurrency // engines) + spare), **asked),
+    concurrency=st.integers(1, 20), more=st.integers(0, 40), engines=st.integers(1, 4),
+    spare=st.integers(1, 64), prompt_tokens=st.integers(1, 60), output_tokens=st.integers(1, 20),
+    length_spread=st.sampled_from([0.0, 0.5, 0.9]),
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(LOOPS, st.integers(0, 9))
+def test_a_loop_is_what_a_client_and_engines_of_single_requests_do(asked, seed):
     steps = schedule(asked, seed=seed)
-    assert steps.prefill_N.sum() == concurrency * prompt
-    assert steps.decode_N.sum() == concurrency * (output - 1)
-    assert steps.sampled_N.sum() == concurrency * output
+    rows, requests = loop_by_hand(asked, seed)
+    assert list(zip(steps.decode_N, steps.prefill_N, strict=True)) == rows
+    assert sorted(zip(steps.arrived_R, steps.first_R, strict=True)) == sorted(requests)
+
+
+@settings(max_examples=100)
+@given(LOOPS, st.integers(0, 9))
+def test_no_token_is_lost_and_no_limit_exceeded(asked, seed):
+    steps = schedule(asked, seed=seed)
+    prompt_R, output_R = asked.lengths(np.random.default_rng(seed))
+    assert steps.prefill_N.sum() == prompt_R.sum()
+    assert steps.decode_N.sum() == (output_R - 1).sum()
+    assert steps.sampled_N.sum() == output_R.sum()
     assert steps.tokens_N.max() <= asked.token_budget
-    assert len(steps.arrived_R) == concurrency
-    every = prompt + output - 1
-    assert steps.attended_N.sum() == concurrency * every * (every + 1) // 2
+    assert len(steps.arrived_R) == asked.requests
+    assert (steps.decode_N + (steps.prefill_N > 0)).max() <= asked.concurrency
+    if asked.engines == 1:
+        every_R = prompt_R + output_R - 1
+        assert steps.attended_N.sum() == (every_R * (every_R + 1) // 2).sum()
+    if not asked.length_spread:
+        step_M = np.arange(len(steps.decode_N))[:, None]
+        in_flight_MR = (steps.arrived_R <= step_M) & (step_M < steps.first_R + asked.output_tokens)
+        assert in_flight_MR.sum(1).max() == asked.concurrency
+
+
+def test_lengths_are_whole_numbers_from_both_ends_of_their_range():
+    spread = load(requests=2000, prompt_tokens=5, output_tokens=2, length_spread=0.5)
+    prompt_R, output_R = spread.lengths(np.random.default_rng(1))
+    assert set(prompt_R.tolist()) == set(range(2, 9)) and set(output_R.tolist()) == {1, 2, 3}
+    prompt_R, output_R = load(requests=9).lengths(np.random.default_rng(1))
+    assert prompt_R.tolist() == [5] * 9 and output_R.tolist() == [3] * 9
 
 
 def one_by_one(asked, num_steps, seed):
@@ -265,3 +352,10 @@ def test_impossible_loads_are_refused():
         load(output_tokens=0)
     with pytest.raises(BalancerError, match="raise the token budget"):
         load(concurrency=9)
+    with pytest.raises(BalancerError, match="2 requests in flight were asked for, and 1 in all"):
+        load(concurrency=2, requests=1)
+    with pytest.raises(BalancerError, match="from 0 to below 1; got 1"):
+        load(length_spread=1.0)
+    for changes in ({"requests": 9}, {"length_spread": 0.5}):
+        with pytest.raises(BalancerError, match="A steady load has no end"):
+            load(steady=True, **changes)

@@ -10,18 +10,19 @@ import torch
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.kernels.record import counters_size
-from vllm_balance.placement import PLACEMENT, Cluster, PlacementPolicy
+from vllm_balance.placement import PLACEMENT, TRACED, Cluster, PlacementPolicy
 from vllm_balance.placement.eplb import EplbPlacement
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.placement.gem_r import GemReplicaPlacement
 from vllm_balance.routing import ROUTING, LayerTables, RoutingPolicy, make_policy
+from vllm_balance.traces import Trace
 from vllm_balance.types import Placement
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_PLACED_BY = {"static": "linear", "gem": "gem"} | dict.fromkeys(
+_PLACED_BY = {"static": "linear", "gem": "gem", "exflow": "exflow"} | dict.fromkeys(
     ("eplb", "first_copy", "metro"), "eplb"
 )
-"""Placement policy of each simulated balancer without dynamic slots; gem's without copies."""
+"""Placement policy of each balancer without dynamic slots; gem's without copies."""
 
 
 def policy_of(balancer: str, knee_tokens: float, free_tokens: float | None = None) -> RoutingPolicy:
@@ -48,29 +49,25 @@ def num_redundant(num_experts: int, num_ranks: int, redundancy: float) -> int:
 
 
 def placement_policy(balancer: str, redundant: int) -> str:
-    """Name in `PLACEMENT` of where a balancer's experts live.
+    """Name in `PLACEMENT` or `TRACED` of where the experts of a balancer without dynamic slots
+    live."""
+    return "gem_r" if balancer == "gem" and redundant else _PLACED_BY[balancer]
 
-    Raises:
-        BalancerError: it is placed by more than counts.
+
+def placements(policy: str, known: Array | Trace, cluster: Cluster) -> list[Placement]:
+    """Where each layer's experts live.
+
+    Args:
+        known: counts of batches, [N, L, E], for a policy of `PLACEMENT`; a trace of ids for one of
+            `TRACED`.
     """
-    if balancer == "gem" and redundant:
-        return "gem_r"
-    if balancer not in _PLACED_BY:
-        raise BalancerError(
-            f"{balancer} is not simulated; those with a placement from counts are "
-            f"{', '.join(_PLACED_BY)}."
-        )
-    return _PLACED_BY[balancer]
-
-
-def placements(policy: str, history_NLE: Array, cluster: Cluster) -> list[Placement]:
-    """Where each layer's experts live, by a policy of `PLACEMENT`."""
-    slots_LP = _placement(policy).place(history_NLE, cluster)
+    if isinstance(known, Trace):
+        num_experts, slots_LP = known.num_experts, TRACED[policy]().place_trace(known, cluster)
+    else:
+        num_experts, slots_LP = known.shape[2], _placement(policy).place(known, cluster)
     return [
         Placement.from_physical_to_logical(
-            torch.from_numpy(slots_P),
-            num_logical=history_NLE.shape[2],
-            num_ranks=cluster.num_ranks,
+            torch.from_numpy(slots_P), num_logical=num_experts, num_ranks=cluster.num_ranks
         )
         for slots_P in slots_LP
     ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from vllm_balance.placement import Cluster
+from vllm_balance.errors import BalancerError
+from vllm_balance.placement import TRACED, Cluster
 from vllm_balance.profiles import Profile
 from vllm_balance.routing import FETCHING
 from vllm_balance.simulate.decisions import (
@@ -34,6 +36,7 @@ from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.serving import schedule
 from vllm_balance.simulate.steps import Load, Steps
 from vllm_balance.simulate.traffic import Traffic
+from vllm_balance.traces import Trace
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HISTORY_STEPS, HISTORY_TOKENS = 64, 256
@@ -64,11 +67,12 @@ class Arm:
     seed: int = 0
     prefetch: Literal["async", "sync"] = "async"
     """`sync`: experts that are there wait for fetched ones too; on CPUs nothing hides a fetch."""
-    warm_batches: int = 0
-    """Batches as large as the load's largest that were served before and filled dynamic slots; at
-    least one if the load is steady."""
+    warm: tuple[Load, ...] = ()
+    """Loads that were served before: traffic went on, and dynamic slots were filled."""
     placed_by: str | None = None
-    """The policy of `PLACEMENT` that made the map of a balancer which takes one; None: its own."""
+    """The policy that made the map of a balancer which takes one; None: its own."""
+    known_trace: Trace | None = None
+    """Tokens that experts are placed by, for policies of `TRACED`."""
     known_batches: tuple[tuple[int, int], ...] = ()
     """Decoding and prompt tokens of the batches that experts are placed by; empty: in proportion
     to the load's."""
@@ -114,10 +118,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     network = Network.of(arm.hardware, arm.layout.ranks_per_node)
     dense = DenseTimes(model=arm.model, hardware=arm.hardware, layout=arm.layout, network=network)
     decider = decider_of(arm, placed_by, steps)
-    if isinstance(decider, FetchingDecider):
-        largest = int(steps.tokens_N.argmax())
-        for _ in range(max(arm.warm_batches, int(arm.load.steady))):
-            decider.slots(traffic.batch(*whole_N2[largest].tolist()))
+    _serve_before(arm, traffic, decider, whole_N2)
     stage = _MoeStage(arm, decider, network)
     rows = [stage.step(traffic, decode, prefill) for decode, prefill in whole_N2.tolist()]
     columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
@@ -137,6 +138,21 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         request_beside_us=arm.hardware.fixed.request_beside.value,
         redundant_bytes=arm.redundant_bytes,
     )
+
+
+def _serve_before(
+    arm: Arm, traffic: Traffic, decider: Decider | FetchingDecider, whole_N2: Array
+) -> None:
+    """Serves what came before the load, whose steps have so many tokens: what warmed up, and before
+    a steady load, for dynamic slots, its largest step."""
+    fetches = isinstance(decider, FetchingDecider)
+    before = [schedule(load, seed=arm.seed).whole_N2 for load in arm.warm]
+    if arm.load.steady and fetches:
+        before.append(whole_N2[whole_N2.sum(1).argmax()][None])
+    for tokens_2 in itertools.chain(*before):
+        ids_LTK = traffic.batch(*tokens_2.tolist())
+        if fetches:
+            decider.slots(ids_LTK)
 
 
 def decider_of(
@@ -159,16 +175,23 @@ def decider_of(
         return FetchingDecider.of(
             fetching, placed_by.num_layers, num_experts, ranks, slots // ranks
         )
+    policy = policy_of(arm.balancer, knee, free)
     placement = arm.placed_by or placement_policy(arm.balancer, slots)
-    history_NLE = placed_by.history(_history_tokens(arm, steps))
     cluster = Cluster(
         costs=times.curves(ranks),
         num_redundant=slots,
         num_nodes=_num_nodes(arm),
         num_groups=arm.model.num_groups.value if arm.model.num_groups else 1,
     )
-    policy = policy_of(arm.balancer, knee, free)
-    return Decider.of(policy, placements(placement, history_NLE, cluster))
+    known: Array | Trace | None = arm.known_trace
+    if placement not in TRACED:
+        known = placed_by.history(_history_tokens(arm, steps))
+    if known is None:
+        raise BalancerError(
+            f"{placement} places experts by the tokens of a trace, and none was given as "
+            f"known_trace. Give one of the simulated layers, or choose another balancer."
+        )
+    return Decider.of(policy, placements(placement, known, cluster))
 
 
 def _num_nodes(arm: Arm) -> int:

@@ -19,76 +19,99 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def schedule(load: Load, *, window: int | None = None, seed: int = 0) -> Steps:
     """The steps of a load. `window`: how far back layers with a window look."""
-    far = window or NO_WINDOW
-    return steady(load, far, np.random.default_rng(seed)) if load.steady else _burst(load, far)
+    far, random = window or NO_WINDOW, np.random.default_rng(seed)
+    return steady(load, far, random) if load.steady else _loop(load, far, random)
 
 
-def _burst(load: Load, window: int) -> Steps:
+def _loop(load: Load, window: int, random: np.random.Generator) -> Steps:
     """Every step until the last request ends, at most `max_steps`."""
-    states = [_Requests(load, window, engine) for engine in range(load.engines)]
+    requests = _Requests(load, window, random)
     rows: list[tuple[int, ...]] = []
-    while len(rows) < load.max_steps and any(state.unfinished for state in states):
-        rows.append(_together([state.step(len(rows)) for state in states]))
+    while len(rows) < load.max_steps and requests.unfinished_R.any():
+        rows.append(requests.step(len(rows)))
     columns = np.array(rows, dtype=np.int64).T
-    first_C = np.concatenate([state.first_C for state in states])
-    first_R = np.sort(first_C[first_C >= 0], kind="stable")
+    order = np.argsort(requests.first_R, kind="stable")
+    order = order[requests.first_R[order] >= 0]
     return Steps(
         **dict(zip(COLUMNS, columns, strict=True)),
         like_M=np.arange(len(rows)),
-        arrived_R=np.zeros(len(first_R), np.int64),
-        first_R=first_R,
+        arrived_R=requests.arrived_R[order],
+        first_R=requests.first_R[order],
     )
 
 
-def _together(rows: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The row of a step, from one of `_Requests.step` for each engine: tokens of all engines, and
-    what the one with most of them has alone."""
-    most = max(rows, key=lambda row: row[0] + row[1])
-    decode, prefill, sampled = (sum(row[column] for row in rows) for column in range(3))
-    return decode, prefill, sampled, most[1], *most[3:]
-
-
 class _Requests:
-    """The requests of a burst on one engine. `computed_C` counts tokens whose cache entries
-    exist."""
+    """The requests of a closed loop that ends, on all engines, in the order in which they are sent.
+    `computed_R` counts tokens whose cache entries exist."""
 
-    def __init__(self, load: Load, window: int, engine: int) -> None:
-        self.load, self.window, self.engine = load, window, engine
-        own = len(range(engine, load.concurrency, load.engines))
-        self.done = load.prompt_tokens + load.output_tokens - 1
-        self.computed_C = np.zeros(own, np.int64)
-        self.first_C = np.full(own, -1)
+    def __init__(self, load: Load, window: int, random: np.random.Generator) -> None:
+        self.load, self.window = load, window
+        self.prompt_R, output_R = load.lengths(random)
+        self.done_R = self.prompt_R + output_R - 1
+        self.sent = 0
+        self.computed_R = np.zeros_like(self.done_R)
+        self.engine_R, self.arrived_R, self.taken_from_R, self.first_R = (
+            np.full_like(self.done_R, -1) for _ in range(4)
+        )
+        self._send(0)
 
     @property
-    def unfinished(self) -> bool:
-        return bool((self.computed_C < self.done).any())
+    def unfinished_R(self) -> Array:
+        """Requests that were sent and have not all of their tokens."""
+        return (self.engine_R >= 0) & (self.computed_R < self.done_R)
+
+    def _send(self, now: int) -> None:
+        """Requests follow those that ended before step `now`, until there are no more.
+
+        Engines do not wait: a step that some request has still to do is running by then, and takes
+        none in. Where there is none, the first to come begins one, and has it to itself.
+        """
+        unfinished = int(self.unfinished_R.sum())
+        end = min(self.sent + self.load.concurrency - unfinished, len(self.done_R))
+        self.arrived_R[self.sent : end] = now
+        self.taken_from_R[self.sent : end] = now + 1
+        if not unfinished:
+            self.taken_from_R[self.sent : end][:1] = now
+        for request in range(self.sent, end):
+            # As vLLM balances them: to the engine with fewest.
+            engine_R = self.engine_R[self.unfinished_R]
+            self.engine_R[request] = np.bincount(engine_R, minlength=self.load.engines).argmin()
+        self.sent = end
 
     def step(self, now: int) -> tuple[int, ...]:
-        """Advances by one step; its decoding tokens, prompt tokens, tokens that come out, pairs
-        attended to, those of prompts, tokens read, and the first and last of these in the window.
-        """
-        prompt = self.load.prompt_tokens
-        before_C = self.computed_C.copy()
-        decoding_C = (before_C >= prompt) & (before_C < self.done)
-        missing_C = np.maximum(prompt - before_C, 0)
-        if now == 0:
-            missing_C[int(self.engine == 0) :] = 0
-        ahead_C = np.cumsum(missing_C) - missing_C
-        room = self.load.engine_budget - int(decoding_C.sum())
-        taken_C = np.clip(room - ahead_C, 0, missing_C)
-        self.computed_C = before_C + taken_C + decoding_C
-        prompted_C = (taken_C > 0) & (self.computed_C == prompt)
-        self.first_C[prompted_C] = now
-        prompts = list(zip(before_C.tolist(), taken_C.tolist(), strict=True))
-        decodes = [(before, 1) for before in before_C[decoding_C].tolist()]
-        chunks = decodes + [(before, added) for before, added in prompts if added]
-        attended, reads = cache_use(chunks, NO_WINDOW)
-        return (
-            int(decoding_C.sum()),
-            int(taken_C.sum()),
-            int(decoding_C.sum() + prompted_C.sum()),
-            attended,
-            cache_use(chunks[len(decodes) :], NO_WINDOW)[0],
-            reads,
-            *cache_use(chunks, self.window),
+        """Advances by one step; what `Steps` has of it, in the order of COLUMNS."""
+        before_R = self.computed_R.copy()
+        decoding_R = self.unfinished_R & (before_R >= self.prompt_R)
+        is_on_DR = self.engine_R == np.arange(self.load.engines)[:, None]
+        prompts_DR = self._taken(is_on_DR, decoding_R, now)
+        prompts_R = prompts_DR.sum(0)
+        self.computed_R = before_R + prompts_R + decoding_R
+        prompted_R = (prompts_R > 0) & (self.computed_R == self.prompt_R)
+        self.first_R[prompted_R] = now
+        # All wait for the engine with most tokens.
+        most = int((prompts_DR + is_on_DR * decoding_R).sum(1).argmax())
+        decodes, prompts = (
+            list(zip(before_R[added_R > 0].tolist(), added_R[added_R > 0].tolist(), strict=True))
+            for added_R in (is_on_DR[most] * decoding_R, prompts_DR[most])
         )
+        attended, reads = cache_use(decodes + prompts, NO_WINDOW)
+        self._send(now + 1)
+        return (
+            int(decoding_R.sum()),
+            int(prompts_R.sum()),
+            int(decoding_R.sum() + prompted_R.sum()),
+            int(prompts_DR[most].sum()),
+            attended,
+            cache_use(prompts, NO_WINDOW)[0],
+            reads,
+            *cache_use(decodes + prompts, self.window),
+        )
+
+    def _taken(self, is_on_DR: Array, decoding_R: Array, now: int) -> Array:
+        """Tokens of each prompt that each engine has room for, first come first served, [D, R]."""
+        is_taken_R = self.unfinished_R & (self.taken_from_R <= now)
+        missing_R = is_taken_R * np.maximum(self.prompt_R - self.computed_R, 0)
+        missing_DR = is_on_DR * missing_R
+        ahead_DR = np.cumsum(missing_DR, axis=1) - missing_DR
+        room_D = self.load.engine_budget - (is_on_DR & decoding_R).sum(1)
+        return np.asarray(np.clip(room_D[:, None] - ahead_DR, 0, missing_DR))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +30,14 @@ class Load:
     token_budget: int
     """Most tokens in a step, over all engines (vLLM's max_num_batched_tokens, times engines)."""
     max_steps: int
-    """Simulated steps: of a steady load those that stand for a cycle, of a burst its first."""
+    """Simulated steps: of a steady load those that stand for a cycle, of another its first."""
     steady: bool = True
-    """Closed loop in its steady state: when a request ends, the next one starts. False: one burst;
-    the engine starts its first step with one request and takes the others in the second."""
+    """Closed loop in its steady state: when a request ends, the next one starts. False: the loop
+    from its first burst to its last answer."""
+    requests: int | None = None
+    """Of a loop that ends, over all of it; None: one burst, as many as are in flight."""
+    length_spread: float = 0.0
+    """Of a loop that ends: lengths are drawn from 1 - spread to 1 + spread times the above."""
     engines: int = 1
     """Data-parallel engines: each computes whole requests within an equal part of the budget."""
 
@@ -48,11 +53,39 @@ class Load:
                 f"{self.concurrency} requests do not fit in steps of {self.token_budget} tokens "
                 f"with room for prompts. Lower the concurrency or raise the token budget."
             )
+        if self.requests is not None and self.requests < self.concurrency:
+            raise BalancerError(
+                f"{self.concurrency} requests in flight were asked for, and {self.requests} in "
+                f"all. Lower the concurrency or raise the requests."
+            )
+        if not 0 <= self.length_spread < 1:
+            raise BalancerError(f"A length_spread is from 0 to below 1; got {self.length_spread}.")
+        if self.steady and (self.requests is not None or self.length_spread):
+            raise BalancerError(
+                "A steady load has no end and its requests are alike: leave out requests and "
+                "length_spread, or simulate the whole loop with steady=False."
+            )
 
     @property
     def engine_budget(self) -> int:
         """Most tokens of one engine in a step."""
         return max(self.token_budget // self.engines, 1)
+
+    def lengths(self, random: np.random.Generator) -> tuple[Array, Array]:
+        """Prompt and output tokens of each request of a loop that ends, two [R].
+
+        As the client draws them (vLLM's RandomDataset): evenly between whole numbers, all prompts
+        and then all outputs, so that its seed gives its lengths.
+        """
+        prompt_R, output_R = (
+            random.integers(
+                max(math.floor(tokens * (1 - self.length_spread)), 1),
+                math.ceil(tokens * (1 + self.length_spread)) + 1,
+                self.requests or self.concurrency,
+            )
+            for tokens in (self.prompt_tokens, self.output_tokens)
+        )
+        return prompt_R, output_R
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +115,11 @@ class Steps:
     """The same where a layer looks back `window` tokens only."""
     window_reads_N: Array
     like_M: Array
-    """The simulated step that each step of the load is like; of a burst, itself."""
+    """The simulated step that each step of the load is like; of a loop that ends, itself."""
     arrived_R: Array
-    """Step at whose start the request arrived; in a burst all but the first arrive just after step
-    0 has started. Negative: before the first step."""
+    """Step at whose start the request arrived; of a loop that ends just after it, so that the step
+    is without it, unless it is the request that the step was begun for. Negative: before the first
+    step."""
     first_R: Array
     """Step that gave its first token."""
 

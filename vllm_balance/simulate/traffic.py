@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,28 @@ class Traffic:
         return counts_NLE
 
 
+@dataclass(slots=True, kw_only=True)
+class Changing(Traffic):
+    """Traffic whose popular experts are others after so many batches, as a server replays it: every
+    batch takes the next rows, whether its tokens decode or not."""
+
+    make: Callable[[], Replay]
+    """What is replayed, from its beginning."""
+    _replay: Replay = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._replay = self.make()
+
+    def fresh(self) -> Traffic:
+        """The same traffic from its beginning."""
+        return replace(self)
+
+    def batch(self, num_decode: int, num_prefill: int) -> torch.Tensor:
+        """The next tokens' experts in all layers, int32 [L, tokens, K]."""
+        tokens = num_decode + num_prefill
+        return torch.stack([self._replay.rows(layer, tokens) for layer in range(self.num_layers)])
+
+
 def skewed(settings: ReplaySettings, model: Model, num_layers: int, rank: int = 0) -> Traffic:
     """What `replay` makes a server serve, a skew or a trace: the same rows, in the same order.
 
@@ -75,20 +99,23 @@ def skewed(settings: ReplaySettings, model: Model, num_layers: int, rank: int = 
 
     Raises ValueError if the skew does not fit the model.
     """
-    replay = Replay(
+    make = partial(
+        Replay,
         settings,
         num_layers=num_layers,
         num_experts=model.num_experts.value,
         top_k=model.top_k.value,
         rank=rank,
     )
+    replay = make()
     rows_LNK = np.stack([replay.rows(layer, settings.rows).numpy() for layer in range(num_layers)])
-    return Traffic(
-        name=_name(settings),
-        num_experts=model.num_experts.value,
-        decode_LNK=rows_LNK,
-        prefill_LNK=rows_LNK,
-    )
+    parts: dict[str, Any] = {
+        "name": _name(settings),
+        "num_experts": model.num_experts.value,
+        "decode_LNK": rows_LNK,
+        "prefill_LNK": rows_LNK,
+    }
+    return Changing(make=make, **parts) if settings.change_every else Traffic(**parts)
 
 
 def _name(settings: ReplaySettings) -> str:
