@@ -221,7 +221,9 @@ def test_every_engine_answers_its_own_tokens():
     """1,024 tokens that come out of 8 engines take the time of 128, not of all one by one."""
 
     def rest(tokens):
-        return dense(MODEL, data=8).rest_us(one_step(decode_N=1024.0, sampled_N=tokens))[0]
+        step = one_step(decode_N=1024.0, sampled_N=tokens)
+        both = dense(MODEL, data=8)
+        return both.rest_us(step)[0] + both.served_us(step)[0]
 
     fixed = H100.fixed.token.value
     assert rest(1024.0) - rest(8.0) == pytest.approx(127 * fixed, abs=30)

@@ -43,7 +43,7 @@ class DenseTimes:
         return np.asarray(total_N + model.num_layers.value * self._all_reduce(tokens_N))
 
     def rest_us(self, steps: Steps) -> Array:
-        """Router, shared experts, dense feed-forward layers, norms, head and the step, [N]."""
+        """Router, shared experts, dense feed-forward layers, norms and head, [N]."""
         model, tensor, hidden = self.model, self.layout.tensor, self.model.hidden.value
         tokens_N, sampled_N = self._own(steps), np.ceil(steps.sampled_N / self.layout.data)
         router_N = self._product(hidden * model.num_experts.value, tokens_N, narrow=False)
@@ -53,10 +53,14 @@ class DenseTimes:
         head_N = self._product(model.vocabulary.value * hidden / tensor, sampled_N, narrow=False)
         total_N = model.num_moe_layers * (router_N + shared_N) + head_N
         total_N += model.num_dense_layers.value * dense_N
-        fixed = self.hardware.fixed
-        total_N += fixed.step.value + fixed.token.value * sampled_N
-        layer_N = fixed.layer.value + self._elementwise_us * steps.engine_prefill_N
+        layer_N = self.hardware.fixed.layer.value + self._elementwise_us * steps.engine_prefill_N
         return np.asarray(total_N + model.num_layers.value * layer_N)
+
+    def served_us(self, steps: Steps) -> Array:
+        """What scheduler and API server take for a step and its answers, [N]."""
+        fixed = self.hardware.fixed
+        sampled_N = np.ceil(steps.sampled_N / self.layout.data)
+        return np.asarray(fixed.step.value + fixed.token.value * sampled_N)
 
     @property
     def _elementwise_us(self) -> float:

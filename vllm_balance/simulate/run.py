@@ -77,8 +77,8 @@ class Arm:
     """Decoding and prompt tokens of the batches that experts are placed by; empty: in proportion
     to the load's."""
     slowness: tuple[float, ...] = (1.0,)
-    """How many times longer each rank takes for all that it computes, but not for links, fetches
-    and requests; one number stands for all ranks."""
+    """How many times longer each rank takes for all that it computes, but not for links, fetches,
+    steps and requests; one number stands for all ranks."""
 
     @property
     def num_redundant(self) -> int:
@@ -128,7 +128,7 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         steps=steps,
         stage_us={
             "attention": slowest * dense.attention_us(steps),
-            "rest": slowest * dense.rest_us(steps),
+            "rest": slowest * dense.rest_us(steps) + dense.served_us(steps),
             **dict(zip(names, columns[:5], strict=True)),
         },
         busy_us_N=columns[5],
