@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ class Variant(NamedTuple):
 
 def table(name: str, rows: list[Row]) -> str:
     """One table of docs/simulator-results.md."""
-    if name == "summary":
-        return _summary(rows)
+    if name in ("summary", "runs"):
+        return _summary(rows) if name == "summary" else _runs(rows)
     if name == "measured":
         groups = _grouped(rows, "measured", lambda row: row["arm"])
         head = ["hardware", "run", "arm", "slower than profiled"]
@@ -64,15 +65,48 @@ def _summary(rows: list[Row]) -> str:
     body = []
     for name in sorted({row["hardware"] for row in own}):
         here = [row for row in own if row["hardware"] == name]
-        cells = []
-        for what in TIMES:
-            near = [abs(row["error"]) <= AIM for row in here
-                    if (row["kind"], row["what"]) == ("measured", what)]  # fmt: skip
-            cells.append(f"{sum(near)} of {len(near)}")
-        ranked = [row["ranked"] for row in here if row["kind"] == "pair" and row["far_apart"]]
-        body.append([name, *cells, f"{sum(ranked)} of {len(ranked)}"])
+        cells = [_near(_errors(here, what)) for what in TIMES]
+        body.append([name, *cells, _in_order(here)])
     heads = [f"{what.removesuffix(' ms')} within {AIM:.0%}" for what in TIMES.values()]
     return markdown.table(["hardware", *heads, "pairs in order"], body)
+
+
+def _runs(rows: list[Row]) -> str:
+    """The same for each run on each hardware, with the middle and the ends of the errors."""
+    own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
+    body = []
+    for key in sorted({(row["hardware"], row["run"]) for row in own}):
+        here = [row for row in own if (row["hardware"], row["run"]) == key]
+        cells = []
+        for what in TIMES:
+            errors = _errors(here, what)
+            cells += [_near(errors), _middle_and_ends(errors)] if errors else ["-", "-"]
+        body.append([*key, *cells, _in_order(here)])
+    heads = [
+        head
+        for what in TIMES.values()
+        for head in (f"{what.removesuffix(' ms')} within {AIM:.0%}", "error: median (range)")
+    ]
+    return markdown.table(["hardware", "run", *heads, "pairs in order"], body, left=2)
+
+
+def _errors(rows: list[Row], what: str) -> list[float]:
+    """Of the lines that have this time."""
+    return [row["error"] for row in rows if (row["kind"], row["what"]) == ("measured", what)]
+
+
+def _near(errors: list[float]) -> str:
+    return f"{sum(abs(error) <= AIM for error in errors)} of {len(errors)}"
+
+
+def _middle_and_ends(errors: list[float]) -> str:
+    return f"{statistics.median(errors):+.0%} ({min(errors):+.0%} to {max(errors):+.0%})"
+
+
+def _in_order(rows: list[Row]) -> str:
+    """Pairs of arms that are far enough apart, and were ranked right."""
+    ranked = [row["ranked"] for row in rows if row["kind"] == "pair" and row["far_apart"]]
+    return f"{sum(ranked)} of {len(ranked)}" if ranked else "-"
 
 
 def _grouped(

@@ -434,8 +434,8 @@ def require_as_published(made):
 
 def test_what_is_published_is_near_the_aim():
     """The aim is 10 % on every line, and every pair that is further apart ranked as measured. The
-    rows are at 81 % of lines (docs/simulator-results.md) and 96 % of pairs in drawn decode, and
-    must not fall behind."""
+    rows are at 83 % of TPOT, 96 % of pairs in drawn decode, and 97 % of prefill on machines with AMX
+    (docs/simulator-results.md), and must not fall behind."""
     rows = [p for p in read(RESULTS) if p.get("what") == "tpot_ms" and not p.get("kept")]
     near = [abs(p["error"]) <= 0.1 for p in rows if p["kind"] == "measured"]
     assert len(near) > 200 and statistics.mean(near) >= 0.8
@@ -444,10 +444,12 @@ def test_what_is_published_is_near_the_aim():
               if p["kind"] == "pair" and p["far_apart"] and p["run"] in decoding]  # fmt: skip
     assert len(ranked) > 80 and statistics.mean(ranked) >= 0.9
     prefill = ("prefill", "harmoeny-short", "harmoeny-qwen3", "harmoeny-moe-heavy")
+    prefill += ("harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "harmoeny-varying")
     first = [p for p in read(RESULTS) if p.get("run") in prefill and not p.get("kept")]
-    near = [abs(p["error"]) <= 0.25 for p in first
-            if (p["kind"], p["what"]) == ("measured", "ttft_ms")]  # fmt: skip
-    assert len(near) > 40 and all(near)
+    ttft = [p for p in first if (p["kind"], p["what"]) == ("measured", "ttft_ms")]
+    assert len(ttft) > 150 and all(abs(p["error"]) <= 0.21 for p in ttft)
+    near = [abs(p["error"]) <= 0.1 for p in ttft if p["hardware"].startswith("cpu-amx")]
+    assert len(near) > 100 and statistics.mean(near) >= 0.95
     ranked = [p["ranked"] for p in first if p["kind"] == "pair" and p["far_apart"]]
     assert len(ranked) > 40 and statistics.mean(ranked) >= 0.75
 
@@ -468,5 +470,12 @@ def test_the_summary_counts_lines_and_pairs_of_present_code():
     assert lines[0] == "| hardware | TPOT within 10% | TTFT within 10% | pairs in order |"
     assert lines[2:] == [
         "| here | 2 of 3 | 0 of 1 | 1 of 2 |",
-        "| other | 0 of 0 | 1 of 1 | 0 of 0 |",
+        "| other | 0 of 0 | 1 of 1 | - |",
+    ]
+    for number, each in enumerate(rows):
+        each["run"] = "first" if number < 1 else "then"
+    assert validation_tables.table("runs", rows).splitlines()[2:] == [
+        "| here | first | 1 of 1 | +5% (+5% to +5%) | - | - | - |",
+        "| here | then | 1 of 2 | +0% (-10% to +11%) | 0 of 1 | +30% (+30% to +30%) | 1 of 2 |",
+        "| other | then | - | - | 1 of 1 | +0% (+0% to +0%) | - |",
     ]
