@@ -434,7 +434,7 @@ def require_as_published(made):
 
 def test_what_is_published_is_near_the_aim():
     """The aim is 10 % on every line, and every pair that is further apart ranked as measured. The
-    rows are at 83 % of TPOT, 96 % of pairs in drawn decode, and 97 % of prefill on machines with AMX
+    rows are at 83 % of TPOT, 96 % of pairs in drawn decode, and 97 % of prefill with AMX
     (docs/simulator-results.md), and must not fall behind."""
     rows = [p for p in read(RESULTS) if p.get("what") == "tpot_ms" and not p.get("kept")]
     near = [abs(p["error"]) <= 0.1 for p in rows if p["kind"] == "measured"]
