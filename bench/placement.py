@@ -22,7 +22,7 @@ from rich.console import Console
 from bench import command, markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
-from vllm_balance.cost import AMX_KNEE, CostModel
+from vllm_balance.cost import CostModel
 from vllm_balance.placement import PLACEMENT, Cluster, lower_bound_L, score_L
 from vllm_balance.placement.gem import GemPlacement
 from vllm_balance.recording import Phase
@@ -31,12 +31,12 @@ RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
 COSTS = {
     "tempo": CostModel(a_us=20, b_us=14.8, c_us=20, beta_us=0.0945),
     "cpu-amx": CostModel(
-        a_us=300, b_us=630, c_us=0, beta_us=0,
-        tile_us=630 / AMX_KNEE[0], tile_tokens=1, free_tokens=int(AMX_KNEE[1]), in_turn=True,
+        a_us=0, b_us=627, c_us=0, beta_us=7.1,
+        tile_us=178, tile_tokens=32, free_tokens=32, in_turn=True,
     ),
 }  # fmt: skip
 """tempo: arXiv 2608.13057 for DeepSeek-V3's shape, fixed times assumed; cpu-amx: one core computes
-experts of Qwen3-30B-A3B in turn (docs/log.md)."""
+experts of Qwen3-30B-A3B in turn, fitted to the points of configs/hardware/cpu-amx.profile.json."""
 BATCHES = {"decode": 256, "prefill": 2048}
 """Tokens of a batch; at most those of a half of the trace, in prefill half of them."""
 RANKS = (4, 8, 16, 64)
