@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from bench import placement
+from bench.provenance import ROOT
+from vllm_balance import profiles
+from vllm_balance.cost import fit
 from vllm_balance.traces import Trace
 
 
@@ -51,12 +54,16 @@ def test_batches_of_prefill_hold_prompts_alone_on_both_halves(monkeypatch):
     assert all((ids >= 4).all() for ids in drawn["decode"])
 
 
-def test_the_cpu_computes_its_experts_in_turn():
-    """An expert of 20 tokens costs its streaming, one of 63 as much again as arithmetic."""
+def test_the_cpu_is_the_one_of_the_profile():
+    """Its curve is what the points of the committed file give."""
+    profile = profiles.load(ROOT / "configs" / "hardware" / "cpu-amx.profile.json")
+    points = [point for rank in profile.ranks for point in rank.points]
+    tokens_NE = [np.array(point.tokens_E) for point in points]
+    found = fit(tokens_NE, np.array([point.time_us for point in points])).model
     cost = placement.COSTS["cpu-amx"]
-    assert cost.knee_tokens == pytest.approx(43) and cost.free == 20
-    times = [cost.of_experts(np.array([tokens, 1])) for tokens in (1, 20, 63)]
-    assert times == pytest.approx([1560, 1560, 2190])
+    assert (cost.in_turn, cost.tile_tokens, cost.free_tokens) == (True, 32, 32)
+    for name in ("a_us", "b_us", "beta_us", "tile_us"):
+        assert getattr(cost, name) == pytest.approx(getattr(found, name), rel=0.01, abs=0.1)
 
 
 def test_counts_are_thinned_to_whole_batches(monkeypatch):
