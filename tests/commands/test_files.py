@@ -61,9 +61,12 @@ class Instrument:
     def __init__(self, curves=CURVES, disturbed=None):
         self.curves, self.disturbed = curves, disturbed
         self.measured = Counter()
+        self.timed_once = set()
 
-    def measure(self, tokens_E):
+    def measure(self, tokens_E, repeats=None):
         self.measured[tuple(tokens_E)] += 1
+        if repeats == 1:
+            self.timed_once.add(tuple(tokens_E))
         turn = self.measured[tuple(tokens_E)]
         slower = 1.0 if turn == 3 else 1.4
         times = [slower * curve.of_experts(np.array(tokens_E)) for curve in self.curves]
@@ -85,6 +88,29 @@ def test_every_batch_is_measured_in_every_round_and_the_fastest_counts():
 def test_no_round_is_begun_late_beyond_three(monkeypatch):
     monkeypatch.setattr(sys.modules[sample.__module__], "SECONDS", 0.0)
     assert len(sample(Instrument(), local=8)) == 3
+
+
+@pytest.mark.parametrize(("slower", "once", "left_out"), [(1, 0, 0), (36, 1, 0), (120, 1, 1)])
+def test_large_experts_are_timed_less_often_or_not_at_all(slower, once, left_out, capsys):
+    """As the curves are, the longest batch takes 21 and 26 ms, the first time 1.4 times that."""
+    instrument, usual = Instrument([curve.slowed(slower) for curve in CURVES]), Instrument()
+    points_RSN = sample(instrument, local=8)
+    assert len(set(instrument.measured.values())) == 1, "the same batches in every round"
+    sample(usual, local=8)
+    missing = usual.measured.keys() - instrument.measured.keys()
+    assert (bool(instrument.timed_once), bool(missing)) == (once, left_out)
+    printed = capsys.readouterr().out
+    assert ("a round takes long" in printed, "left out" in printed) == (once, left_out)
+    assert all(sum(tokens_E) > 200 for tokens_E in missing)
+    assert (1,) not in instrument.timed_once, "it is short"
+    assert curves(points_RSN)[0].median_relative_error < 0.08
+
+
+def test_a_profile_that_does_not_fit_into_memory_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[sample.__module__], "available_bytes", lambda: 2**30)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    refused = run("profile", tmp_path, "--ranks", 2, "-o", tmp_path / "p.json").exception
+    assert isinstance(refused, BalancerError) and "1.0 GiB are free" in str(refused)
 
 
 def test_a_rank_is_slow_if_the_rounds_agree_and_not_if_one_was_disturbed():

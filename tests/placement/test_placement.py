@@ -137,26 +137,56 @@ def test_the_score_never_rises_and_is_the_placement_s(seed, model, num_ranks):
 
 @settings(max_examples=20)
 @given(
-    st.integers(0, 10**6), st.sampled_from([MIXED, TILED, TURNS]), st.sampled_from(["even", "one"])
+    st.integers(0, 10**6),
+    st.sampled_from([MIXED, TILED, TURNS]),
+    st.sampled_from(["even", "one"]),
+    st.sampled_from([4, 40]),
 )
-def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model, split):
+def test_the_score_with_replicas_never_rises_and_is_the_placement_s(seed, model, split, steps):
     from vllm_balance.placement.replica_load import EVEN, ONE
     from vllm_balance.placement.replica_search import descend_replicas
 
-    counts, ranks = history(4, 1, 8, seed, batch=30), cluster(4, model, num_redundant=4)
+    counts, ranks = history(steps, 1, 8, seed, batch=30), cluster(4, model, num_redundant=4)
+    tokens_NE = counts[:, 0].astype(np.float64)
     slots_P = np.arange(12) % 8
     scores = np.full(500, np.nan)
     number = EVEN if split == "even" else ONE
     none, copy_P = np.empty(0), slots_P.copy()
-    start, _ = descend_replicas(counts[:, 0], copy_P, coefficients(ranks), number, 0, none)
+    start, _ = descend_replicas(tokens_NE, copy_P, coefficients(ranks), number, 0, none)
     assert np.array_equal(copy_P, slots_P)
     assert start == pytest.approx(score_L(counts, slots_P[None], ranks, split)[0], rel=1e-9)
-    score, made = descend_replicas(
-        counts[:, 0], slots_P, coefficients(ranks), number, 10**6, scores
-    )
+    score, made = descend_replicas(tokens_NE, slots_P, coefficients(ranks), number, 10**6, scores)
     assert (np.diff(scores[: made + 1]) < 0).all() and scores[made] == score
     assert score == pytest.approx(score_L(counts, slots_P[None], ranks, split)[0], rel=1e-9)
     assert set(slots_P.tolist()) == set(range(8))
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(0, 10**6), st.sampled_from([MIXED, TILED, TURNS]), st.sampled_from(["even", "one"])
+)
+def test_no_single_move_is_left_that_lowers_the_score_of_few_steps(seed, model, split):
+    """Few enough that no move is given up; two copies on a rank to begin with."""
+    from vllm_balance.placement.replica_load import EVEN, ONE
+    from vllm_balance.placement.replica_search import descend_replicas
+
+    counts, ranks = history(3, 1, 6, seed, batch=30), cluster(3, model, num_redundant=3)
+    slots_P = np.array([0, 0, 1, 2, 2, 3, 4, 5, 1])
+    number = EVEN if split == "even" else ONE
+    score, _ = descend_replicas(
+        counts[:, 0].astype(np.float64), slots_P, coefficients(ranks), number, 10**6, np.empty(0)
+    )
+    rank_P, moved = np.arange(9) // 3, []
+    for p, q in itertools.combinations(range(9), 2):
+        moved.append(slots_P.copy())
+        moved[-1][[p, q]] = slots_P[[q, p]]
+    for p, expert in itertools.product(range(9), range(6)):
+        moved.append(slots_P.copy())
+        moved[-1][p] = expert
+    copies = [[np.bincount(rank_P[way_P == e]).max(initial=0) for e in range(6)] for way_P in moved]
+    valid = np.array([way_P for way_P, most in zip(moved, copies, strict=True) if set(most) == {1}])
+    tried_L = score_L(np.repeat(counts, len(valid), axis=1), valid, ranks, split)
+    assert (tried_L >= score * (1 - 1e-6)).all()
 
 
 @pytest.mark.parametrize("policy", [GemPlacement(), GemReplicaPlacement()])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance.commands.profile import COARSE, MAX_TOKENS, grid
+from vllm_balance.commands.profile_samples import COARSE, MAX_TOKENS, grid
 from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units

@@ -38,13 +38,13 @@ class Probe:
         self.pids = tuple(pids)
         """The process of each rank."""
 
-    def measure(self, tokens_E: Sequence[int]) -> list[Timing]:
+    def measure(self, tokens_E: Sequence[int], repeats: int | None = None) -> list[Timing]:
         """Times the same batch, tokens per activated expert, on every rank.
 
         Raises:
             BalancerError: a rank died.
         """
-        return self.measure_each([tokens_E] * len(self._connections))
+        return self.measure_each([tokens_E] * len(self._connections), repeats=repeats)
 
     def measure_each(
         self, tokens_SE: Sequence[Sequence[int]], *, repeats: int | None = None

@@ -9,36 +9,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
-from vllm_balance.commands import pictures
+from vllm_balance.commands import expert_probe, pictures
 from vllm_balance.commands.expert_probe import Probe, probing
 from vllm_balance.commands.installed import require_vllm
 from vllm_balance.commands.printing import progress, say
 from vllm_balance.commands.profile_check import check_profile
+from vllm_balance.commands.profile_samples import COARSE, MAX_TOKENS, FirstGuess, grid, within_time
 from vllm_balance.commands.rank_curves import ROUNDS, curves, fastest
-from vllm_balance.cost import GROUPED, CostModel
+from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
+from vllm_balance.experts.host_memory import available_bytes
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.seams.device import device_name, kernel_isa, served_dtype
 from vllm_balance.seams.versions import kernel_versions
 
-COARSE = (1, 4, 16, 64)
-"""Tokens per expert of the first samples, which find the knee."""
-AROUND_KNEE = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
-"""Further samples, as multiples of the knee found."""
 MAX_EXPERTS = 64
 """Of one rank that are held in memory if nothing else is asked for."""
-MAX_TOKENS = 6144
-"""Pairs of the largest sample on one rank."""
-TILED = 16
-"""Experts of the samples on both sides of where a grouped kernel may begin another tile."""
+PROCESS_BYTES = 600 * 2**20
+"""Of a rank's process without its experts: torch and vLLM."""
 SECONDS = 70.0
 """After which no round is begun beyond the least."""
 GOOD_FIT = 0.08
@@ -138,7 +133,8 @@ def measure_ranks(
         experts: held by each rank; None: its share, at most MAX_EXPERTS.
 
     Raises:
-        BalancerError: too few cores, more experts than samples have tokens for, or a rank died.
+        BalancerError: too few cores, too little memory, more experts than samples have tokens for,
+            or a rank died.
     """
     cores_S, isa = cores_of(ranks, cores_per_rank), kernel_isa(shape.dtype)
     if experts is not None and experts * COARSE[1] > MAX_TOKENS:
@@ -148,6 +144,7 @@ def measure_ranks(
             f"{MAX_TOKENS // COARSE[1]}."
         )
     local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
+    _require_memory(shape, ranks, local)
     with probing(shape, isa, cores_S, local) as probe:
         points_RSN = sample(probe, local)
     return Profile(
@@ -159,6 +156,23 @@ def measure_ranks(
         cores_per_rank=cores_per_rank,
         ranks=ranks_of(points_RSN, [_place(cores) for cores in cores_S]),
     )
+
+
+def _require_memory(shape: ModelShape, ranks: int, local: int) -> None:
+    """Raises BalancerError if the ranks' experts do not fit into memory."""
+    import torch
+
+    weights = 3 * shape.hidden * shape.inner * local
+    # w13 is packed into a copy, and w2 beside the packed w13: 4/3 of all weights at once.
+    of_experts = weights * getattr(torch, shape.dtype).itemsize * 4 // 3
+    needed, left = ranks * (of_experts + PROCESS_BYTES), available_bytes()
+    if needed > left:
+        fitting = max(0, int((left / ranks - PROCESS_BYTES) * local / of_experts))
+        raise BalancerError(
+            f"{ranks} ranks with {local} experts each in {shape.dtype} take "
+            f"{needed / 2**30:.1f} GiB of memory while they start, and {left / 2**30:.1f} GiB are "
+            f"free, enough for {fitting} experts each. Ask for fewer experts (--experts) or ranks."
+        )
 
 
 def _refuse_beside_check(given: Sequence[str]) -> None:
@@ -208,53 +222,38 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
     with progress() as bar:
         task = bar.add_task("finding the knee", total=None)
 
-        def measure(tokens_E: Sequence[int]) -> list[Point]:
-            timings = probe.measure(tokens_E)
+        def measure(tokens_E: Sequence[int], repeats: int | None = None) -> list[Point]:
+            timings = probe.measure(tokens_E, repeats)
             bar.advance(task)
             return [Point(tokens_E=list(tokens_E), time_us=timing.time_us, repeats=timing.repeats)
                     for timing in timings]  # fmt: skip
 
-        points_NS = [measure([n] * local) for n in COARSE if n * local <= MAX_TOKENS]
-        batches = grid(local, _knee([points_S[0] for points_S in points_NS]))
-        least, most = ROUNDS
-        each = len(points_NS) + len(batches)
-        bar.update(task, description="around the knee", total=least * each)
-        rounds = [points_NS + [measure(tokens_E) for tokens_E in batches]]
+        first = [[n] * local for n in COARSE if n * local <= MAX_TOKENS]
+        points_NS = [measure(tokens_E) for tokens_E in first]
+        guess = FirstGuess.of([points_S[0] for points_S in points_NS])
+        wanted = grid(local, guess.knee)
+        batches, hurried = within_time(guess, first, wanted)
+        if hurried:
+            say(_shortened(len(first + wanted), len(batches)), "yellow")
+        least, most = (ROUNDS[0], ROUNDS[0]) if hurried else ROUNDS
+        bar.update(task, description="around the knee", total=least * len(batches))
+        planned = [(tokens_E, guess.repeats(tokens_E, hurried)) for tokens_E in batches]
+        rounds = [points_NS + [measure(*sample) for sample in planned[len(first) :]]]
         while len(rounds) < least or (len(rounds) < most and time.monotonic() - begun < SECONDS):
-            total = each * max(least, len(rounds) + 1)
+            total = len(batches) * max(least, len(rounds) + 1)
             bar.update(task, description=f"round {len(rounds) + 1}", total=total)
-            rounds.append([measure(points_S[0].tokens_E) for points_S in rounds[0]])
+            rounds.append([measure(*sample) for sample in planned])
     return [[list(points_N) for points_N in zip(*points_NS, strict=True)] for points_NS in rounds]
 
 
-def grid(local: int, knee: float) -> list[list[int]]:
-    """Batches, as tokens of each activated expert, around a knee and on both sides of tiles; each
-    once, none of the first samples, none above MAX_TOKENS.
-    """
-    around = sorted({max(1, round(knee * factor)) for factor in AROUND_KNEE} - set(COARSE))
-    batches = [[n] * local for n in around]
-    for activated in sorted({max(1, local // 2), max(1, local // 4), max(1, local // 16)}):
-        counts = sorted({1, *(max(1, round(knee * factor)) for factor in (0.5, 1.0, 2.0, 8.0))})
-        batches += [[n] * activated for n in counts]
-    for tile in (tile for tile, *_ in GROUPED if tile):
-        batches += [[n] * min(local, TILED) for n in (tile, tile + 1)]
-    for mean in sorted({max(2.0, knee / 2), max(3.0, 2 * knee), max(4.0, 4 * knee)}):
-        for activated in {local, max(1, local // 2)}:
-            weight = 1 / np.arange(1, activated + 1)
-            tokens = np.maximum(1, np.round(mean * activated * weight / weight.sum()))
-            batches.append(tokens.astype(int).tolist())
-    known = {(n,) * local for n in COARSE}
-    new = [batch for batch in dict.fromkeys(map(tuple, batches)) if batch not in known]
-    return [list(batch) for batch in new if sum(batch) <= MAX_TOKENS]
-
-
-def _knee(points: Sequence[Point]) -> float:
-    """A first guess from evenly loaded samples: where the last slope reaches the first level."""
-    first, last, before = points[0], points[-1], points[-2]
-    rise = last.time_us - before.time_us
-    slope = max(rise / (sum(last.tokens_E) - sum(before.tokens_E)), 1e-6)
-    knee = first.time_us / slope / len(first.tokens_E)
-    return float(np.clip(knee, 1, 128))
+def _shortened(wanted: int, measured: int) -> str:
+    """What the user is told of a profile that would have taken too long."""
+    left_out = f", and the {wanted - measured} longest of {wanted} are left out"
+    return (
+        f"With experts of this size a round takes long. Batches of over {expert_probe.SECONDS} s "
+        f"are timed once in each round instead of {expert_probe.MIN_REPEATS} times"
+        f"{left_out if measured < wanted else ''}."
+    )
 
 
 def ranks_of(

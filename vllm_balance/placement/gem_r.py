@@ -23,6 +23,9 @@ from vllm_balance.placement.policy import (
 )
 from vllm_balance.placement.score import Split
 
+TRIALS: dict[Split, int] = {"even": 200_000, "one": 50_000}
+"""Most moves tried per layer; one takes ten times as long to score if one replica serves."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemReplicaPlacement:
@@ -31,8 +34,8 @@ class GemReplicaPlacement:
     name: ClassVar[str] = "gem_r"
     split: Split = "even"
     """How the routing uses replicas: evenly, or one per batch and expert as metro does."""
-    trials: int = 50_000
-    """Most moves tried per layer; bounds the search time."""
+    trials: int | None = None
+    """Most moves tried per layer, which bounds the search time; None: TRIALS."""
     eplb: EplbPlacement = field(default_factory=EplbPlacement)
     """Makes one of the starts."""
 
@@ -56,10 +59,12 @@ class GemReplicaPlacement:
         self, history_NE: Array, cluster: Cluster, coefficient_S8: Array, eplb_P: Array
     ) -> Array:
         from vllm_balance.placement.replica_load import EVEN, ONE
-        from vllm_balance.placement.replica_search import descend_replicas
+        from vllm_balance.placement.replica_search import BLOCK, descend_replicas
 
-        num_experts = history_NE.shape[1]
-        tokens_NE = np.ascontiguousarray(history_NE, dtype=np.int64)
+        num_steps, num_experts = history_NE.shape
+        # Every block of the search is a sample of the whole recording.
+        spread_N = np.argsort(np.arange(num_steps) % -(-num_steps // BLOCK), kind="stable")
+        tokens_NE = history_NE[spread_N].astype(np.float64)
         linear_P = np.arange(cluster.num_physical(num_experts)) % num_experts
         split = EVEN if self.split == "even" else ONE
         packed_P = packed_replicas(history_NE, cluster).astype(np.int64)
@@ -70,7 +75,8 @@ class GemReplicaPlacement:
             )
             return float(found)
 
-        found = [(score(packed_P, self.trials), packed_P)]
+        trials = TRIALS[self.split] if self.trials is None else self.trials
+        found = [(score(packed_P, trials), packed_P)]
         found += [(score(slots_P, 0), slots_P) for slots_P in (linear_P, eplb_P.astype(np.int64))]
         return min(found, key=lambda scored: scored[0])[1]
 

@@ -1,6 +1,8 @@
 """Times of a placement with replicas, compiled. Import this inside a call: it imports numba.
 
 A placement of one layer is `content_P`, the expert of each slot; slots of a rank are consecutive.
+Loads of a rank are (activated, tokens, further tiles), steps last, so that loops over steps become
+vector instructions.
 """
 
 # Compiled functions carry no annotations, as those in kernels/.
@@ -10,130 +12,88 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_balance.placement.swap_search import compiled, num_further, rank_time
+from vllm_balance.placement.swap_search import compiled, rank_time
 
 EVEN, ONE = 0, 1
 """Tokens of an expert spread evenly over its replicas, or all to the one that ends first."""
 
 
 @compiled
-def add(load_S3, s, tokens, coefficient_8, sign=1.0):
-    """Adds a slot's tokens, which may be a fraction, to (activated, tokens, further) of a rank."""
-    load_S3[s, 0] += sign * min(1.0, tokens)
-    load_S3[s, 1] += sign * tokens
-    beyond = max(tokens - coefficient_8[6], 0.0)
-    if coefficient_8[5] > 1.0:
-        beyond = np.ceil(beyond / coefficient_8[5])
+def further_of(tokens, coefficient_8):
+    """`CostModel.further` of one slot, whose tokens may be a fraction."""
+    tile, beyond = coefficient_8[5], max(tokens - coefficient_8[6], 0.0)
+    if tile > 1.0:
+        return np.ceil(beyond / tile)
+    return beyond if tile > 0.0 else 0.0
+
+
+@compiled
+def add(load_3N, tokens_N, replicas, coefficient_8, sign):
+    """Adds a replica's even share of each step to the loads of a rank, or takes it off."""
+    for n in range(len(tokens_N)):
+        tokens = tokens_N[n] / replicas
+        load_3N[0, n] += sign * min(1.0, tokens)
+        load_3N[1, n] += sign * tokens
     if coefficient_8[5] > 0.0:
-        load_S3[s, 2] += sign * beyond
+        for n in range(len(tokens_N)):
+            load_3N[2, n] += sign * further_of(tokens_N[n] / replicas, coefficient_8)
 
 
 @compiled
-def serve_with_one(tokens, slots_R, num_replicas, slots_per_rank, coefficient_S8, load_S3):
-    """Gives all tokens of an expert to the replica whose rank then has the least time."""
-    best, best_time = -1, np.inf
-    for r in range(num_replicas):
-        s = slots_R[r] // slots_per_rank
-        time = rank_time(
-            coefficient_S8[s],
-            load_S3[s, 0] + 1.0,
-            load_S3[s, 1] + tokens,
-            load_S3[s, 2] + num_further(tokens, coefficient_S8[s]),
-        )
-        if time < best_time:
-            best, best_time = s, time
-    add(load_S3, best, float(tokens), coefficient_S8[best])
+def rank_times(load_3N, coefficient_8, time_N):
+    """Fills the times of a rank in each step."""
+    for n in range(len(time_N)):
+        # Counts of a rank without tokens are rounding errors.
+        tokens = load_3N[1, n] if load_3N[1, n] > 1e-9 else 0.0
+        time_N[n] = rank_time(coefficient_8, load_3N[0, n], tokens, load_3N[2, n])
 
 
 @compiled
-def step_time(tokens_E, heaviest_E, slots_EP, num_replicas_E, coefficient_S8, split, load_S3):
-    """Time of the slowest rank in one step; leaves the loads of the ranks in load_S3."""
-    num_ranks = len(coefficient_S8)
-    slots_per_rank = slots_EP.shape[1] // num_ranks
-    load_S3[:] = 0.0
-    for e in range(len(tokens_E)):
-        replicas = num_replicas_E[e]
-        if tokens_E[e] > 0 and (split == EVEN or replicas == 1):
-            for r in range(replicas):
-                s = slots_EP[e, r] // slots_per_rank
-                add(load_S3, s, tokens_E[e] / replicas, coefficient_S8[s])
-    if split == ONE:
-        for place in range(len(tokens_E)):
-            e = heaviest_E[place]
-            if tokens_E[e] == 0:
-                break
-            if num_replicas_E[e] > 1:
-                serve_with_one(
-                    tokens_E[e],
-                    slots_EP[e],
-                    num_replicas_E[e],
-                    slots_per_rank,
-                    coefficient_S8,
-                    load_S3,
-                )
-    slowest = 0.0
-    for s in range(num_ranks):
-        time = rank_time(coefficient_S8[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
-        slowest = max(slowest, time)
-    return slowest
+def is_fixed(split, replicas):
+    """Whether a replica's share does not depend on what else its rank has."""
+    return split == EVEN or replicas == 1
 
 
 @compiled
-def index(content_P, slots_EP, num_replicas_E):
-    """Fills the slots of each expert, in slot order, from the content of the slots."""
+def serve_with_one(tokens_E, heaviest_E, replicas, coefficient_S8, load_S3, time_S):
+    """Fills the times of the ranks in one step; changes load_S3, at first that of single experts.
+
+    The others follow, heaviest first: all tokens to the replica whose rank then has the least time.
+    """
+    _, ranks_ER, num_replicas_E, num_replicated = replicas
+    left = num_replicated[0]
+    for e in heaviest_E:
+        tokens = tokens_E[e]
+        if tokens == 0.0 or left == 0:
+            break
+        if num_replicas_E[e] == 1:
+            continue
+        left -= 1
+        best, best_time = np.int64(-1), np.inf
+        for r in range(num_replicas_E[e]):
+            s = ranks_ER[e, r]
+            load_3, further = load_S3[s], further_of(tokens, coefficient_S8[s])
+            time = rank_time(
+                coefficient_S8[s], load_3[0] + 1.0, load_3[1] + tokens, load_3[2] + further
+            )
+            best = s if time < best_time else best
+            best_time = min(time, best_time)
+        load_S3[best, 0] += 1.0
+        load_S3[best, 1] += tokens
+        load_S3[best, 2] += further_of(tokens, coefficient_S8[best])
+    for s in range(len(load_S3)):
+        time_S[s] = rank_time(coefficient_S8[s], load_S3[s, 0], load_S3[s, 1], load_S3[s, 2])
+
+
+@compiled
+def index(content_P, replicas):
+    """Fills the ranks of each expert's replicas, in slot order, how many each has, and how many
+    experts have several, from the content of the slots."""
+    rank_of_P, ranks_ER, num_replicas_E, num_replicated = replicas
     num_replicas_E[:] = 0
+    num_replicated[0] = 0
     for p in range(len(content_P)):
         e = content_P[p]
-        slots_EP[e, num_replicas_E[e]] = p
+        ranks_ER[e, num_replicas_E[e]] = rank_of_P[p]
         num_replicas_E[e] += 1
-
-
-@compiled
-def replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S8, split, limit, room):
-    """Score of a placement; inf as soon as it passes `limit`. `room` is scratch memory."""
-    slots_EP, num_replicas_E, load_S3 = room
-    index(content_P, slots_EP, num_replicas_E)
-    score = 0.0
-    for n in range(len(tokens_NE)):
-        score += step_time(
-            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S8, split, load_S3
-        )
-        if score >= limit:
-            return np.inf
-    return score
-
-
-@compiled
-def changed_score(problem, change_M4, pair, limit, kept, load_S3):
-    """Score after changes of even shares, up to rounding; inf as soon as it passes limit.
-
-    `pair` are the two ranks of a swap, (-1, -1) if more may change; `remember` fills `kept`.
-    """
-    tokens_NE, _, coefficient_S8, _ = problem
-    load_NS3, time_NS, _, left_N, gain_SN = kept
-    s, t = pair
-    score = 0.0
-    for n in range(len(tokens_NE)):
-        if s >= 0 and score + left_N[n] - gain_SN[s, n] - gain_SN[t, n] >= limit:
-            return np.inf
-        for rank, _, _, _ in change_M4:
-            load_S3[rank] = load_NS3[n, rank]
-        for rank, e, replicas, sign in change_M4:
-            if tokens_NE[n, e] > 0:
-                tokens = tokens_NE[n, e] / replicas
-                add(load_S3, rank, tokens, coefficient_S8[rank], sign)
-        slowest = 0.0
-        for other in range(len(coefficient_S8)):
-            time = time_NS[n, other]
-            if time > slowest and not (change_M4[:, 0] == other).any():
-                slowest = time
-        for rank, _, _, _ in change_M4:
-            load_3 = load_S3[rank]
-            # Counts of a rank without tokens are rounding errors.
-            if load_3[1] > 1e-9:
-                time = rank_time(coefficient_S8[rank], load_3[0], load_3[1], load_3[2])
-                slowest = max(slowest, time)
-        score += slowest
-        if score >= limit:
-            return np.inf
-    return score
+        num_replicated[0] += num_replicas_E[e] == 2

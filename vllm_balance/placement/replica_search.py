@@ -1,8 +1,8 @@
 """Descent over placements with replicas, compiled. Import this inside a call: it imports numba.
 
-Moves are swaps of two slots and new content for a slot whose expert has another replica. With even
-shares a move is first scored from its changes alone; what passes is scored from scratch, so that
-nothing drifts.
+Moves are swaps of two slots and new content for a slot whose expert has another replica. A move is
+scored from its changes alone, block of steps after block, and given up when it has fallen behind.
+What is kept of a placement is computed from scratch, so that nothing drifts.
 """
 
 # Compiled functions carry no annotations, as those in kernels/.
@@ -14,76 +14,86 @@ import numpy as np
 
 from vllm_balance.placement.replica_load import (
     EVEN,
-    changed_score,
+    add,
     index,
-    replica_score,
-    step_time,
+    is_fixed,
+    rank_times,
+    serve_with_one,
 )
-from vllm_balance.placement.swap_search import compiled, look_ahead, rank_time
+from vllm_balance.placement.swap_search import compiled
+
+BLOCK = 16
+"""Steps after which a move may be given up."""
+BEHIND = 0.05
+"""Mean steps' time by which a move may be behind before the last block."""
 
 
 @compiled
-def remember(problem, room, kept, is_slowest_S):
-    """Keeps loads and times of the current placement, and what swaps could gain at most; marks
-    ranks that are slowest in some step."""
-    tokens_NE, heaviest_NE, coefficient_S8, split = problem
-    slots_EP, num_replicas_E, load_S3 = room
-    load_NS3, time_NS, top_N3, left_N, gain_SN = kept
-    is_slowest_S[:] = False
-    for n in range(len(tokens_NE)):
-        slowest = step_time(
-            tokens_NE[n], heaviest_NE[n], slots_EP, num_replicas_E, coefficient_S8, split, load_S3
-        )
-        load_NS3[n] = load_S3
-        for s in range(len(coefficient_S8)):
-            load_3 = load_S3[s]
-            time_NS[n, s] = rank_time(coefficient_S8[s], load_3[0], load_3[1], load_3[2])
-            is_slowest_S[s] |= time_NS[n, s] >= slowest
-    look_ahead(time_NS, top_N3, left_N, gain_SN)
+def remember(problem, content_P, replicas, kept):
+    """Keeps loads and times of a placement and returns its score."""
+    tokens_NE, tokens_EN, heaviest_NE, coefficient_S8, split = problem
+    load_S3N, time_SN, slowest_N, is_slowest_S = kept
+    index(content_P, replicas)
+    load_S3N[:] = 0.0
+    for s, e in zip(replicas[0], content_P):  # noqa: B905, numba knows no strict
+        num_replicas = replicas[2][e]
+        if is_fixed(split, num_replicas):
+            add(load_S3N[s], tokens_EN[e], num_replicas, coefficient_S8[s], 1.0)
+    for s in range(len(load_S3N)):
+        rank_times(load_S3N[s], coefficient_S8[s], time_SN[s])
+    for n in range(len(slowest_N)):
+        if split != EVEN:
+            load_S3, time_S = load_S3N[:, :, n].copy(), time_SN[:, n]
+            serve_with_one(tokens_NE[n], heaviest_NE[n], replicas, coefficient_S8, load_S3, time_S)
+        slowest_N[n] = time_SN[:, n].max()
+    for s in range(len(time_SN)):
+        is_slowest_S[s] = (time_SN[s] >= slowest_N).any()
+    return slowest_N.sum()
 
 
 @compiled
-def changes(content_P, room, p, q, expert, change_M4):
+def changes(content_P, replicas, p, q, expert, change_M4):
     """What a move does to even shares, as rows (rank, expert, replicas, sign); returns how many.
 
     The move swaps slots p and q, or fills slot p with `expert` if q is -1.
     """
-    slots_EP, num_replicas_E, load_S3 = room
-    slots_per_rank = len(content_P) // len(load_S3)
-    s, old, m = p // slots_per_rank, content_P[p], 0
+    rank_of_P, ranks_ER, num_replicas_E, _ = replicas
+    s, old, m = rank_of_P[p], content_P[p], 0
     if q >= 0:
-        t, new = q // slots_per_rank, content_P[q]
+        t, new = rank_of_P[q], content_P[q]
         for rank, e, sign in ((s, old, -1), (s, new, 1), (t, new, -1), (t, old, 1)):
             change_M4[m] = rank, e, num_replicas_E[e], sign
             m += 1
         return m
     for e, more in ((old, -1), (expert, 1)):
-        replicas = num_replicas_E[e]
-        for r in range(replicas):
-            rank = slots_EP[e, r] // slots_per_rank
-            change_M4[m] = rank, e, replicas, -1
-            m += 1
-            if slots_EP[e, r] != p:
-                change_M4[m] = rank, e, replicas + more, 1
-                m += 1
-    change_M4[m] = s, expert, num_replicas_E[expert] + 1, 1
-    return m + 1
+        before, after = num_replicas_E[e], num_replicas_E[e] + more
+        for r in range(before):
+            change_M4[m] = ranks_ER[e, r], e, before, -1
+            change_M4[m + 1] = ranks_ER[e, r], e, after, 1
+            m += 2
+        change_M4[m] = s, e, after, more
+        m += 1
+    return m
 
 
 @compiled
 def holds(content_P, s, slots_per_rank, expert):
     """Whether rank s has a slot with this expert."""
-    return (content_P[s * slots_per_rank : (s + 1) * slots_per_rank] == expert).any()
+    for p in range(s * slots_per_rank, (s + 1) * slots_per_rank):  # noqa: SIM110, numba has no any
+        if content_P[p] == expert:
+            return True
+    return False
 
 
 @compiled
-def allowed(content_P, num_replicas_E, is_slowest_S, p, q, expert):
+def allowed(content_P, replicas, is_slowest_S, p, q, expert):
     """Whether a move keeps every expert, puts no two copies on a rank, and might help."""
+    rank_of_P, _, num_replicas_E, _ = replicas
     slots_per_rank = len(content_P) // len(is_slowest_S)
-    s, x = p // slots_per_rank, content_P[p]
+    s, x = rank_of_P[p], content_P[p]
     if q < 0:
         return num_replicas_E[x] > 1 and not holds(content_P, s, slots_per_rank, expert)
-    t, y = q // slots_per_rank, content_P[q]
+    t, y = rank_of_P[q], content_P[q]
     # A swap that leaves the slowest ranks as they are lowers nothing.
     if s == t or x == y or not (is_slowest_S[s] or is_slowest_S[t]):
         return False
@@ -101,24 +111,58 @@ def make(content_P, p, q, expert):
 
 
 @compiled
-def attempt(problem, content_P, move, limit, room, kept, change_M4):
-    """Makes a move if it lowers the score below limit; returns the new score, else inf."""
-    tokens_NE, heaviest_NE, coefficient_S8, split = problem
-    p, q, expert = move
-    if split == EVEN:
-        m = changes(content_P, room, p, q, expert, change_M4)
-        slots_per_rank = len(content_P) // len(coefficient_S8)
-        pair = (p // slots_per_rank, q // slots_per_rank) if q >= 0 else (-1, -1)
-        guess = changed_score(problem, change_M4[:m], pair, limit, kept, room[2])
-        if guess >= limit:
-            return np.inf
-    old = make(content_P, p, q, expert)
-    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S8, split, limit, room)
-    if score >= limit:
-        make(content_P, p, q, old)
-        index(content_P, room[0], room[1])
-        return np.inf
-    return score
+def even_score(load_S3B, is_changed_S, coefficient_S8, time_SN, time_B, slowest_B):
+    """Sum over steps of the slowest rank's time, where some ranks have new loads."""
+    slowest_B[:] = 0.0
+    for s in range(len(time_SN)):
+        if is_changed_S[s]:
+            rank_times(load_S3B[s], coefficient_S8[s], time_B)
+        else:
+            time_B[:] = time_SN[s]
+        for n in range(len(time_B)):
+            slowest_B[n] = max(slowest_B[n], time_B[n])
+    return slowest_B.sum()
+
+
+@compiled
+def gains(problem, change_M4, replicas, kept, scratch):
+    """Whether the score falls by the changes of a move; `replicas` are those after it.
+
+    No if it is BEHIND after one of the blocks: it might have caught up, but seldom does.
+    """
+    tokens_NE, tokens_EN, heaviest_NE, coefficient_S8, split = problem
+    load_S3N, time_SN, slowest_N, _ = kept
+    load_S3B, time_2B, load_S3, time_S, is_changed_S = scratch
+    num_steps, score, before = len(slowest_N), 0.0, 0.0
+    slack = BEHIND * slowest_N.mean()
+    is_changed_S[:] = False
+    for rank, _, _, _ in change_M4:
+        is_changed_S[rank] = True
+    for start in range(0, num_steps, BLOCK):
+        end = min(start + BLOCK, num_steps)
+        size = end - start
+        for s in range(len(is_changed_S)):
+            if is_changed_S[s] or split != EVEN:
+                load_S3B[s, :, :size] = load_S3N[s, :, start:end]
+        for rank, e, num_replicas, sign in change_M4:
+            if is_fixed(split, num_replicas):
+                load_3B, tokens_B = load_S3B[rank, :, :size], tokens_EN[e, start:end]
+                add(load_3B, tokens_B, num_replicas, coefficient_S8[rank], float(sign))
+        if split == EVEN:
+            times = (time_SN[:, start:end], time_2B[0, :size], time_2B[1, :size])
+            score += even_score(load_S3B[:, :, :size], is_changed_S, coefficient_S8, *times)
+        else:
+            for n in range(start, end):
+                load_S3[:] = load_S3B[:, :, n - start]
+                serve_with_one(
+                    tokens_NE[n], heaviest_NE[n], replicas, coefficient_S8, load_S3, time_S
+                )
+                score += time_S.max()
+        before += slowest_N[start:end].sum()
+        if score >= before + slack:
+            return False
+    # A gain far above rounding errors, so that the score from scratch falls too.
+    return score < before * (1.0 - 1e-9)
 
 
 @compiled
@@ -126,27 +170,36 @@ def descend_replicas(tokens_NE, content_P, coefficient_S8, split, trials, scores
     """Moves until none lowers the score, or for `trials` moves tried. Changes content_P.
 
     Returns (score, moves made); the scores, starting score first, go into `scores` as far as it
-    reaches.
+    reaches. Swaps are not tried again until a move was made. Tokens are whole numbers in float64.
     """
     num_steps, num_experts = tokens_NE.shape
     num_slots, num_ranks = len(content_P), len(coefficient_S8)
     heaviest_NE = np.empty(tokens_NE.shape, np.int64)
     for n in range(num_steps):
         heaviest_NE[n] = np.argsort(-tokens_NE[n], kind="mergesort")
-    slots_EP = np.empty((num_experts, num_slots), np.int64)
-    room = (slots_EP, np.empty(num_experts, np.int64), np.empty((num_ranks, 3)))
-    problem = (tokens_NE, heaviest_NE, coefficient_S8, split)
+    tokens_EN = np.ascontiguousarray(tokens_NE.T)
+    problem = (tokens_NE, tokens_EN, heaviest_NE, coefficient_S8, split)
+    replicas = (
+        np.arange(num_slots) // (num_slots // num_ranks),
+        np.empty((num_experts, num_slots), np.int64),
+        np.empty(num_experts, np.int64),
+        np.empty(1, np.int64),
+    )
     kept = (
-        np.empty((num_steps, num_ranks, 3)),
-        np.empty((num_steps, num_ranks)),
-        np.empty((num_steps, 3), np.int64),
-        np.empty(num_steps + 1),
-        np.empty((num_ranks, num_steps + 1)),
+        np.empty((num_ranks, 3, num_steps)),
+        np.empty((num_ranks, num_steps)),
+        np.empty(num_steps),
+        np.empty(num_ranks, np.bool_),
+    )
+    scratch = (
+        np.empty((num_ranks, 3, BLOCK)),
+        np.empty((2, BLOCK)),
+        np.empty((num_ranks, 3)),
+        np.empty(num_ranks),
+        np.empty(num_ranks, np.bool_),
     )
     change_M4 = np.empty((2 * num_slots + 8, 4), np.int64)
-    is_slowest_S = np.empty(num_ranks, np.bool_)
-    score = replica_score(tokens_NE, heaviest_NE, content_P, coefficient_S8, split, np.inf, room)
-    remember(problem, room, kept, is_slowest_S)
+    score = remember(problem, content_P, replicas, kept)
     if len(scores):
         scores[0] = score
     made, tried, idle, p = 0, 0, 0, 0
@@ -155,15 +208,21 @@ def descend_replicas(tokens_NE, content_P, coefficient_S8, split, trials, scores
         for other in range(num_slots + num_experts):
             q = other if other < num_slots else -1
             expert = other - num_slots
-            if not allowed(content_P, room[1], is_slowest_S, p, q, expert):
+            if q >= 0 and (p - q) % num_slots < idle:
+                continue
+            if not allowed(content_P, replicas, kept[3], p, q, expert):
                 continue
             tried += 1
-            limit = score * (1.0 - 1e-9)
-            trial = attempt(problem, content_P, (p, q, expert), limit, room, kept, change_M4)
-            if trial < limit:
-                remember(problem, room, kept, is_slowest_S)
-                score, idle, made = trial, 0, made + 1
+            m = changes(content_P, replicas, p, q, expert, change_M4)
+            old = make(content_P, p, q, expert)
+            index(content_P, replicas)
+            if gains(problem, change_M4[:m], replicas, kept, scratch):
+                score = remember(problem, content_P, replicas, kept)
+                idle, made = 0, made + 1
                 if made < len(scores):
                     scores[made] = score
+            else:
+                make(content_P, p, q, old)
+                index(content_P, replicas)
         p = (p + 1) % num_slots
     return score, made
