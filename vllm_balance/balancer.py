@@ -169,15 +169,13 @@ class LayerBalancer:
             all_reduce=self.summed,
         )
 
-    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        """Routes ids in the layer's way on scratch buffers, and selects this rank's pairs: compiles
-        the kernels, counts nothing.
+    def trial(self, ids_TK: torch.Tensor, tables: LayerTables) -> torch.Tensor:
+        """Slots of ids that are no batch's, in the layer's way, counted in `tables` alone; nothing
+        is fetched.
 
         A collective where the way is one.
         """
-        physical_TK = replace(self, tables=tables)._route(ids_TK, None)
-        if self.experts is not None:
-            self.experts.select(physical_TK, torch.zeros(ids_TK.shape))
+        return replace(self, tables=tables)._route(ids_TK, None)
 
     def reset(self) -> None:
         """Sets all counters to zero."""
@@ -249,7 +247,10 @@ def warm_up(layer: LayerBalancer, *, top_k: int) -> None:
     tables = replace(layer.tables, load_P=scratch_P, counters=counters)
     device = tables.counters.device
     for dtype in (torch.int32, torch.int64):
-        layer.warm_up(torch.zeros((2, top_k), dtype=dtype, device=device), tables)
+        ids_TK = torch.zeros((2, top_k), dtype=dtype, device=device)
+        physical_TK = layer.trial(ids_TK, tables)
+        if layer.experts is not None:
+            layer.experts.select(physical_TK, torch.zeros(ids_TK.shape))
 
 
 def new_counters(num_ranks: int, device: torch.device) -> torch.Tensor:

@@ -55,11 +55,7 @@ class SlotBalancer(LayerBalancer):
             counts_FE = _count(self._on_host(topk_ids_TK), num_experts, valid, rows_F)
         schedule = self._schedule(counts_FE)
         # Before the copies of experts, behind which these small ones would wait on a GPU.
-        physical_TK = _assign(topk_ids_TK, schedule, offset_E, num_valid_tokens)
-        if self.way == "all_reduce":
-            add_plan(self.tables.counters, schedule.plan, schedule.placement, _regime(schedule))
-        else:
-            _record(physical_TK, schedule, self.tables, num_valid_tokens)
+        physical_TK = self._map(topk_ids_TK, schedule, self.tables, offset_E, num_valid_tokens)
         before_ns = self.dynamic.waiting_ns
         self.dynamic.follow(schedule)
         self.decide_ns -= self.dynamic.waiting_ns - before_ns
@@ -93,16 +89,33 @@ class SlotBalancer(LayerBalancer):
             next_slots.follow(self.following._schedule(counts_FE), is_guess=True)
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)
 
-    def warm_up(self, ids_TK: torch.Tensor, tables: LayerTables) -> None:
-        counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical)
-        schedule = self._schedule(counts_FE)
-        physical_TK = _assign(ids_TK, schedule, None, None)
+    def _map(
+        self,
+        topk_ids_TK: torch.Tensor,
+        schedule: Schedule,
+        tables: LayerTables,
+        offset_E: torch.Tensor | None = None,
+        num_valid_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Slots of the pairs, counted in the tables."""
+        device, placement = topk_ids_TK.device, schedule.placement
+        physical_TK = assign(
+            topk_ids_TK,
+            schedule.plan.split_ER.to(device),
+            placement.logical_to_physical_ER.to(device),
+            offset_E=None if offset_E is None else offset_E.to(device),
+            num_valid_tokens=num_valid_tokens,
+        )
         if self.way == "all_reduce":
-            add_plan(tables.counters, schedule.plan, schedule.placement, _regime(schedule))
+            add_plan(tables.counters, schedule.plan, placement, _regime(schedule))
         else:
-            _record(physical_TK, schedule, tables, None)
-        if self.experts is not None:
-            self.experts.select(physical_TK, torch.zeros(ids_TK.shape))
+            arguments = tables.kernel_arguments(num_valid_tokens)
+            record(physical_TK, regime=_regime(schedule), **arguments)
+        return physical_TK
+
+    def trial(self, ids_TK: torch.Tensor, tables: LayerTables) -> torch.Tensor:
+        counts_FE = _count(ids_TK.cpu(), self.dynamic.state.num_logical)
+        return self._map(ids_TK, self._schedule(counts_FE), tables)
 
     def reset(self) -> None:
         LayerBalancer.reset(self)
@@ -145,31 +158,6 @@ def _count(
         return count(topk_ids_TK, num_experts, num_valid_tokens)[None]
     parts = torch.split(topk_ids_TK, list(rows_F))
     return torch.stack([count(part, num_experts) for part in parts])
-
-
-def _assign(
-    topk_ids_TK: torch.Tensor,
-    schedule: Schedule,
-    offset_E: torch.Tensor | None,
-    num_valid_tokens: torch.Tensor | None,
-) -> torch.Tensor:
-    device = topk_ids_TK.device
-    return assign(
-        topk_ids_TK,
-        schedule.plan.split_ER.to(device),
-        schedule.placement.logical_to_physical_ER.to(device),
-        offset_E=None if offset_E is None else offset_E.to(device),
-        num_valid_tokens=num_valid_tokens,
-    )
-
-
-def _record(
-    physical_TK: torch.Tensor,
-    schedule: Schedule,
-    tables: LayerTables,
-    num_valid_tokens: torch.Tensor | None,
-) -> None:
-    record(physical_TK, regime=_regime(schedule), **tables.kernel_arguments(num_valid_tokens))
 
 
 def _regime(schedule: Schedule) -> Regime:
