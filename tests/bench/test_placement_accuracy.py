@@ -19,6 +19,20 @@ def test_only_pairs_whose_rounds_agree_can_be_ranked():
     assert agreement([right, wrong]) == (1, 2, 6)
 
 
+def test_what_many_pairs_show_by_chance_does_not_count():
+    """Nine placements that are alike: by 5 % alone one or two of 36 pairs would be different."""
+    rows = []
+    for seed in range(10):
+        random = np.random.default_rng(seed)
+        rounds_us = {str(k): (1000 + random.normal(0, 30, 16)).tolist() for k in range(9)}
+        rows.append({"rounds_us": rounds_us, "modelled_us": dict.fromkeys(rounds_us, 1.0)})
+    _, rankable, total = agreement(rows)
+    assert total == 360 and rankable <= 4
+    apart = {str(k): (1000 + 100 * k + np.arange(16)).tolist() for k in range(9)}
+    modelled_us = {name: times[0] for name, times in apart.items()}
+    assert agreement([{"rounds_us": apart, "modelled_us": modelled_us}]) == (36, 36, 36)
+
+
 def test_a_model_that_makes_no_difference_ranks_nothing_right():
     rounds_us = {"fast": list(range(8)), "slow": list(range(1, 9))}
     assert agreement([{"rounds_us": rounds_us, "modelled_us": dict.fromkeys(rounds_us, 1.0)}]) == (
