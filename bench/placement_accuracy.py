@@ -5,9 +5,9 @@ Ranks are processes of one core each that run vLLM's own expert kernel. Their cu
 one step after another and the placements of a step in turn, ROUNDS times there and back, so that a
 drift of the machine hits all alike. A placement's time is the sum over steps of the slowest rank's,
 the median of the rounds or modelled. Nobody can rank two placements whose rounds do not show which
-is faster (Wilcoxon's signed-rank test); such pairs are counted apart. Of the 36 pairs of a batch two
-would show it by chance at 5 %, half of them the wrong way round, so that 5 % are what may be false
-of all that are taken to show it (Benjamini and Hochberg).
+is faster (Wilcoxon's signed-rank test); such pairs are counted apart. Of the 36 pairs of a batch
+two would show it by chance at 5 %, half of them the wrong way round, so that 5 % are what may be
+false of all that are taken to show it (Benjamini and Hochberg).
 """
 
 from __future__ import annotations
