@@ -10,7 +10,7 @@ from measured import row
 
 from bench import gate, run, speed
 from bench.provenance import config_hash, harness, machine, sources, versions
-from vllm_balance.commands.report import render
+from vllm_balance.commands.report import report
 from vllm_balance.measured_tables import arms_table
 from vllm_balance.measurement import read_measurements
 
@@ -120,6 +120,9 @@ def test_the_load_was_looked_at_while_it_ran(measured):
         assert sum(layer.slot_tokens) > 0
 
 
-def test_a_report_is_made_of_it(measured):
-    assert "A small run" in render([measured])
+def test_a_report_is_made_of_it(measured, tmp_path):
+    file, page = tmp_path / "small.jsonl", tmp_path / "report.html"
+    file.write_text("".join(each.model_dump_json() + "\n" for each in measured))
+    report([file], page)
+    assert "A small run" in page.read_text()
     assert arms_table(measured).body[0][0] == "metro"
