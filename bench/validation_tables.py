@@ -34,8 +34,10 @@ class Variant(NamedTuple):
 
 def table(name: str, rows: list[Row]) -> str:
     """One table of docs/simulator-results.md."""
-    if name in ("summary", "runs"):
-        return _summary(rows) if name == "summary" else _runs(rows)
+    if name == "summary":
+        return _summary(rows)
+    if name == "runs":
+        return _runs(rows)
     if name == "measured":
         groups = _grouped(rows, "measured", lambda row: row["arm"])
         head = ["hardware", "run", "arm", "slower than profiled"]
@@ -61,7 +63,7 @@ def table(name: str, rows: list[Row]) -> str:
 def _summary(rows: list[Row]) -> str:
     """Per hardware file, how many lines are within the aim and how many pairs in the right order;
     points of older code are left out."""
-    own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
+    own = _present(rows)
     body = []
     for name in sorted({row["hardware"] for row in own}):
         here = [row for row in own if row["hardware"] == name]
@@ -73,7 +75,7 @@ def _summary(rows: list[Row]) -> str:
 
 def _runs(rows: list[Row]) -> str:
     """The same for each run on each hardware, with the middle and the ends of the errors."""
-    own = [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
+    own = _present(rows)
     body = []
     for key in sorted({(row["hardware"], row["run"]) for row in own}):
         here = [row for row in own if (row["hardware"], row["run"]) == key]
@@ -88,6 +90,11 @@ def _runs(rows: list[Row]) -> str:
         for head in (f"{what.removesuffix(' ms')} within {AIM:.0%}", "error: median (range)")
     ]
     return markdown.table(["hardware", "run", *heads, "pairs in order"], body, left=2)
+
+
+def _present(rows: list[Row]) -> list[Row]:
+    """Measured points and pairs that the present code predicted."""
+    return [row for row in rows if row["kind"] in ("measured", "pair") and not row.get("kept")]
 
 
 def _errors(rows: list[Row], what: str) -> list[float]:
