@@ -39,7 +39,7 @@ COSTS = {
 experts of Qwen3-30B-A3B in turn, fitted to the points of configs/hardware/cpu-amx.profile.json."""
 BATCHES = {"decode": 256, "prefill": 2048}
 """Tokens of a batch; at most those of a half of the trace, in prefill half of them."""
-RANKS = (4, 8, 16, 64)
+RANKS = (2, 4, 8, 16, 64)
 SLOWER = (1.0, 1.08, 1.16, 1.28)
 STEPS = 64
 SEED = 0
@@ -78,8 +78,9 @@ def score_trace(trace: traces.Trace) -> Iterator[Row]:
             for num_ranks in RANKS:
                 if trace.num_experts % num_ranks or num_ranks == trace.num_experts:
                     continue
-                for slower in SLOWER:
-                    cluster = Cluster(costs=(cost.slowed(slower), *(cost,) * (num_ranks - 1)))
+                for slower, slow_rank in _slowed(num_ranks):
+                    costs = [cost] * num_ranks
+                    costs[slow_rank] = cost.slowed(slower)
                     yield {
                         "table": "traces",
                         "trace": trace.name,
@@ -88,8 +89,9 @@ def score_trace(trace: traces.Trace) -> Iterator[Row]:
                         "cost": cost_name,
                         "ranks": num_ranks,
                         "slower": slower,
+                        "slow_rank": slow_rank,
                         "steps": [len(fit), len(held_out)],
-                        **_scores(fit, held_out, cluster),
+                        **_scores(fit, held_out, Cluster(costs=tuple(costs))),
                     }
 
 
@@ -127,6 +129,14 @@ def grow() -> Iterator[Row]:
             "steps": [steps, steps],
             **_scores(history_NLE, held_out_NLE, cluster, ("linear", "eplb", policy), repeats=3),
         }
+
+
+def _slowed(num_ranks: int) -> Iterator[tuple[float, int]]:
+    """How much slower which rank is: the first, and of two, as in our servers, either."""
+    for slower in SLOWER:
+        yield slower, 0
+        if num_ranks == 2 and slower > 1.0:
+            yield slower, 1
 
 
 def _of_kind(trace: traces.Trace, kind: str) -> traces.Trace:
@@ -192,9 +202,9 @@ def writer(rows: list[Row]) -> Callable[[str], str]:
 
 
 def _table(name: str, rows: list[Row]) -> str:
-    own = _newest([row for row in rows if row["table"] == ("growth" if name == "growth" else
-                                                           "traces")])  # fmt: skip
-    head, body = (_growth if name == "growth" else _speeds if name == "speeds" else _traces)(own)
+    table = "growth" if name == "growth" else "traces"
+    own = _newest([row for row in rows if row["table"] == table])
+    head, body = TABLES[name](own)
     text = markdown.table(head, body, left=0)
     commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
     note = f"Commits {commits}; {own[-1]['machine']}; seed {own[-1]['seed']}."
@@ -203,7 +213,8 @@ def _table(name: str, rows: list[Row]) -> str:
 
 def _newest(rows: list[Row]) -> list[Row]:
     """The last row of each case."""
-    keys = ("trace", "batch", "cost", "ranks", "slower", "layers", "experts", "steps", "policy")
+    keys = ("trace", "batch", "cost", "ranks", "slower", "slow_rank", "layers", "experts", "steps",
+            "policy")  # fmt: skip
     return list({json.dumps([row.get(key) for key in keys]): row for row in rows}.values())
 
 
@@ -222,7 +233,26 @@ def _speeds(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         worst = max(r["held_out_us"]["gem"] / r["held_out_us"]["eplb"] - 1 for r in own)
         gains = [_gain(own, base) for base in ("linear", "eplb")]
         cells = [*case[:3], f"{case[3] - 1:.0%}", *gains, f"{worst:+.1%}", _gain(own, "bound")]
-        body.append([*map(str, cells), str(len(own))])
+        body.append([*map(str, cells), str(len({r["trace"] for r in own}))])
+    return head, body
+
+
+def _two_ranks(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """What GEM gains over linear placement on two ranks, and what the bound leaves it to gain."""
+    head = ["batch", "cost", "one rank slower by", "against linear", "at best",
+            "the bound against linear", "at best", "cases"]  # fmt: skip
+    own = [r for r in rows if r["ranks"] == 2 and r["slower"] > 1.0]
+    cases = sorted({(r["batch"], r["cost"], r["slower"]) for r in own})
+    body = []
+    for case in [*cases, None]:
+        of_case = [r for r in own if case in (None, (r["batch"], r["cost"], r["slower"]))]
+        names = ("all", "", "") if case is None else (*case[:2], f"{case[2] - 1:.0%}")
+        gains = []
+        for name in ("gem", "bound"):
+            times = [r["held_out_us"] for r in of_case]
+            ratios = [time_us[name] / time_us["linear"] - 1 for time_us in times]
+            gains += [f"{statistics.mean(ratios):+.1%}", f"{min(ratios):+.1%}"]
+        body.append([*names, *gains, str(len(of_case))])
     return head, body
 
 
@@ -246,6 +276,14 @@ def _growth(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         seconds = f"{row['search_s'][row['policy']]:.1f}"
         body.append([*(str(row[key]) for key in keys), str(row["steps"][0]), seconds, *gains])
     return head, body
+
+
+TABLES: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {
+    "speeds": _speeds,
+    "two_ranks": _two_ranks,
+    "traces": _traces,
+    "growth": _growth,
+}
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ def test_graphs_and_several_machines_are_refused():
     assert "several machines" in refused(deployment(one_machine=False))
 
 
-def test_a_router_is_asked_early_on_cpu_and_only_if_it_decides():
-    text = refused(deployment(on_cpu=False, is_eager=True), look_ahead="router")
-    assert "on CPU only" in text
+def test_a_router_is_asked_early_only_if_it_decides():
     assert "`replay`" in refused(deployment(), look_ahead="router", replay={"zipf": 1.0})
     config = BalancerConfig(name="harmoeny", look_ahead="router", dynamic_slots=4)
     assert num_dynamic_slots(config, deployment()) == 4

@@ -1,4 +1,5 @@
-"""The table of a run with several skews: every arm under each, against static and the bound."""
+"""The table of a run with several skews: every arm under each, beside static, the bound and the
+best baseline."""
 
 from __future__ import annotations
 
@@ -18,8 +19,12 @@ from vllm_balance.measurement import Measurement
 
 BOUND = ("even", "static")
 """Load and arm that bound all others: the same server and prompts under even routing."""
+BASELINES = ("eplb", "shadow", "even_split", "exflow")
+"""Arms that have as much memory, or need none, and are not ours."""
 MOVED = "batches that moved tokens"
 """Left out where no row says: all are older than the counts, or nothing fetches."""
+BEST = "against the best baseline: tokens/s, TTFT"
+"""Left out where no baseline was measured."""
 HEADINGS = (
     "skew",
     "arm",
@@ -34,6 +39,7 @@ HEADINGS = (
     MOVED,
     "fetches per batch",
     "deciding, share of MoE",
+    BEST,
 )
 
 
@@ -51,11 +57,16 @@ def table(rows: list[Measurement]) -> MeasuredTable:
     body = []
     for load in dict.fromkeys(row.load for row in rows):
         base = _of(rows, load, "static")
+        others = [found for arm in BASELINES if (found := _of(rows, load, arm))]
         for arm in arms:
             if here := _of(rows, load, arm):
-                body.append([load, arm, *_numbers(here, base, bound)])
-    says = any(row.moved_share is not None for row in rows)
-    shown = [column for column, name in enumerate(HEADINGS) if says or name != MOVED]
+                best = "-" if arm in ("static", *BASELINES) else _against_best(here, others)
+                body.append([load, arm, *_numbers(here, base, bound), best])
+    has = {
+        MOVED: any(row.moved_share is not None for row in rows),
+        BEST: any(line[-1] != "-" for line in body),
+    }
+    shown = [column for column, name in enumerate(HEADINGS) if has.get(name, True)]
     return table_of(
         rows,
         caption=f"Medians; the bound is `static` under even routing.{in_turn(rows)}",
@@ -81,6 +92,18 @@ def _numbers(
         f"{median(here, _fetches):.1f}",
         f"{median(here, lambda row: row.decide_share):.2%}",
     ]
+
+
+def _against_best(here: list[Measurement], baselines: list[list[Measurement]]) -> str:
+    """Ratios to the baseline with the most tokens per second, and to that with the least TTFT."""
+    if not baselines:
+        return "-"
+    fastest = max(baselines, key=lambda rows: median(rows, total_tokens_per_s))
+    first = min(baselines, key=lambda rows: median(rows, _ttft_ms))
+    return (
+        f"{ratio(here, fastest, total_tokens_per_s)} `{fastest[0].arm}`, "
+        f"{ratio(here, first, _ttft_ms)} `{first[0].arm}`"
+    )
 
 
 def _of(rows: Iterable[Measurement], load: str, arm: str) -> list[Measurement]:

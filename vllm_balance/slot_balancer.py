@@ -75,16 +75,18 @@ class SlotBalancer(LayerBalancer):
         demand = Demand(tokens_E=counts_FE.sum(0, dtype=torch.int32), tokens_SE=counts_FE)
         return self.policy.schedule(demand, self.dynamic.state)
 
-    def before_experts(self, hidden_states_GH: torch.Tensor) -> None:
+    def before_experts(
+        self, hidden_states_TH: torch.Tensor, rows_S: Sequence[int] | None = None
+    ) -> None:
         """Lets the next layer fetch what it will probably need, while this one computes.
 
-        A collective if the batch is large enough. The hidden states are those of all ranks.
+        A collective if the batch is large enough. Arguments are those of :meth:`LookAhead.guess`.
         """
         if self.look_ahead is None or self.following is None:
             return
         start, next_slots = time.perf_counter_ns(), self.following.dynamic
         before_ns = next_slots.waiting_ns
-        counts_FE = self.look_ahead.guess(hidden_states_GH)
+        counts_FE = self.look_ahead.guess(hidden_states_TH, rows_S)
         if counts_FE is not None:
             next_slots.follow(self.following._schedule(counts_FE), is_guess=True)
         self.look_ahead_ns += time.perf_counter_ns() - start - (next_slots.waiting_ns - before_ns)

@@ -45,10 +45,10 @@ def num_dynamic_slots(config: BalancerConfig, deployment: Deployment) -> int:
             f"every batch, which a captured CUDA graph cannot do. Add --enforce-eager, or use "
             f"metro."
         )
-    if config.look_ahead == "router" and (not deployment.on_cpu or config.replay is not None):
+    if config.look_ahead == "router" and config.replay is not None:
         raise BalancerError(
             "`look_ahead` = 'router' asks the next layer's router on the inputs of this one, which "
-            "is wired on CPU only and says nothing about a `replay`. Leave it out, or use 'off'."
+            "says nothing about a `replay`. Leave it out, or use 'off'."
         )
     _check_slots_memory(slots, deployment)
     return slots

@@ -27,7 +27,7 @@ def test_a_trace_of_one_batch_is_scored_in_batches_of_half_of_it(monkeypatch):
         name="t", num_experts=128, top_k=8, layer_index_L=np.array([12]), topk_ids_TLK=ids_TLK
     )
     rows = list(placement.score_trace(trace))
-    assert {row["ranks"] for row in rows} == {4, 8, 16, 64}
+    assert {row["ranks"] for row in rows} == {2, 4, 8, 16, 64}
     assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 32), ("prefill", 16)}
     assert {int(pairs) for fit in drawn for pairs in np.unique(fit.sum(2))} == {32 * 8, 16 * 8}
 
@@ -75,3 +75,40 @@ def test_counts_are_thinned_to_whole_batches(monkeypatch):
     )
     rows = list(placement.score_trace(trace))
     assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 256)}
+
+
+def test_of_two_ranks_either_is_slowed(monkeypatch):
+    costs = []
+    monkeypatch.setattr(placement, "RANKS", (2, 4))
+    monkeypatch.setattr(placement, "_scores", lambda fit, held, c: costs.append(c.costs) or {})
+    counts_NLE = np.ones((4, 1, 32), np.int32)
+    trace = Trace(
+        name="t", num_experts=32, top_k=4, layer_index_L=np.arange(1), counts_NLE=counts_NLE
+    )
+    rows = [r for r in placement.score_trace(trace) if r["cost"] == "tempo"]
+    slower = [(r["ranks"], r["slower"], r["slow_rank"]) for r in rows]
+    assert slower[:3] == [(2, 1.0, 0), (2, 1.08, 0), (2, 1.08, 1)]
+    assert slower[7:] == [(4, s, 0) for s in placement.SLOWER]
+    for (_, factor, rank), of_case in zip(slower, costs, strict=False):
+        found = [cost.b_us / placement.COSTS["tempo"].b_us for cost in of_case]
+        assert found[rank] == pytest.approx(factor) and found.count(1.0) >= len(found) - 1
+
+
+def test_the_table_of_two_ranks_says_what_the_bound_leaves():
+    def row(gem: float, bound: float, **changes) -> dict:
+        case = {"batch": "decode", "cost": "tempo", "ranks": 2, "slower": 1.16}
+        return case | {"held_out_us": {"linear": 100.0, "gem": gem, "bound": bound}} | changes
+
+    rows = [
+        row(95.0, 90.0, slow_rank=0),
+        row(93.0, 92.0, slow_rank=1),
+        row(80.0, 70.0, slower=1.28),
+        row(50.0, 50.0, ranks=4),
+        row(50.0, 50.0, slower=1.0),
+    ]
+    _, body = placement.TABLES["two_ranks"](rows)
+    assert body == [
+        ["decode", "tempo", "16%", "-6.0%", "-7.0%", "-9.0%", "-10.0%", "2"],
+        ["decode", "tempo", "28%", "-20.0%", "-20.0%", "-30.0%", "-30.0%", "1"],
+        ["all", "", "", "-10.7%", "-20.0%", "-16.0%", "-30.0%", "3"],
+    ]

@@ -76,6 +76,19 @@ def test_every_arm_is_compared_with_static_and_the_bound():
     assert body[1][10] == "-"
 
 
+def test_ours_are_compared_with_the_baseline_that_is_best_at_each():
+    def cell(arm: str, speed: float, ttft: float):
+        times = {"total_tokens_per_s": speed, "ttft_ms": latency(ttft)}
+        return row(arm, load="hot", steps=4.0, **times)
+
+    arms = {"static": (99, 1), "eplb": (80, 500), "shadow": (50, 400), "harmoeny": (100, 300)}
+    rows = [cell(arm, *numbers) for arm, numbers in arms.items()]
+    table = skew_table.table(rows)
+    assert table.headings[-1] == skew_table.BEST
+    assert [line[-1] for line in table.body] == ["-"] * 3 + ["+25.0% `eplb`, -25.0% `shadow`"]
+    assert skew_table.BEST not in skew_table.table([rows[0], rows[-1]]).headings
+
+
 def test_rows_from_before_schedules_were_counted_are_shown_as_they_are():
     older = {"fetches": 6, "early_fetches": 2, "hits": 0}
     old = row("harmoeny", load="hot", steps=4.0, fetching=older)
@@ -85,7 +98,7 @@ def test_rows_from_before_schedules_were_counted_are_shown_as_they_are():
     assert skew_table.MOVED in table.headings
     table = skew_table.table([old])
     assert table.body[0][10] == "2.0" and skew_table.MOVED not in table.headings
-    assert len(table.body[0]) == len(table.headings) == len(skew_table.HEADINGS) - 1
+    assert len(table.body[0]) == len(table.headings) == len(skew_table.HEADINGS) - 2
     assert parse(row("harmoeny", fetching=older).model_dump_json()).moved_share is None
 
 

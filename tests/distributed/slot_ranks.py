@@ -170,7 +170,7 @@ class Model:
             dynamic=dynamic,
             experts_wait=True,
         )
-        experts.arrivals, experts.before = dynamic, made.before_experts
+        experts.arrivals = dynamic
         return made
 
     def run(self, index: int, batches, where: str) -> list[list[int]]:
@@ -183,14 +183,15 @@ class Model:
             own = ranks.near_ties(*chosen, self.rank) if differs else chosen
             weights, ids_GK = balancer.of_first_rank(*own)
             slots_GK = balancer.after_gather(balancer.in_router(ids_GK, None))
+            balancer.before_experts(hidden)
         else:
             ids_TK = balancer.in_router(batches.ids_GK[mine].clone(), None)
+            balancer.before_experts(batches.hidden_GH[mine], batches.sizes)
             parts = [batches.hidden_GH[mine], batches.weights_GK[mine], ids_TK]
             hidden, weights, ids_GK = link.all_gatherv(parts, sizes=batches.sizes)
             slots_GK = balancer.after_gather(ids_GK, batches.sizes)
         part = torch.full_like(hidden, torch.nan)
         if balancer.experts is None:
-            balancer.before_experts(hidden)
             kernel = partial(layer.mapped, part, hidden, weights, slots_GK)
             part = as_they_arrive(balancer.dynamic, self.expert_map_P, kernel)
         else:

@@ -49,6 +49,33 @@ def test_a_large_batch_is_sampled_and_scaled():
     assert guess[0, 3] == guess[0, 5] == len(hidden_GH) and int(guess.sum()) == K * len(hidden_GH)
 
 
+def test_ranks_with_tokens_of_their_own_see_them_all():
+    """Of unequal numbers, one with none; where all are sampled, each by the same share."""
+    hidden_GH = torch.randn(101, D, generator=torch.Generator().manual_seed(1))
+    rows_S = [70, 0, 31]
+    parts, seen = hidden_GH.split(rows_S), []
+    for rank, part_TH in enumerate(parts):
+        look = ahead(rank, 3, all_reduce=lambda t: seen.append(t.clone()) or t)
+        look.guess(part_TH, rows_S)
+    total_E = sum(seen)
+    true_E = torch.bincount(hidden_GH.topk(K).indices.flatten(), minlength=E)
+    assert torch.equal(total_E.long(), true_E)
+    for rank, part_TH in enumerate(parts):
+        guess = ahead(rank, 3, all_reduce=lambda t: total_E).guess(part_TH, rows_S)
+        assert torch.equal(guess[0].long(), true_E)
+    looked_at = []
+    look = ahead(gate=lambda part: looked_at.append(len(part)) or part)
+    for own in (4 * MAX_ROWS, MAX_ROWS, 0):
+        guess = look.guess(torch.randn(own, D), [4 * MAX_ROWS, MAX_ROWS, 0])
+    assert looked_at == [MAX_ROWS, MAX_ROWS // 4, 0] and not guess.any()
+
+
+def test_a_rank_with_few_tokens_of_a_large_batch_takes_part():
+    """All ranks or none: it is a collective."""
+    assert ahead().guess(torch.zeros(1, D), [1, 8]) is not None
+    assert ahead().guess(torch.zeros(4, D), [4, 4]) is None
+
+
 def test_few_tokens_ask_nobody():
     def never(tensor):
         raise AssertionError

@@ -132,6 +132,32 @@ def test_tensor_parallel_gpus_know_their_padding_with_and_without_eplb(context):
     assert balancer.num_valid_tokens is None, "a CPU pads no batch"
 
 
+@pytest.mark.parametrize(("way", "rows_S"), [("replicated", None), ("after_gather", [3, 1])])
+def test_the_next_layer_looks_at_the_inputs_when_this_one_has_chosen(way, rows_S):
+    done = []
+
+    class Ahead(Balancer):
+        look_ahead = "a guess"
+
+        def before_experts(self, hidden_TH, rows_S):
+            done.append((hidden_TH, rows_S))
+
+    def chooses(self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None):
+        done.append((router_logits, topk_indices_dtype, input_ids))
+        return "weights", "ids"
+
+    def select(balancer: Balancer | None):
+        own = SimpleNamespace(**{router.BALANCER: balancer})
+        return router._select_experts(chooses)(own, "inputs", "logits", torch.int32, input_ids="i")
+
+    assert select(Ahead(way)) == ("weights", "ids")
+    logits = ("logits", torch.int32, "i")
+    assert done == [logits, ("inputs", rows_S)]
+    for without in (Balancer(way), None):
+        select(without)
+    assert done[2:] == [logits] * 2, "these ask nobody"
+
+
 def runner(*, eplb_state=None, fused: int = 0) -> SimpleNamespace:
     manager = SimpleNamespace(num_fused_shared_experts=fused)
     return SimpleNamespace(

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
 from vllm.platforms import current_platform
 
 from vllm_balance.config import BalancerConfig
@@ -162,9 +164,20 @@ def test_a_router_that_takes_others_than_the_largest_logits_is_not_asked_early(c
     found.router = CPURouter(top_k=2, global_num_experts=NUM_EXPERTS, **changes)
     with pytest.raises(BalancerError, match=rf"layer 1 chooses otherwise \({reason}\)"):
         require_predictable(found)
-    found.router = SimpleNamespace()
-    with pytest.raises(BalancerError, match="unknown scores"):
-        require_predictable(found)
+
+
+def test_of_the_routers_for_gpus_one_takes_the_largest_logits():
+    found = runner(1, gate=lambda rows_NH: (rows_NH, None))
+    found.router = FusedTopKRouter(top_k=2, global_num_experts=NUM_EXPERTS)
+    require_predictable(found)
+    for other, reason in (
+        (FusedTopKRouter(2, NUM_EXPERTS, scoring_func="sigmoid"), "sigmoid scores"),
+        (CustomRoutingRouter(2, NUM_EXPERTS, torch.topk), "CustomRoutingRouter"),
+        (SimpleNamespace(), "SimpleNamespace"),
+    ):
+        found.router = other
+        with pytest.raises(BalancerError, match=rf"layer 1 chooses otherwise \({reason}\)"):
+            require_predictable(found)
 
 
 @pytest.mark.parametrize("look_ahead", ["router", "off"])

@@ -107,8 +107,6 @@ class LocalPairExperts:
         self._buffers = PairBuffers() if buffers is None else buffers
         self.arrivals: Arrivals | None = None
         """What tells experts that are still on their way; None: all are always there."""
-        self.before: Callable[[torch.Tensor], None] | None = None
-        """Called with the hidden states before anything is computed."""
         self.kernel_ns = 0
         """Time in the kernel, ns."""
         self.wrapping_ns = 0
@@ -133,8 +131,6 @@ class LocalPairExperts:
         Each pair is computed once in the input's dtype; a token's pairs are summed in float32.
         Pairs of experts that have not arrived are computed in a second call, behind the others.
         """
-        if self.before is not None:
-            self.before(hidden_states_TH)
         start = time.perf_counter_ns()
         pairs = self.select(topk_ids_TK, topk_weights_TK)
         num_pairs = pairs.token_N.shape[0]

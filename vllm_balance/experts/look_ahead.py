@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ MAX_ROWS = 512
 class LookAhead:
     """The next layer's router on this layer's inputs: hidden states change slowly over layers.
 
-    Every rank looks at other rows, and one all-reduce of E integers makes the guess equal on all.
+    Every rank looks at other tokens, and one all-reduce of E integers makes the guess equal on all.
     """
 
     gate: Gate
@@ -32,18 +32,29 @@ class LookAhead:
     most once on an expert, so none has more, and no mean can be above it. Of larger ones the
     schedule of the guess decides (``kernels.rebalance.Rules.knee_tokens``)."""
 
-    def guess(self, hidden_states_GH: torch.Tensor) -> torch.Tensor | None:
-        """Pairs of each expert in the next layer, int32 [1, E]; None for a memory-bound batch.
+    def guess(
+        self, hidden_states_TH: torch.Tensor, rows_S: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """Pairs of each expert in the next layer, int32 [1, E] on the host; None for a
+        memory-bound batch.
 
-        A collective, except where it returns None, which depends on the number of rows only.
+        A collective, except where it returns None, which depends on the number of tokens only.
+
+        Args:
+            hidden_states_TH: of this rank's tokens.
+            rows_S: tokens of each rank; None: all ranks have the same ones.
         """
-        num_tokens = hidden_states_GH.shape[0]
+        own = hidden_states_TH.shape[0]
+        num_tokens = own if rows_S is None else sum(rows_S)
         if num_tokens <= self.knee_tokens:
             return None
-        stride = max(self.num_ranks, -(-num_tokens // MAX_ROWS))
-        rows_NH = hidden_states_GH[self.rank % stride :: stride]
-        ids_NK = self.gate(rows_NH).topk(self.top_k, dim=1).indices
+        most = own if rows_S is None else max(rows_S)
+        stride, first = max(1, -(-most // MAX_ROWS)), 0
+        if rows_S is None:
+            stride = max(self.num_ranks, stride)
+            first = self.rank % stride
+        ids_NK = self.gate(hidden_states_TH[first::stride]).topk(self.top_k, dim=1).indices
         seen_E = torch.bincount(ids_NK.flatten(), minlength=self.num_experts).to(torch.int32)
-        total_E = self.all_reduce(seen_E).to(torch.int64)
+        total_E = self.all_reduce(seen_E).cpu().to(torch.int64)
         scale = num_tokens * self.top_k / max(1, int(total_E.sum()))
         return (total_E * scale).to(torch.int32)[None]

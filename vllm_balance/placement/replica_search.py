@@ -23,7 +23,7 @@ from vllm_balance.placement.replica_load import (
 from vllm_balance.placement.swap_search import compiled
 
 BLOCK = 16
-"""Steps after which a move may be given up."""
+"""Steps after which a move may be given up if shares are even."""
 BEHIND = 0.05
 """Mean steps' time by which a move may be behind before the last block."""
 
@@ -128,7 +128,8 @@ def even_score(load_S3B, is_changed_S, coefficient_S8, time_SN, time_B, slowest_
 def gains(problem, change_M4, replicas, kept, scratch):
     """Whether the score falls by the changes of a move; `replicas` are those after it.
 
-    No if it is BEHIND after one of the blocks: it might have caught up, but seldom does.
+    No if it is BEHIND after one of the blocks, or of the steps where one replica serves: it might
+    have caught up, but seldom does.
     """
     tokens_NE, tokens_EN, heaviest_NE, coefficient_S8, split = problem
     load_S3N, time_SN, slowest_N, _ = kept
@@ -151,6 +152,7 @@ def gains(problem, change_M4, replicas, kept, scratch):
         if split == EVEN:
             times = (time_SN[:, start:end], time_2B[0, :size], time_2B[1, :size])
             score += even_score(load_S3B[:, :, :size], is_changed_S, coefficient_S8, *times)
+            before += slowest_N[start:end].sum()
         else:
             for n in range(start, end):
                 load_S3[:] = load_S3B[:, :, n - start]
@@ -158,7 +160,10 @@ def gains(problem, change_M4, replicas, kept, scratch):
                     tokens_NE[n], heaviest_NE[n], replicas, coefficient_S8, load_S3, time_S
                 )
                 score += time_S.max()
-        before += slowest_N[start:end].sum()
+                before += slowest_N[n]
+                # A step takes long enough to ask after each of them.
+                if score >= before + slack:
+                    return False
         if score >= before + slack:
             return False
     # A gain far above rounding errors, so that the score from scratch falls too.

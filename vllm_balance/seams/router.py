@@ -106,6 +106,20 @@ def _rows_of_sources() -> list[int] | None:
     return None if metadata is None else metadata.get_chunk_sizes_across_dp_rank()
 
 
+def _select_experts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the next layer look at this one's tokens when its own experts are on their way."""
+
+    def select_experts(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        chosen = original(self, hidden_states, *args, **kwargs)
+        balancer = getattr(self, BALANCER, None)
+        if getattr(balancer, "look_ahead", None) is not None:
+            rows_S = None if balancer.way == "replicated" else _rows_of_sources()
+            balancer.before_experts(hidden_states, rows_S)
+        return chosen
+
+    return select_experts
+
+
 def _select_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_forward(self: Any) -> Callable[..., Any]:
         vllm_config = get_current_vllm_config()
@@ -181,8 +195,13 @@ def require_predictable(runner: Any) -> None:
 def _unlike_top_k(router: Any) -> list[str]:
     """What lets a router choose other experts than those with the largest logits; [] if nothing.
 
-    Look-ahead is for CPU only, where vLLM's ``CPURouter`` has all of it in one class.
+    vLLM's ``CPURouter`` does it all in one class; for GPUs every other way has one of its own.
     """
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+
+    if type(router) not in (CPURouter, FusedTopKRouter):
+        return [type(router).__name__]
     scores = getattr(router, "scoring_func", "unknown")
     found = {
         "grouped top-k": getattr(router, "use_grouped_topk", False),
@@ -253,6 +272,13 @@ ROUTER_SEAMS = (
         why="tensor-parallel ranks whose sums differ in the last bit must use the same experts "
         "and weights; a replayed choice is the same on all ranks anyway",
         delete_when="vLLM's CPU ranks have the same hidden states, or share their router's choice",
+    ),
+    Seam(
+        target="vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._select_experts",
+        parameters=("hidden_states", "router_logits"),
+        wrap=_select_experts,
+        why="the inputs of a layer say what the next one will need, which is fetched early",
+        delete_when="vLLM lets plugins look at a layer's inputs",
     ),
     Seam(
         target="vllm.model_executor.layers.fused_moe.router.base_router:"

@@ -136,7 +136,6 @@ class ModelSlots:
         for runner, layer in zip(self._runners, layers, strict=True):
             if layer.experts is not None:
                 layer.experts.arrivals = layer.dynamic
-                layer.experts.before = layer.before_experts
                 layer.experts_wait = True
             elif computes_as_they_arrive(runner):
                 experts = runner.routed_experts.quant_method.moe_kernel.fused_experts

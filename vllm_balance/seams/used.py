@@ -65,6 +65,11 @@ USED = (
         why="a dispatch that leaves all tokens to the experts",
     ),
     Place(
+        target=f"{_MOE}.router.fused_topk_router:FusedTopKRouter._compute_routing",
+        parameters=("hidden_states", "router_logits"),
+        why="takes the largest logits, so that they can be guessed early",
+    ),
+    Place(
         target=f"{_MOE}.router.base_router:eplb_map_to_physical_and_record",
         parameters=(
             "topk_ids",
