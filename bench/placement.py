@@ -22,9 +22,10 @@ from rich.console import Console
 from bench import command, markdown
 from bench.provenance import ROOT, provenance
 from vllm_balance import traces
+from vllm_balance.commands.place import policy_of
 from vllm_balance.cost import CostModel
-from vllm_balance.placement import PLACEMENT, Cluster, lower_bound_L, score_L
-from vllm_balance.placement.gem import GemPlacement
+from vllm_balance.placement import Cluster, lower_bound_L, score_L
+from vllm_balance.placement.score import Split
 from vllm_balance.recording import Phase
 
 RESULTS = ROOT / "bench" / "results" / "placement.jsonl"
@@ -97,17 +98,20 @@ def score_trace(trace: traces.Trace) -> Iterator[Row]:
 
 def grow() -> Iterator[Row]:
     """Search times of GEM for layers from a seeded skew; the compiler has run before."""
-    for policy, layers, experts, num_ranks, steps, redundant in (
-        ("gem", 32, 128, 8, 16, 0),
-        ("gem", 32, 128, 8, 128, 0),
-        ("gem", 32, 128, 8, 256, 0),
-        ("gem", 58, 256, 16, 16, 0),
-        ("gem", 58, 256, 64, 16, 0),
-        ("gem", 58, 256, 64, 128, 0),
-        ("gem_r", 32, 128, 8, 16, 32),
-        ("gem_r", 32, 128, 8, 128, 32),
-        ("gem_r", 32, 128, 8, 256, 32),
-    ):
+    cases: tuple[tuple[str, int, int, int, int, int, Split], ...] = (
+        ("gem", 32, 128, 8, 16, 0, "even"),
+        ("gem", 32, 128, 8, 128, 0, "even"),
+        ("gem", 32, 128, 8, 256, 0, "even"),
+        ("gem", 58, 256, 16, 16, 0, "even"),
+        ("gem", 58, 256, 64, 16, 0, "even"),
+        ("gem", 58, 256, 64, 128, 0, "even"),
+        ("gem_r", 32, 128, 8, 16, 32, "even"),
+        ("gem_r", 32, 128, 8, 128, 32, "even"),
+        ("gem_r", 32, 128, 8, 256, 32, "even"),
+        ("gem_r", 32, 128, 8, 16, 32, "one"),
+        ("gem_r", 32, 128, 8, 128, 32, "one"),
+    )
+    for policy, layers, experts, num_ranks, steps, redundant, split in cases:
         random = np.random.default_rng(SEED)
         weight_LE = random.permuted(np.tile(np.arange(1, experts + 1) ** -0.8, (layers, 1)), axis=1)
         weight_LE /= weight_LE.sum(1, keepdims=True)
@@ -118,16 +122,19 @@ def grow() -> Iterator[Row]:
         cluster = Cluster(
             costs=(cost.slowed(1.16), *(cost,) * (num_ranks - 1)), num_redundant=redundant
         )
-        PLACEMENT[policy]().place(history_NLE[:2, :1], cluster)
+        policy_of(policy, seed=SEED, split=split).place(history_NLE[:2, :1], cluster)
         yield {
             "table": "growth",
             "policy": policy,
             "redundant": redundant,
+            "routing": split,
             "layers": layers,
             "experts": experts,
             "ranks": num_ranks,
             "steps": [steps, steps],
-            **_scores(history_NLE, held_out_NLE, cluster, ("linear", "eplb", policy), repeats=3),
+            **_scores(
+                history_NLE, held_out_NLE, cluster, ("linear", "eplb", policy), split, repeats=3
+            ),
         }
 
 
@@ -162,16 +169,17 @@ def _scores(
     held_out: np.ndarray,
     cluster: Cluster,
     policies: tuple[str, ...] = ("linear", "eplb", "gem"),
+    split: Split = "even",
     repeats: int = 1,
 ) -> Row:
     """Mean modelled us per batch over all layers, on both parts, and search times."""
     row: Row = {"seed": SEED, "search_s": {}, "fit_us": {}, "held_out_us": {}}
     for name in policies:
-        policy = GemPlacement(seed=SEED) if name == "gem" else PLACEMENT[name]()
+        policy = policy_of(name, seed=SEED, split=split)
         found_LP, seconds = _timed(lambda policy=policy: policy.place(fit, cluster), repeats)
         row["search_s"][name] = round(seconds, 4)
         for part, counts in (("fit_us", fit), ("held_out_us", held_out)):
-            row[part][name] = float(score_L(counts, found_LP, cluster).sum() / len(counts))
+            row[part][name] = float(score_L(counts, found_LP, cluster, split).sum() / len(counts))
     for part, counts in (("fit_us", fit), ("held_out_us", held_out)):
         row[part]["bound"] = float(lower_bound_L(counts, cluster).sum() / len(counts))
     return row
@@ -214,7 +222,7 @@ def _table(name: str, rows: list[Row]) -> str:
 def _newest(rows: list[Row]) -> list[Row]:
     """The last row of each case."""
     keys = ("trace", "batch", "cost", "ranks", "slower", "slow_rank", "layers", "experts", "steps",
-            "policy")  # fmt: skip
+            "policy", "routing")  # fmt: skip
     return list({json.dumps([row.get(key) for key in keys]): row for row in rows}.values())
 
 
@@ -268,7 +276,7 @@ def _traces(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _growth(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    keys = ("policy", "layers", "experts", "redundant", "ranks")
+    keys = ("policy", "layers", "experts", "redundant", "routing", "ranks")
     head = [*keys, "steps", "search, s", "against linear", "against eplb", "above the bound"]
     body = []
     for row in rows:
