@@ -6,7 +6,7 @@
 #                    torch by itself (see the top of configs/cpu.lock)
 #   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
 #                    slow_rank.toml and turns-gem.toml replay, dsv2lite_esft-law.npz, which
-#                    turns-slow.toml does (bench.recovery needs both), and gptoss20b-mmlu.npz of
+#                    turns-slow*.toml do (bench.recovery needs both), and gptoss20b-mmlu.npz of
 #                    recorded-bfloat16.toml, harmoeny-recorded.toml and harmoeny-dp.toml. Without
 #                    DIR they are left out
 #   ARGS=...         more arguments for pytest or the demo
