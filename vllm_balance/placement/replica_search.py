@@ -24,8 +24,8 @@ from vllm_balance.placement.swap_search import compiled
 
 BLOCK = 16
 """Steps after which a move may be given up if shares are even."""
-BEHIND = 0.05
-"""Mean steps' time by which a move may be behind before the last block."""
+BEHIND, BEHIND_WITH_ONE = 0.05, 0.01
+"""Mean steps' time by which a move may be behind before the last block, or the last step."""
 
 
 @compiled
@@ -128,14 +128,14 @@ def even_score(load_S3B, is_changed_S, coefficient_S8, time_SN, time_B, slowest_
 def gains(problem, change_M4, replicas, kept, scratch):
     """Whether the score falls by the changes of a move; `replicas` are those after it.
 
-    No if it is BEHIND after one of the blocks, or of the steps where one replica serves: it might
+    No if it is BEHIND after one of the blocks, or, where one replica serves, of the steps: it might
     have caught up, but seldom does.
     """
     tokens_NE, tokens_EN, heaviest_NE, coefficient_S8, split = problem
     load_S3N, time_SN, slowest_N, _ = kept
     load_S3B, time_2B, load_S3, time_S, is_changed_S = scratch
     num_steps, score, before = len(slowest_N), 0.0, 0.0
-    slack = BEHIND * slowest_N.mean()
+    slack = (BEHIND if split == EVEN else BEHIND_WITH_ONE) * slowest_N.mean()
     is_changed_S[:] = False
     for rank, _, _, _ in change_M4:
         is_changed_S[rank] = True
