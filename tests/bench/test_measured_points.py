@@ -250,7 +250,7 @@ def test_steps_are_as_large_as_the_servers(monkeypatch):
 def test_placements_that_move_in_mid_load_are_left_out(tmp_path, asked):
     """Where popular experts change, EPLB follows; what stays or is fetched is predicted."""
     loads = ("even", "0.9 onto 10", "0.9 onto 10, changing")
-    rows = [cell(arm, HERE, "harmoeny-moe-heavy-bfloat16", load=load, output_tokens=1)
+    rows = [cell(arm, HERE, "harmoeny-short", load=load, output_tokens=1)
             for load in loads for arm in ("static", "eplb", "harmoeny")]  # fmt: skip
     made = points(tmp_path, rows)
     arms = [{p["arm"] for p in made if p["load"] == load and p["kind"] == "measured"}
@@ -280,7 +280,7 @@ def test_a_load_with_a_skew_of_its_own_is_predicted_under_it(tmp_path, monkeypat
 def test_a_prediction_has_the_slots_and_the_warmth_of_the_benchmark(monkeypatch):
     made = []
     monkeypatch.setattr(predictions, "simulate", lambda arm, *_: made.append(arm))
-    run = settings("harmoeny-moe-heavy-bfloat16")
+    run = settings("harmoeny-short")
     load = Load(**run["load"] | run["loads"]["0.9 onto 10"])
     predictions.predict(run, load, "harmoeny", "cpu-avx512")
     predictions.predict(run, load.model_copy(update={"warm_tokens": None}), "eplb", "cpu-avx512")
@@ -395,9 +395,7 @@ def test_measured_tpot_is_predicted_within_a_tenth(tmp_path, run, load, file):
 
 
 def test_first_tokens_of_balancers_that_fetch_are_predicted_as_published(tmp_path):
-    rows = newest_by_machine(
-        read_measurements(ROOT / "bench" / "results" / "harmoeny-moe-heavy-bfloat16.jsonl")
-    )
+    rows = newest_by_machine(read_measurements(ROOT / "bench" / "results" / "harmoeny-short.jsonl"))
     own = rows[hardware.load("cpu-avx512")[0].machine]
     every = points(tmp_path, [each for each in own if each.load == "0.9 onto 10"])
     assert len(every) > 10
@@ -445,7 +443,7 @@ def test_what_is_published_is_near_the_aim():
     ranked = [p["ranked"] for p in rows
               if p["kind"] == "pair" and p["far_apart"] and p["run"] in decoding]  # fmt: skip
     assert len(ranked) > 80 and statistics.mean(ranked) >= 0.9
-    prefill = ("prefill", "harmoeny-moe-heavy-bfloat16", "harmoeny-qwen3", "harmoeny-moe-heavy")
+    prefill = ("prefill", "harmoeny-short", "harmoeny-qwen3", "harmoeny-moe-heavy")
     prefill += ("harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "harmoeny-varying")
     first = [p for p in read(RESULTS) if p.get("run") in prefill and not p.get("kept")]
     ttft = [p for p in first if (p["kind"], p["what"]) == ("measured", "ttft_ms")]
