@@ -24,6 +24,8 @@ from vllm_balance.placement.swap_search import compiled
 
 BLOCK = 16
 """Steps after which a move may be given up if shares are even."""
+FEW = 4
+"""Steps that say too little to give a move up, if one replica serves; later it is asked of each."""
 BEHIND, BEHIND_WITH_ONE = 0.05, 0.01
 """Mean steps' time by which a move may be behind before the last block, or the last step."""
 
@@ -161,10 +163,9 @@ def gains(problem, change_M4, replicas, kept, scratch):
                 )
                 score += time_S.max()
                 before += slowest_N[n]
-                # A step takes long enough to ask after each of them.
-                if score >= before + slack:
+                if n + 1 >= FEW and score >= before + slack:
                     return False
-        if score >= before + slack:
+        if split == EVEN and score >= before + slack:
             return False
     # A gain far above rounding errors, so that the score from scratch falls too.
     return score < before * (1.0 - 1e-9)

@@ -112,7 +112,7 @@ def _select_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_experts(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         chosen = original(self, hidden_states, *args, **kwargs)
         balancer = getattr(self, BALANCER, None)
-        if getattr(balancer, "look_ahead", None) is not None:
+        if balancer is not None and getattr(balancer, "look_ahead", None) is not None:
             rows_S = None if balancer.way == "replicated" else _rows_of_sources()
             balancer.before_experts(hidden_states, rows_S)
         return chosen
