@@ -10,6 +10,14 @@ from vllm_balance.cost import fit
 from vllm_balance.traces import Trace
 
 
+def trace_of_counts() -> Trace:
+    """Four batches of one layer, without the experts of single tokens."""
+    counts_NLE = np.ones((4, 1, 32), np.int32)
+    return Trace(
+        name="t", num_experts=32, top_k=4, layer_index_L=np.arange(1), counts_NLE=counts_NLE
+    )
+
+
 def test_a_trace_of_one_batch_is_scored_in_batches_of_half_of_it(monkeypatch):
     """64 tokens of 128 experts, which divide over 64 ranks too. Batches of prefill are half as
     large: of 32 tokens all would be the same one."""
@@ -69,11 +77,7 @@ def test_the_cpu_is_the_one_of_the_profile():
 def test_counts_are_thinned_to_whole_batches(monkeypatch):
     monkeypatch.setattr(placement, "SLOWER", (1.0,))
     monkeypatch.setattr(placement, "_scores", lambda *_: {})
-    counts_NLE = np.ones((4, 1, 32), np.int32)
-    trace = Trace(
-        name="t", num_experts=32, top_k=4, layer_index_L=np.arange(1), counts_NLE=counts_NLE
-    )
-    rows = list(placement.score_trace(trace))
+    rows = list(placement.score_trace(trace_of_counts()))
     assert {(row["batch"], row["tokens"]) for row in rows} == {("decode", 256)}
 
 
@@ -81,11 +85,7 @@ def test_of_two_ranks_either_is_slowed(monkeypatch):
     costs = []
     monkeypatch.setattr(placement, "RANKS", (2, 4))
     monkeypatch.setattr(placement, "_scores", lambda fit, held, c: costs.append(c.costs) or {})
-    counts_NLE = np.ones((4, 1, 32), np.int32)
-    trace = Trace(
-        name="t", num_experts=32, top_k=4, layer_index_L=np.arange(1), counts_NLE=counts_NLE
-    )
-    rows = [r for r in placement.score_trace(trace) if r["cost"] == "tempo"]
+    rows = [r for r in placement.score_trace(trace_of_counts()) if r["cost"] == "tempo"]
     slower = [(r["ranks"], r["slower"], r["slow_rank"]) for r in rows]
     assert slower[:3] == [(2, 1.0, 0), (2, 1.08, 0), (2, 1.08, 1)]
     assert slower[7:] == [(4, s, 0) for s in placement.SLOWER]
