@@ -59,6 +59,7 @@ def profile(num_ranks: int = 2) -> Profile:
         versions=VERSIONS,
         shape=SHAPE,
         ranks=ranks,
+        alone=[Point(tokens_E=[1, 2], time_us=7.6, repeats=3)],
     )
 
 
@@ -84,6 +85,7 @@ def test_what_is_written_comes_back(tmp_path):
     found = profiles.load(tmp_path / "p.json")
     assert found == profile()
     assert found.costs == (IN_TURN,) * 2
+    assert found.contention == {1.5: pytest.approx(1.25)}
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
 
@@ -94,6 +96,21 @@ def test_a_file_from_before_it_said_so_has_tiles_of_one_token_in_turn(tmp_path):
     content["ranks"][1]["curve"]["tile_tokens"] = 16
     (tmp_path / "p.json").write_text(json.dumps(content))
     assert [cost.in_turn for cost in profiles.load(tmp_path / "p.json").costs] == [True, False]
+
+
+def test_a_file_from_before_a_rank_was_measured_alone_says_nothing_of_it(tmp_path):
+    content = json.loads(TEXT)
+    del content["alone"]
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert profiles.load(tmp_path / "p.json").contention == {}
+
+
+def test_a_batch_that_was_measured_alone_only_is_refused(tmp_path):
+    content = json.loads(TEXT)
+    content["alone"][0]["tokens_E"] = [3]
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(BalancerError, match="alone must have batches that the ranks have points"):
+        profiles.load(tmp_path / "p.json")
 
 
 @given(st.integers(0, len(TEXT.rstrip()) - 1))
@@ -151,8 +168,9 @@ def test_any_bytes_are_refused(tmp_path_factory, content):
         profiles.load(file)
 
 
-LATER = ("cores_per_rank", "rounds_us", "in_turn")
-"""Not in older files, which are of one core and one round; tiles of one token are in turn there."""
+LATER = ("cores_per_rank", "rounds_us", "in_turn", "alone")
+"""Not in older files, which are of one core and one round and of busy ranks; tiles of one token are
+in turn there."""
 REQUIRED = [
     path
     for path in keys(json.loads(TEXT))

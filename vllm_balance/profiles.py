@@ -119,6 +119,9 @@ class Profile(Document):
     cores_per_rank: int = Field(default=1, ge=1)
     """Cores that each rank computed with."""
     ranks: list[RankProfile] = Field(min_length=1)
+    alone: list[Point] = Field(default=[])
+    """Batches of rank 0 measured while the other ranks were idle: less time where ranks share the
+    memory that they read. Empty: of one rank, or of an older file."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -127,12 +130,26 @@ class Profile(Document):
         batches = [[point.tokens_E for point in rank.points] for rank in self.ranks]
         if any(of_rank != batches[0] for of_rank in batches):
             raise ValueError("all ranks must have points of the same batches")
+        if any(point.tokens_E not in batches[0] for point in self.alone):
+            raise ValueError("alone must have batches that the ranks have points of")
         return self
 
     @property
     def costs(self) -> tuple[CostModel, ...]:
         """The curve of each rank."""
         return tuple(rank.curve.model for rank in self.ranks)
+
+    @property
+    def contention(self) -> dict[float, float]:
+        """How many times longer rank 0 takes beside the other ranks than alone, at least 1, by
+        tokens per activated expert; empty if it was not measured."""
+        beside = {tuple(point.tokens_E): point.time_us for point in self.ranks[0].points}
+        return {
+            sum(point.tokens_E) / len(point.tokens_E): max(
+                1.0, beside[tuple(point.tokens_E)] / point.time_us
+            )
+            for point in self.alone
+        }
 
     def require(
         self,

@@ -21,13 +21,20 @@ CURVE = CostModel(a_us=50, b_us=400, c_us=100, beta_us=20)
 
 
 class Ranks:
-    """Two ranks of one curve, each slower by a factor."""
+    """Two ranks of one curve, each slower by a factor, that share the memory of their weights."""
 
     factor_S = (1.0, 1.0)
+    alone = 0.8
+    """Of an expert's time to stream that is left when the other rank is idle."""
 
     def measure(self, tokens_E, repeats=None):
         time_us = CURVE.of_experts(np.array(tokens_E))
         return [Timing(time_us=time_us * factor, repeats=3) for factor in self.factor_S]
+
+    def measure_alone(self, tokens_E, repeats=None):
+        curve = replace(CURVE, b_us=self.alone * CURVE.b_us)
+        time_us = curve.of_experts(np.array(tokens_E)) * self.factor_S[0]
+        return Timing(time_us=time_us, repeats=repeats or 3)
 
 
 @pytest.fixture
@@ -128,6 +135,20 @@ def test_without_options_two_ranks_of_one_core_are_written_beside(ranks, model, 
     found = profiles.load(DEFAULT_OUTPUT)
     assert (len(found.ranks), found.cores_per_rank) == (2, 1)
     assert isinstance(run("profile", model).exception, BalancerError)
+
+
+def test_one_rank_is_measured_alone_too(ranks, model, monkeypatch):
+    """Four experts of 400 us, or 320 alone, and 50 us; 100 us and 20 us for each token."""
+    monkeypatch.chdir(model)
+    said = run("profile", model, columns=200).output
+    assert "rank 0 takes 1.24 times as long as alone with 1 tokens per expert" in said
+    assert "and 1.00 times with 64." in said
+    found = profiles.load(DEFAULT_OUTPUT)
+    few, more = 1650 / (50 + 4 * 320), 1650 / (100 + 4 * 16 * 20)
+    assert found.contention == pytest.approx({1: few, 4: few, 16: more, 64: 1})
+    ranks.alone = 1.1
+    assert run("profile", model, "--force").exit_code == 0
+    assert set(profiles.load(DEFAULT_OUTPUT).contention.values()) == {1.0}, "noise"
 
 
 def test_the_help_says_what_is_written_and_what_the_exit_status_means():

@@ -12,7 +12,13 @@ from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
 from vllm_balance.simulate import hardware, models
-from vllm_balance.simulate.expert_times import TABLE, ExpertTimes, measured, roofline
+from vllm_balance.simulate.expert_times import (
+    TABLE,
+    ExpertTimes,
+    measured,
+    roofline,
+    sharing,
+)
 
 MODEL = models.load("deepseek-v3")
 H100, _ = hardware.load("h100")
@@ -66,6 +72,62 @@ def test_moving_an_experts_few_tokens_to_its_copy_is_faster(first, second, other
     assert together < apart or together == pytest.approx(apart, rel=1e-12)
     if max(others_P, default=0) <= 16:
         assert together < apart - 10
+
+
+def test_the_slower_of_two_ranks_ends_alone():
+    """100 us beside the other; what is left of 60 us then takes three quarters."""
+    time_LS, alone_LS = np.array([[100.0, 160.0], [160.0, 100.0]]), 0.75
+    assert sharing(time_LS, alone_LS * time_LS).tolist() == [[100.0, 145.0], [145.0, 100.0]]
+
+
+def test_four_ranks_get_faster_with_each_that_is_done():
+    """From full time by thirds of the difference to half of it."""
+    found = sharing(np.array([[10.0, 20.0, 40.0, 30.0]]), np.array([[5.0, 10.0, 20.0, 15.0]]))
+    steps = np.cumsum([10, 10 * (1 / 2 + 1 / 3), 10 * (1 / 2 + 1 / 6), 10 * 1 / 2])
+    assert found[0].tolist() == pytest.approx(steps[[0, 1, 3, 2]])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0.3, 1)), min_size=1, max_size=8))
+def test_sharing_is_between_all_busy_and_alone(ranks):
+    time_LS = np.array([[time for time, _ in ranks]])
+    alone_LS = np.array([[time * share for time, share in ranks]])
+    found_LS = sharing(time_LS, alone_LS)
+    assert (found_LS <= time_LS * (1 + 1e-9)).all()
+    assert (found_LS >= alone_LS * (1 - 1e-9)).all()
+    assert sharing(time_LS[:, ::-1], alone_LS[:, ::-1]) == pytest.approx(found_LS[:, ::-1])
+    first = time_LS.argmin()
+    if len(ranks) > 1:
+        assert found_LS[0, first] == pytest.approx(time_LS[0, first]), "the first is never alone"
+
+
+def contended(profile):
+    """The profile with each evenly loaded batch of 32 experts measured alone: a third of the time
+    to stream is the other rank's doing."""
+    points = [p for p in profile.ranks[0].points if p.tokens_E in [[n] * 32 for n in COARSE]]
+    times_faster = {point.tokens_E[0]: 1.5 if point.tokens_E[0] < 16 else 1 for point in points}
+    alone = [
+        point.model_copy(update={"time_us": point.time_us / times_faster[point.tokens_E[0]]})
+        for point in points
+    ]
+    return profile.model_copy(update={"alone": alone})
+
+
+def test_a_rank_that_streams_alone_is_faster_and_one_that_computes_is_not():
+    profile = profile_of(lambda tokens: max(400.0, 100.0 + 100.0 * tokens))
+    before, times = measured(profile), measured(contended(profile))
+    for same in ([1, 1, 1, 1], [64, 0, 64, 64]):
+        assert of(times, same, ranks=2)[0][0] == pytest.approx(of(before, same, ranks=2)[0][0])
+    few = of(times, [1, 0, 1, 1], ranks=2)[0][0]
+    assert few == pytest.approx([400, 400 + 400 / 1.5], rel=0.02)
+    assert of(times, [1])[0][0] == pytest.approx([400 / 1.5], rel=0.02), "one rank has no other"
+
+
+def test_products_of_a_slow_rank_end_alone():
+    times = measured(contended(profile_of(lambda tokens: max(400.0, 100.0 + 100.0 * tokens))))
+    found_N = times.slowest((1.0, 1.3), np.array([1, 64, 100_000]))
+    assert found_N.tolist() == pytest.approx([1 + 0.3 / 1.5, 1.3, 1.3])
+    assert times.slowest((1.2, 1.2), np.array([1])).tolist() == [1.2]
+    assert TIMES.slowest((1.0, 1.3), np.array([1])).tolist() == [1.3], "GPUs share nothing"
 
 
 def varied_batches():

@@ -60,11 +60,17 @@ class Probe:
         for rank, (connection, tokens_E) in enumerate(
             zip(self._connections, tokens_SE, strict=True)
         ):
-            try:
-                connection.send((list(tokens_E), repeats))
-            except OSError:
-                _receive(rank, connection)  # which says that the rank died
+            _send(rank, connection, tokens_E, repeats)
         return [_receive(rank, connection) for rank, connection in enumerate(self._connections)]
+
+    def measure_alone(self, tokens_E: Sequence[int], repeats: int | None = None) -> Timing:
+        """Times a batch on rank 0 while the other ranks are idle.
+
+        Raises:
+            BalancerError: the rank died.
+        """
+        _send(0, self._connections[0], tokens_E, repeats)
+        return _receive(0, self._connections[0])
 
 
 @contextmanager
@@ -101,6 +107,13 @@ def probing(
             process.join(timeout=10)
             if process.is_alive():
                 process.terminate()
+
+
+def _send(rank: int, connection: Connection, tokens_E: Sequence[int], repeats: int | None) -> None:
+    try:
+        connection.send((list(tokens_E), repeats))
+    except OSError:
+        _receive(rank, connection)  # which says that the rank died
 
 
 def _receive(rank: int, connection: Connection, within_s: float = _TIMEOUT) -> Timing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -147,6 +148,7 @@ def measure_ranks(
     _require_memory(shape, ranks, local)
     with probing(shape, isa, cores_S, local) as probe:
         points_RSN = sample(probe, local)
+        alone = sample_alone(probe, points_RSN[0][0]) if ranks > 1 else []
     return Profile(
         units=Units(),
         created=datetime.now(UTC),
@@ -155,6 +157,7 @@ def measure_ranks(
         shape=shape,
         cores_per_rank=cores_per_rank,
         ranks=ranks_of(points_RSN, [_place(cores) for cores in cores_S]),
+        alone=alone,
     )
 
 
@@ -246,6 +249,26 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
     return [[list(points_N) for points_N in zip(*points_NS, strict=True)] for points_NS in rounds]
 
 
+def sample_alone(probe: Probe, points: Sequence[Point]) -> list[Point]:
+    """The evenly loaded ones of the first samples once more, on rank 0 while the others are idle.
+
+    Args:
+        points: of rank 0, as `sample` measured them.
+    """
+    local = max(len(point.tokens_E) for point in points)
+    even = [point for point in points if point.tokens_E in [[n] * local for n in COARSE]]
+    with progress() as bar:
+        task = bar.add_task("one rank alone", total=ROUNDS[0] * len(even))
+        rounds: list[list[Point]] = []
+        for _ in range(ROUNDS[0]):
+            rounds.append([])
+            for point in even:
+                timing = probe.measure_alone(point.tokens_E, point.repeats)
+                rounds[-1].append(point.model_copy(update=asdict(timing)))
+                bar.advance(task)
+    return fastest([[points_N] for points_N in rounds])[0]
+
+
 def _shortened(wanted: int, measured: int) -> str:
     """What the user is told of a profile that would have taken too long."""
     left_out = f", and the {wanted - measured} longest of {wanted} are left out"
@@ -285,6 +308,12 @@ def _print(measured: Profile) -> None:
             f"{curve.r2:.3f}",
         )
     Console().print(table)
+    if contention := measured.contention:
+        few, many = min(contention), max(contention)
+        say(
+            f"Beside the other ranks, rank 0 takes {contention[few]:.2f} times as long as alone "
+            f"with {few:.0f} tokens per expert, and {contention[many]:.2f} times with {many:.0f}."
+        )
     worst = max(rank.curve.median_relative_error for rank in measured.ranks)
     if worst > GOOD_FIT:
         say(

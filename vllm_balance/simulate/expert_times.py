@@ -12,7 +12,7 @@ compute overlap. A CPU core runs one expert after the other; its measured time p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,9 @@ class ExpertTimes:
     """a and c."""
     stream_SN: Array
     compute_SN: Array
+    contention_N: Array | None = None
+    """How many times longer an expert takes while all ranks are busy, which the tables are of, than
+    on one rank alone; None: as long."""
 
     def of(self, tokens_LP: Array, num_ranks: int) -> tuple[Array, Array, Array]:
         """Time, activated experts and pairs of each rank in each layer, three [L, S].
@@ -52,11 +55,28 @@ class ExpertTimes:
         from vllm_balance.simulate.rank_times import rank_times
 
         tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
-        return rank_times(tokens_LP, num_ranks, *tables)
+        time_LS, activated_LS, pairs_LS = rank_times(tokens_LP, num_ranks, *tables)
+        if self.contention_N is not None:
+            alone = (self.fixed_S2, *(table / self.contention_N for table in tables[1:]))
+            time_LS = sharing(time_LS, rank_times(tokens_LP, num_ranks, *alone)[0])
+        return time_LS, activated_LS, pairs_LS
+
+    def slowest(self, slowness: Sequence[float], tokens_N: Array) -> Array:
+        """How many times longer products of so many tokens take, each on all ranks, where each rank
+        takes so many times as long and is alone once the others are done, [N].
+
+        A product streams its weights once, as an expert with as many tokens does.
+        """
+        if len(set(slowness)) == 1 or self.contention_N is None:
+            return np.full(len(tokens_N), max(slowness))
+        longer_NS = np.tile(slowness, (len(tokens_N), 1))
+        contention_N = self.contention_N[np.minimum(tokens_N, TABLE).astype(np.int64)]
+        return sharing(longer_NS, longer_NS / contention_N[:, None]).max(1)
 
     def at(self, speed: float) -> ExpertTimes:
         """The same at a share of the speed."""
-        return ExpertTimes(
+        return replace(
+            self,
             fixed_S2=self.fixed_S2 / speed,
             stream_SN=self.stream_SN / speed,
             compute_SN=self.compute_SN / speed,
@@ -68,7 +88,8 @@ class ExpertTimes:
             return self.at(1 / slowness[0])
         kind_S = np.arange(num_ranks) % len(self.fixed_S2)
         longer_S1 = np.array(slowness)[:, None]
-        return ExpertTimes(
+        return replace(
+            self,
             fixed_S2=self.fixed_S2[kind_S] * longer_S1,
             stream_SN=self.stream_SN[kind_S] * longer_S1,
             compute_SN=self.compute_SN[kind_S] * longer_S1,
@@ -77,11 +98,7 @@ class ExpertTimes:
     def of_size(self, size: float) -> ExpertTimes:
         """The same for experts with so many times the weights: streaming them and multiplying by
         them take so many times as long."""
-        return ExpertTimes(
-            fixed_S2=self.fixed_S2,
-            stream_SN=self.stream_SN * size,
-            compute_SN=self.compute_SN * size,
-        )
+        return replace(self, stream_SN=self.stream_SN * size, compute_SN=self.compute_SN * size)
 
     def curves(self, num_ranks: int) -> tuple[CostModel, ...]:
         """The two-piece curve of each rank, by which placements weigh experts and tokens."""
@@ -172,7 +189,45 @@ def measured(profile: Profile) -> ExpertTimes:
         fixed_S2=np.array([[fixed, 0.0] for fixed, _ in rows]),
         stream_SN=np.stack([table_N for _, table_N in rows]),
         compute_SN=np.zeros((len(rows), TABLE + 1)),
+        contention_N=_contention(profile.contention),
     )
+
+
+def _contention(measured: dict[float, float]) -> Array | None:
+    """`ExpertTimes.contention_N`: straight in the logarithm of tokens between those measured."""
+    if not measured:
+        return None
+    tokens_K = sorted(measured)
+    n = np.maximum(np.arange(TABLE + 1), 1)
+    return np.interp(np.log(n), np.log(tokens_K), [measured[tokens] for tokens in tokens_K])
+
+
+def sharing(time_LS: Array, alone_LS: Array) -> Array:
+    """Time of each rank that shares memory with the others until they are done, [L, S].
+
+    Ranks begin together. From its time while all are busy to its time alone a rank gets faster by
+    the same step with each one that is done. Never longer than the one, never shorter than the
+    other.
+
+    Args:
+        time_LS: while all ranks are busy throughout.
+        alone_LS: while no other is.
+    """
+    num_ranks = time_LS.shape[1]
+    order_LS = np.argsort(time_LS, axis=1, kind="stable")
+    sorted_LS, sorted_alone_LS = (
+        np.take_along_axis(each, order_LS, axis=1) for each in (time_LS, alone_LS)
+    )
+    gap_LS = np.diff(sorted_LS, axis=1, prepend=0)
+    beside_S = np.arange(num_ranks)[::-1] / max(num_ranks - 1, 1)
+    crowded_LS = np.cumsum(gap_LS * beside_S, axis=1)
+    share_LS = np.divide(
+        sorted_alone_LS, sorted_LS, out=np.ones_like(sorted_LS), where=sorted_LS > 0
+    )
+    found_LS = np.empty_like(time_LS)
+    shared_LS = share_LS * sorted_LS + (1 - share_LS) * crowded_LS
+    np.put_along_axis(found_LS, order_LS, shared_LS, axis=1)
+    return found_LS
 
 
 def _expert_times(rank: RankProfile) -> tuple[float, Array]:

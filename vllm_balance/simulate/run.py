@@ -123,12 +123,12 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     rows = [stage.step(traffic, decode, prefill) for decode, prefill in whole_N2.tolist()]
     columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
     names = ("exchange", "decide", "dispatch", "experts", "combine")
-    slowest = max(arm.slowness)
+    slowest_N = stage.times.slowest(arm.slowness, steps.whole_N2.sum(1))
     return Outcome(
         steps=steps,
         stage_us={
-            "attention": slowest * dense.attention_us(steps),
-            "rest": slowest * dense.rest_us(steps) + dense.served_us(steps),
+            "attention": slowest_N * dense.attention_us(steps),
+            "rest": slowest_N * dense.rest_us(steps) + dense.served_us(steps),
             **dict(zip(names, columns[:5], strict=True)),
         },
         busy_us_N=columns[5],
