@@ -36,9 +36,10 @@ RUNS = (
     "skew-bfloat16",
     "harmoeny-short",
     "harmoeny-moe-heavy",
+    "harmoeny-moe-heavy-bfloat16",
 )
 RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "trace")
-RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow")
+RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow", "turns-slow-bfloat16")
 RUNS += ("traffic", "traffic-bfloat16", "harmoeny-varying", "turns-harmoeny")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""

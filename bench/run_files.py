@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.provenance import NO_BF16, ROOT, config_hash
+from bench.real_size_model import Shape
 from vllm_balance.errors import BalancerError, unknown
 
 FOLDER = ROOT / "configs" / "runs"
-BF16 = "-bfloat16"
-"""How the names of run files end that are for CPUs with 16-bit matrix units alone."""
 KEYS = (
     *("title", "seed", "model", "serve", "load", "loads", "warm", "replay", "arms", "eplb"),
     *("in_turns", "cases", "slow", "slow_rank", "place"),
@@ -53,8 +52,10 @@ def checked(file: Path) -> Settings:
 
 
 def suits(file: Path, machine: str) -> bool:
-    """Whether a run file is meant for a machine, which is named as rows name it."""
-    return not file.stem.endswith(BF16) or NO_BF16 not in machine
+    """Whether a run file is meant for a machine, which is named as rows name it: on a CPU without
+    16-bit units bfloat16 products of attention hide the experts."""
+    dtype = checked(file)["model"].get("dtype", Shape().dtype)
+    return dtype == "float32" or NO_BF16 not in machine
 
 
 def with_hash(name: str, digest: str) -> Settings:

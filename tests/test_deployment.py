@@ -19,6 +19,7 @@ from vllm_balance.deployment import (
     Deployment,
     check_eplb_limit,
     check_gpu_limits,
+    exchange_bytes,
     num_redundant_experts,
 )
 
@@ -115,12 +116,33 @@ def test_the_nearest_values_named_are_valid_and_nearest(num_experts, num_ranks, 
 def test_memory_is_refused_one_byte_too_early_and_names_the_bytes(expert_bytes, sharing, slots):
     facts = {"num_experts": 64, "expert_bytes": expert_bytes, "ranks_sharing_memory": sharing}
     config = BalancerConfig(name="metro", num_redundant_experts=2 * slots)
-    needed = (64 + 2 * slots) // 2 * 3 * expert_bytes * sharing
+    of_a_layer = (64 + 2 * slots) // 2 * expert_bytes * sharing
+    needed = (3 + 1) * of_a_layer  # The layers, and the buffer of vLLM's exchanges.
     assert num_redundant_experts(config, deployment(**facts, free_bytes=needed)) == 2 * slots
     text = refused(config, deployment(**facts, free_bytes=needed - 1))
     assert f"need {needed:,} bytes" in text
     assert f"and {needed - 1:,} bytes" in text
     assert "Lower `num_redundant_experts` or `redundancy`" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "on_cpu"),
+    [
+        ({"name": "static"}, 0, 0),
+        ({"name": "gem", "map": "m"}, 0, 0),
+        ({"name": "gem", "map": "m", "num_redundant_experts": 4}, 66, 0),
+        ({"name": "gem", "online": {}}, 64, 64),
+        ({"name": "eplb", "num_redundant_experts": 4}, 66, 66),
+        ({"name": "metro", "redundancy": 1.0}, 64, 64),
+        ({"name": "harmoeny", "dynamic_slots": 2}, 66, 0),
+    ],
+)
+def test_the_buffer_of_vllms_exchanges_holds_the_slots_of_a_layer(settings, on_gpu, on_cpu):
+    """128 experts of 1,000 bytes on two ranks; a CPU writes to it only when experts move."""
+    config = BalancerConfig(**settings)
+    extra = 4 if on_gpu == 66 else 0
+    for device, slots in ((False, on_gpu), (True, on_cpu)):
+        assert exchange_bytes(config, deployment(on_cpu=device), extra) == 1000 * slots
 
 
 def test_memory_is_refused_for_static_too():

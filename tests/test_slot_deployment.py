@@ -94,7 +94,7 @@ def test_what_is_free_beside_ranks_that_hold_their_memory_is_no_reason(on_cpu):
 def test_memory_on_a_device_is_apart_from_the_store():
     device = {"on_cpu": False, "is_eager": True, "ranks_sharing_memory": 1, "num_experts": 64}
     config = BalancerConfig(name="harmoeny", dynamic_slots=8)
-    enough = {"free_bytes": 40 * 3 * 1000, "free_host_bytes": 64 * 3 * 1000}
+    enough = {"free_bytes": 40 * (3 + 1) * 1000, "free_host_bytes": 64 * 3 * 1000}
     assert num_dynamic_slots(config, deployment(**device, **enough)) == 8
     for name in enough:
         short = enough | {name: enough[name] - 1}

@@ -70,7 +70,7 @@ def num_redundant_experts(config: BalancerConfig, deployment: Deployment) -> int
             f"out, or use eplb, first_copy or metro, or gem with a map that has them."
         )
     _check_divides(redundant, deployment, replicates=config.replicates)
-    _check_memory(redundant, deployment)
+    _check_memory(config, redundant, deployment)
     return redundant
 
 
@@ -226,17 +226,34 @@ def _check_divides(redundant: int, deployment: Deployment, *, replicates: bool) 
     )
 
 
-def _check_memory(redundant: int, deployment: Deployment) -> None:
+def exchange_bytes(config: BalancerConfig, deployment: Deployment, num_redundant: int) -> int:
+    """Bytes of vLLM's EPLB's buffer on each rank: one layer's slots (``EplbState.add_model``).
+
+    On a CPU it is no memory until experts move.
+
+    Args:
+        num_redundant: physical experts of a layer beyond the logical ones.
+    """
+    if not config.uses_eplb or (deployment.on_cpu and not config.moves):
+        return 0
+    slots = (deployment.num_experts + num_redundant) // deployment.num_ranks
+    return slots * deployment.expert_bytes
+
+
+def _check_memory(config: BalancerConfig, redundant: int, deployment: Deployment) -> None:
     physical = deployment.num_experts + redundant
     per_rank = physical // deployment.num_ranks * deployment.num_moe_layers
-    needed = per_rank * deployment.expert_bytes * deployment.ranks_sharing_memory
+    weights = per_rank * deployment.expert_bytes * deployment.ranks_sharing_memory
+    buffers = deployment.ranks_sharing_memory * exchange_bytes(config, deployment, redundant)
+    needed = weights + buffers
     if deployment.ranks_hold_memory or needed <= deployment.free_bytes:
         return
-    extra = needed * redundant // physical
+    extra = weights * redundant // physical
     raise BalancerError(
         f"The experts of {deployment.model} with {redundant} redundant ones per layer need "
         f"{needed:,} bytes ({needed / 2**30:.1f} GiB; {extra / 2**30:.1f} GiB of it for the "
-        f"redundant ones), and {deployment.free_bytes:,} bytes "
+        f"redundant ones, {buffers / 2**30:.1f} GiB for vLLM's exchanges), and "
+        f"{deployment.free_bytes:,} bytes "
         f"({deployment.free_bytes / 2**30:.1f} GiB) can be used. Lower `num_redundant_experts` or "
         f"`redundancy`, use more ranks, or free memory."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_balance.config import DEFAULT_DYNAMIC_SLOTS, BalancerConfig
-from vllm_balance.deployment import Deployment, check_layout, check_online
+from vllm_balance.deployment import Deployment, check_layout, check_online, exchange_bytes
 from vllm_balance.errors import BalancerError
 
 
@@ -50,7 +50,7 @@ def num_dynamic_slots(config: BalancerConfig, deployment: Deployment) -> int:
             "`look_ahead` = 'router' asks the next layer's router on the inputs of this one, which "
             "says nothing about a `replay`. Leave it out, or use 'off'."
         )
-    _check_slots_memory(slots, deployment)
+    _check_slots_memory(config, slots, deployment)
     return slots
 
 
@@ -69,11 +69,12 @@ def _check_beside_slots(config: BalancerConfig, redundant: int) -> None:
         )
 
 
-def _check_slots_memory(slots: int, deployment: Deployment) -> None:
+def _check_slots_memory(config: BalancerConfig, slots: int, deployment: Deployment) -> None:
     if deployment.ranks_hold_memory:
         return
     home = deployment.num_experts // deployment.num_ranks
     per_rank = (home + slots) * deployment.num_moe_layers * deployment.expert_bytes
+    per_rank += exchange_bytes(config, deployment, slots * deployment.num_ranks)
     in_ranks = per_rank * deployment.ranks_sharing_memory
     store = deployment.store_bytes
     on_device = in_ranks + (store if deployment.on_cpu else 0)

@@ -12,7 +12,7 @@ import slot_ranks
 import vllm.logger  # noqa: F401  (once, before the ranks are forked)
 
 from vllm_balance.experts.prefetch import Copy, Prefetch, RunCopy
-from vllm_balance.seams.fetch_failure import for_executor
+from vllm_balance.seams.worker_end import for_executor
 
 FAILING_RANK, FAILING_COPY = 1, 2
 

@@ -224,7 +224,7 @@ def test_a_quantised_weight_takes_a_byte_unless_fewer_bits_are_named(
 @pytest.mark.parametrize(
     ("name", "redundant", "expert_bytes", "warned"),
     [
-        ("metro", 0, 1000, "will serve as static does"),
+        ("metro", 0, 1000, "will serve as eplb without redundant experts does"),
         ("first_copy", 0, 1000, "Set `redundancy`"),
         ("metro", 4, 1000, ""),
         ("eplb", 0, 1000, ""),
@@ -262,12 +262,43 @@ def test_what_a_balancer_does_not_read_is_warned_about(said, settings, unread):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("settings", "on_cpu", "buffer"),
+    [
+        ({"name": "eplb"}, False, ", and vLLM's buffer for exchanges 0.64 GiB per rank"),
+        ({"name": "harmoeny"}, False, ", and vLLM's buffer for exchanges 0.64 GiB per rank"),
+        ({"name": "harmoeny"}, True, ""),
+        ({"name": "gem", "map": "m"}, False, ""),
+    ],
+)
+def test_the_start_names_the_buffer_of_vllms_exchanges(told, settings, on_cpu, buffer):
+    facts = deployments.deployment(expert_bytes=10 * 2**20, on_cpu=on_cpu)
+    announcements.announce(BalancerConfig(**settings), 4, facts)
+    assert len(told) == 1
+    assert buffer in told[0] and (("buffer" in told[0]) == bool(buffer))
+
+
 @pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """Warnings of the start."""
-    said: list[str] = []
+def logged(monkeypatch) -> dict[str, list[str]]:
+    """Lines of the start, by level."""
+    lines: dict[str, list[str]] = {"info": [], "warning": []}
     logger = SimpleNamespace(
-        info=lambda *_: None, warning=lambda text, *values: said.append(text % values)
+        **{
+            level: lambda text, *values, level=level: lines[level].append(text % values)
+            for level in lines
+        }
     )
     monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
-    return said
+    return lines
+
+
+@pytest.fixture
+def said(logged) -> list[str]:
+    """Warnings of the start."""
+    return logged["warning"]
+
+
+@pytest.fixture
+def told(logged) -> list[str]:
+    """What the start says besides."""
+    return logged["info"]

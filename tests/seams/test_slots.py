@@ -15,7 +15,7 @@ from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
 from vllm_balance.experts.prefetch import Copy, SyncPrefetch, ThreadPrefetch
 from vllm_balance.seams import router, slots
-from vllm_balance.seams.router import require_balanceable, require_predictable
+from vllm_balance.seams.layer_checks import require_balanceable, require_predictable
 from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.worker import BalancedWorker
 

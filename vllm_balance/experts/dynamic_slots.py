@@ -97,7 +97,7 @@ class LayerSlots:
         self.outcomes.clear()
 
     def status(self) -> dict[str, Any]:
-        """This rank's counters of this layer; see docs/configuration.md."""
+        """This rank's counters of this layer; see docs/harmoeny.md."""
         return {
             "fetch_wait_us": self.waiting_ns / 1e3,
             **{name: self.counted[name] for name in COUNTERS},

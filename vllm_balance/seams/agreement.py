@@ -14,9 +14,9 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.initial_placement import VLLMS_OWN
 from vllm_balance.recording import RecordSettings
 from vllm_balance.routing.metro import MetroRouting
+from vllm_balance.seams.collective import from_all_ranks
 from vllm_balance.seams.device import has_amx_kernel, processor
 from vllm_balance.seams.loading import PlacedLoading
-from vllm_balance.seams.slots import from_all_ranks
 
 KneeAndFree = tuple[float, float | None]
 """`knee_tokens` and `free_tokens` of :class:`MetroRouting`."""

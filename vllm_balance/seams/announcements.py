@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_balance.config import BalancerConfig
-from vllm_balance.deployment import Deployment
+from vllm_balance.deployment import Deployment, exchange_bytes
 from vllm_balance.maps import PlacementMap
 from vllm_balance.seams.model_config import read_shape
 
@@ -44,8 +44,10 @@ def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> 
     if config.name in CHOOSING and not redundant:
         init_logger(f"vllm.{__name__}").warning(
             "MoE balancer %s chooses among the copies of an expert, and there is one of each, so "
-            "it will serve as static does. Set `redundancy` or `num_redundant_experts`.",
+            "it will serve as eplb without redundant experts does, which moves them. Set "
+            "`redundancy` or `num_redundant_experts`%s, or use static.",
             config.name,
+            "" if config.map is None else " and give a map that has them",
         )
     if config.fetches:
         _announce_slots(config, redundant // deployment.num_ranks, deployment)
@@ -53,14 +55,21 @@ def announce(config: BalancerConfig, redundant: int, deployment: Deployment) -> 
     extra = redundant * deployment.num_moe_layers * deployment.expert_bytes
     init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts + %d redundant per layer on %d ranks; the redundant experts "
-        "take %.2f GiB in all, %.2f GiB per rank.",
+        "take %.2f GiB in all, %.2f GiB per rank%s.",
         config.name,
         deployment.num_experts,
         redundant,
         deployment.num_ranks,
         extra / 2**30,
         extra / deployment.num_ranks / 2**30,
+        _buffer(config, redundant, deployment),
     )
+
+
+def _buffer(config: BalancerConfig, redundant: int, deployment: Deployment) -> str:
+    """What vLLM's EPLB takes besides, if it is on."""
+    taken = exchange_bytes(config, deployment, redundant)
+    return f", and vLLM's buffer for exchanges {taken / 2**30:.2f} GiB per rank" if taken else ""
 
 
 def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) -> None:
@@ -69,12 +78,13 @@ def _announce_slots(config: BalancerConfig, slots: int, deployment: Deployment) 
     per_rank = slots * deployment.num_moe_layers * deployment.expert_bytes
     init_logger(f"vllm.{__name__}").info(
         "MoE balancer %s: %d experts on %d ranks, %d dynamic slots per rank and layer (%.2f GiB "
-        "per rank); the host store of all experts takes about %.2f GiB, %.2f GiB are free.",
+        "per rank%s); the host store of all experts takes about %.2f GiB, %.2f GiB are free.",
         config.name,
         deployment.num_experts,
         deployment.num_ranks,
         slots,
         per_rank / 2**30,
+        _buffer(config, slots * deployment.num_ranks, deployment),
         deployment.store_bytes / 2**30,
         deployment.free_host_bytes / 2**30,
     )

@@ -24,6 +24,7 @@ from vllm_balance.experts.prefetch import (
 )
 from vllm_balance.fetch_cost import FetchCost
 from vllm_balance.kernels.rebalance import Rules
+from vllm_balance.seams.collective import from_all_ranks
 from vllm_balance.seams.fetch_speed import copy_bytes_per_s, token_us
 from vllm_balance.seams.gpu import ARRIVALS, computes_as_they_arrive, experts_of
 from vllm_balance.slot_balancer import SlotBalancer
@@ -212,10 +213,3 @@ def _say(text: str) -> None:
 def _logits(gate: Any, hidden_states_TH: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = gate(hidden_states_TH)[0]
     return logits
-
-
-def from_all_ranks(group: Any, own: Any) -> list[Any]:
-    """What each rank of a vLLM group passes, in the order of ranks; a collective."""
-    found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
-    return found

@@ -24,7 +24,6 @@ from vllm_balance.seams.agreement import (
     verified_placement,
 )
 from vllm_balance.seams.deployment import settings_of
-from vllm_balance.seams.fetch_failure import WATCHED, ends_process, for_executor
 from vllm_balance.seams.layer_binding import attach, bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
 from vllm_balance.seams.online import online_placement
@@ -32,6 +31,7 @@ from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
 from vllm_balance.seams.slots import ModelSlots
 from vllm_balance.seams.without_eplb import without_eplb
+from vllm_balance.seams.worker_end import WATCHED, ends_process, for_executor
 from vllm_balance.worker_balancer import WorkerBalancer
 
 

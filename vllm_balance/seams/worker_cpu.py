@@ -12,12 +12,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_balance.experts.huge_pages import gather_into_huge_pages
 from vllm_balance.seams import install
 from vllm_balance.seams.cpu import CPU_SEAMS
-from vllm_balance.seams.fetch_failure import own_signals
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.settings_files import require_profiled_cores
 from vllm_balance.seams.without_eplb import without_eplb
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
+from vllm_balance.seams.worker_end import own_signals
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -7,11 +7,11 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_balance.seams import install
-from vllm_balance.seams.fetch_failure import own_signals
 from vllm_balance.seams.gpu import GPU_SEAMS
 from vllm_balance.seams.loading import LOADING_SEAMS
 from vllm_balance.seams.router import ROUTER_SEAMS
 from vllm_balance.seams.worker import BalancedWorker, explaining_eplb
+from vllm_balance.seams.worker_end import own_signals
 
 
 class BalancedGPUWorker(BalancedWorker, Worker):

@@ -12,8 +12,8 @@ import pytest
 from vllm_balance.config import BalancerConfig
 from vllm_balance.experts.prefetch import Copy, FetchError, SyncPrefetch, ThreadPrefetch
 from vllm_balance.kernels.rebalance import Rules
-from vllm_balance.seams.fetch_failure import EndingPrefetch, for_executor, own_signals
 from vllm_balance.seams.worker import BalancedWorker
+from vllm_balance.seams.worker_end import EndingPrefetch, for_executor, own_signals
 from vllm_balance.worker_balancer import WorkerBalancer
 
 COPY = Copy(layer=3, expert=5, slot=9)
