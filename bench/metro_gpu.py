@@ -22,10 +22,10 @@ DOCUMENT = ROOT / "docs/metro-gpu.md"
 TARGETS = {80: ("A100", 1.41), 90: ("H100", 1.755), 100: ("B200", 1.85)}
 """Compute capability: example card and its boost clock in GHz, for the model."""
 CASES = [
-    # experts, slots, ranks, columns of the map, (token, choice) pairs
-    (64, 96, 8, 4, 64 * 6),
-    (128, 192, 2, 4, 32 * 8),
-    (128, 192, 8, 4, 256 * 8),
+    # experts, slots, ranks, columns of the map that are read (of vLLM's 1,024), pairs
+    (64, 96, 8, 8, 64 * 6),
+    (128, 192, 2, 8, 32 * 8),
+    (128, 192, 8, 8, 256 * 8),
     (256, 384, 32, 8, 256 * 8),
     (256, 512, 64, 8, 256 * 8),
     (512, 1024, 64, 8, 512 * 8),
@@ -80,19 +80,21 @@ def compile_route(capability: int, sizes: dict[str, int]):
     return compile_kernel(route_kernel, capability, sizes | flags | {"BLOCK": BLOCK_PAIRS})
 
 
-def compile_kernel(kernel, capability: int, settings: dict[str, int | None]):
+def compile_kernel(kernel, capability: int, settings: dict[str, int | None], **types: str):
     """A kernel compiled for ``sm_<capability>``.
 
     Args:
         settings: options of the compiler and values known to it; an absent argument is None.
+        types: of arguments, in place of those in TYPES.
     """
+    types = TYPES | types
     options = {name: settings[name] for name in OPTIONS if name in settings}
     constants = {name: value for name, value in settings.items() if name not in OPTIONS}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature={
-            name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in names
         },
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )

@@ -35,6 +35,8 @@ class SlotBalancer(LayerBalancer):
     """Guesses what ``following`` will ask for; None: no guess."""
     following: SlotBalancer | None = None
     """The next MoE layer."""
+    inputs_TH: torch.Tensor | None = None
+    """Of this layer's router, until `before_experts` is called behind a gather."""
     look_ahead_ns: int = 0
     """Time for guesses, without that for their copies, which the next layer counts as waiting."""
 
@@ -59,7 +61,7 @@ class SlotBalancer(LayerBalancer):
         before_ns = self.dynamic.waiting_ns
         self.dynamic.follow(schedule)
         self.decide_ns -= self.dynamic.waiting_ns - before_ns
-        if not self.experts_wait:
+        if not self.experts_wait and self.dynamic.pending():
             self.dynamic.wait()
         return physical_TK
 

@@ -157,6 +157,8 @@ class StepWriter:
         try:
             stream: torch.cuda.Stream | None = None
             if device.type == "cuda":
+                # A thread begins on GPU 0, where it would make a context of its own.
+                torch.cuda.set_device(device)
                 stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             while (block := self._next_block()) is not None:
                 if not file.append(self._chunk(block, stream)):

@@ -105,7 +105,7 @@ def count_kernel(ids, out, record_enabled, valid, pairs, top_k, bound,
         tl.atomic_add(out + bin_B, count, mask=(bin_B < bound) & (count > 0))
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "regime"])
 def record_kernel(ids, counted, load, record_enabled, valid, counters, pairs, top_k, P, S, regime,
                   HAS_COUNTED: tl.constexpr, HAS_LOAD: tl.constexpr, HAS_RECORD: tl.constexpr,
                   HAS_VALID: tl.constexpr, PB: tl.constexpr, SB: tl.constexpr, SC: tl.constexpr,

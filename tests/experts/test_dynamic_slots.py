@@ -1,6 +1,8 @@
 """Slots follow their schedules: nothing double, nothing lost, every fetch counted once."""
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +87,13 @@ def test_no_double_booking_and_no_lost_expert(seed, shape, method, eviction):
                 each.slots.follow(plan, is_guess=is_guess)
         assert plan.plan.split_ER.sum(1).tolist() == counts_FE[0].tolist()
         check(found, plan)
+        serving = set(plan.placement.logical_to_physical_ER[plan.plan.split_ER > 0].tolist())
+        for rank, each in enumerate(found):
+            per_rank, home = plan.placement.slots_per_rank, each.slots.num_home
+            own = {slot - rank * per_rank for slot in serving if slot // per_rank == rank}
+            all_under_way = SimpleNamespace(pending=lambda layer: {*range(64)})
+            waited_for = replace(each.slots, prefetch=all_under_way).pending()
+            assert waited_for == {slot for slot in own if slot >= home}
     for each in found:
         status = each.slots.status()
         assert status["fetches"] + status["early_fetches"] == each.copies

@@ -17,7 +17,7 @@ from vllm_balance.kernels.record import triton_gpu as record_triton
 
 # Experts, columns, ranks. These two have most to hold, with 255 registers and with 128.
 LARGE = ((256, 8, 64), (512, 8, 64))
-CASES = {80: LARGE, 90: ((128, 4, 2), *LARGE), 100: LARGE}
+CASES = {80: LARGE, 90: ((128, 8, 2), *LARGE), 100: LARGE}
 for capability, shape in ((c, shape) for c, shapes in CASES.items() for shape in shapes):
     sizes = block_sizes(*shape)
     kernel = metro_gpu.compile_route(capability, sizes)

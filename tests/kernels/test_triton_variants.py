@@ -53,12 +53,19 @@ plan = {
     split_kernel: (sizes, ()),
     route_kernel: (sizes | {"BLOCK": BLOCK_PAIRS}, recorded),
 }
+MAPPING = (assign_kernel, route_kernel)
 capability, compiled = int(sys.argv[1]), 0
 for kernel, (settings, flags) in plan.items():
     # What an argument's absence changes is in front of what differs between GPUs.
-    for chosen in variants(*flags) if capability == 90 else [dict.fromkeys(flags, True)]:
+    whole = dict.fromkeys(flags, True)
+    for chosen in variants(*flags) if capability == 90 else [whole]:
         made = compile_kernel(kernel, capability, settings | chosen)
         assert made.asm["cubin"], (kernel, chosen)
+        compiled += 1
+    if "ids" in kernel.arg_names:
+        # As DeepEP's dispatch has them; what maps them gives out the same type.
+        wide = {"ids": "*i64"} | ({"out": "*i64"} if kernel in MAPPING else {})
+        assert compile_kernel(kernel, capability, settings | whole, **wide).asm["cubin"], kernel
         compiled += 1
 print(compiled)
 """
@@ -66,7 +73,8 @@ print(compiled)
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("capability", "variants"), [(80, 7), (90, 4 + 16 + 2 + 4 + 1 + 1 + 8), (100, 7)]
+    ("capability", "variants"),
+    [(80, 7 + 4), (90, 4 + 16 + 2 + 4 + 1 + 1 + 8 + 4), (100, 7 + 4)],
 )
 def test_every_kernel_compiles_with_and_without_its_optional_arguments(capability, variants):
     """In a process of its own: Triton must not be loaded in interpreter mode here."""

@@ -244,6 +244,27 @@ def test_gpu_batches_that_are_compute_bound_by_their_shape_are_spread_by_vllms_k
     assert asked == ["fused", "hash", "fused", "hash", "fused", "fused"]
 
 
+def test_gpu_batches_larger_than_any_graph_of_one_rank_have_no_padding(monkeypatch):
+    """Ranks that hold the same batch: from the knee on, where no CUDA graph has padded it."""
+    asked: list[str] = []
+    monkeypatch.setattr(metro, "vllm_hash", lambda *_: asked.append("hash"))
+    monkeypatch.setattr(metro, "route", lambda *_, **__: asked.append("fused"))
+    tables = tables_of(random_case(1))
+    assert tables.num_ranks > 1
+    most = 10 * tables.num_logical
+    for num_tokens, most_padded in (
+        (most, 0),
+        (most + 1, 0),
+        (most + 1, most),
+        (most + 1, most + 1),
+        (most + 1, None),
+        (tables.num_ranks * most + 1, 2**20),
+    ):
+        held = replace(tables, most_padded=most_padded)
+        MetroRouting(10.0).route(on_gpu(num_tokens, 1), held, None)
+    assert asked == ["fused", "hash", "hash", "fused", "fused", "hash"]
+
+
 def test_on_a_gpu_static_counts_and_maps_nothing(monkeypatch):
     counted: list[torch.Tensor] = []
     monkeypatch.setattr(static, "record", lambda ids_TK, **_: counted.append(ids_TK))

@@ -104,9 +104,19 @@ def test_weights_that_follow_the_linear_placement_are_refused_where_experts_are_
 
 
 def test_steps_are_not_tried_again_by_balancers_with_a_memory_of_them(moe_model):
+    """Nor where counts are exchanged: a rank that is gone would be waited for."""
     config = stock_config(moe_model)
     config.parallel_config.enable_fault_tolerance = True
-    with pytest.raises(BalancerError, match="--enable-fault-tolerance"):
+    for name in ("harmoeny", "metro"):
+        with pytest.raises(BalancerError, match="--enable-fault-tolerance"):
+            combinations.check_combination(BalancerConfig(name=name), config)
+    combinations.check_combination(BalancerConfig(name="eplb"), config)
+
+
+def test_slots_are_not_offloaded(moe_model):
+    config = stock_config(moe_model)
+    config.offload_config.uva.cpu_offload_gb = 1.0
+    with pytest.raises(BalancerError, match="--cpu-offload-gb"):
         combinations.check_combination(BalancerConfig(name="harmoeny"), config)
     combinations.check_combination(BalancerConfig(name="metro"), config)
 

@@ -150,8 +150,15 @@ def test_the_next_layer_looks_at_the_inputs_when_this_one_has_chosen(way, rows_S
         own = SimpleNamespace(**{router.BALANCER: balancer})
         return router._select_experts(chooses)(own, "inputs", "logits", torch.int32, input_ids="i")
 
-    assert select(Ahead(way)) == ("weights", "ids")
+    balancer = Ahead(way)
+    assert select(balancer) == ("weights", "ids")
     logits = ("logits", torch.int32, "i")
+    if way == "after_gather":
+        assert done == [logits], "this layer's own copies come first, and behind the gather"
+        gathered = ("tokens", None, None, IDS_TK, "weights")
+        dispatch = SimpleNamespace(**{router.BALANCER: balancer})
+        router._prepare(lambda self: gathered)(dispatch)
+        assert balancer.inputs_TH is None
     assert done == [logits, ("inputs", rows_S)]
     for without in (Balancer(way), None):
         select(without)

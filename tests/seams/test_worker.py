@@ -111,11 +111,12 @@ def test_sleep_gives_no_maps_away():
     assert slept == [1, 2]
 
 
+@pytest.mark.parametrize("step", ["execute_model", "sample_tokens"])
 @pytest.mark.parametrize(
     ("rank", "executor", "ends"),
     [(1, "mp", True), (1, "ray", True), (0, "mp", False), (1, "external_launcher", False)],
 )
-def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, ends):
+def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, ends, step):
     """vLLM's executor answers for rank 0 alone; peers would wait for the others for minutes."""
 
     class Ended(BaseException):
@@ -129,6 +130,9 @@ def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, 
         def execute_model(self, scheduler_output) -> None:
             raise MemoryError("no buffer")
 
+        def sample_tokens(self, grammar_output) -> None:
+            raise MemoryError("no buffer")
+
     class Worker(BalancedWorker, Stock):
         pass
 
@@ -138,7 +142,7 @@ def test_a_rank_whose_exceptions_nobody_hears_ends(monkeypatch, rank, executor, 
     made.parallel_config = SimpleNamespace(distributed_executor_backend=executor)
     made.balancer_config = BalancerConfig(name="metro")
     with pytest.raises(Ended if ends else MemoryError):
-        made.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))
+        getattr(made, step)(SimpleNamespace(total_num_scheduled_tokens=0))
 
 
 def test_ranks_are_alike_with_one_processor_and_number_of_threads(ranks_find):

@@ -34,6 +34,8 @@ class LayerSlots:
     """Time of the rank's own thread for copies: starting them, and waiting for their end."""
     _unused: dict[int, bool] = field(default_factory=dict)
     """Slots fetched and not computed with since; whether a guess fetched them."""
+    _in_use: set[int] = field(default_factory=set)
+    """Local slots with tokens of the batch that was scheduled last."""
     _computing: bool = False
 
     def follow(self, schedule: Schedule, *, is_guess: bool = False) -> None:
@@ -72,8 +74,9 @@ class LayerSlots:
         return self.state.num_logical // self.state.num_ranks
 
     def pending(self) -> set[int]:
-        """Local slots that must not be computed before :meth:`wait`."""
-        return self.prefetch.pending(self.layer)
+        """Local slots with tokens that must not be computed before :meth:`wait`: what a guess
+        fetched for nothing is not waited for."""
+        return self.prefetch.pending(self.layer) & self._in_use
 
     def wait(self) -> None:
         """Returns when all copies are in place. Raises BalancerError if one failed."""
@@ -124,8 +127,10 @@ class LayerSlots:
         """A slot with tokens that was not fetched for them is a hit."""
         content_D = self.state.content_SD[self.rank].tolist()
         idle_D = self.state.idle_SD[self.rank].tolist()
+        self._in_use = set()
         for slot, (expert, idle) in enumerate(zip(content_D, idle_D, strict=True)):
             if expert >= 0 and idle == 0:
+                self._in_use.add(self.num_home + slot)
                 self.counted["hits"] += slot not in fetched
                 self.counted["early_hits"] += self._unused.pop(slot, False)
 

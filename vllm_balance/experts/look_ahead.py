@@ -53,7 +53,9 @@ class LookAhead:
         if rows_S is None:
             stride = max(self.num_ranks, stride)
             first = self.rank % stride
-        ids_NK = self.gate(hidden_states_TH[first::stride]).topk(self.top_k, dim=1).indices
+        # One of vLLM's gate kernels takes no strided rows.
+        looked_at_NH = hidden_states_TH[first::stride].contiguous()
+        ids_NK = self.gate(looked_at_NH).topk(self.top_k, dim=1).indices
         seen_E = torch.bincount(ids_NK.flatten(), minlength=self.num_experts).to(torch.int32)
         total_E = self.all_reduce(seen_E).cpu().to(torch.int64)
         scale = num_tokens * self.top_k / max(1, int(total_E.sum()))

@@ -65,10 +65,13 @@ class MetroRouting:
     def _is_spread(self, topk_ids_TK: torch.Tensor, tables: LayerTables) -> bool:
         """Whether the shape of a GPU batch says that it is compute-bound: the same on all ranks.
 
-        Even if all ranks' rows but one's are padding, its active experts, which are at most all,
-        have more than ``knee_tokens`` on average. Or it is larger than the fused kernel takes.
+        Its active experts, which are at most all, have more than ``knee_tokens`` on average, even
+        if all ranks' rows but one's are padding, where there may be any. Or it is larger than the
+        fused kernel takes.
         """
         if topk_ids_TK.is_cpu or tables.load_P is None:
             return False
-        surely = tables.num_ranks * self.knee_tokens * tables.num_logical
+        is_full = tables.most_padded is not None and len(topk_ids_TK) > tables.most_padded
+        sources = 1 if is_full else tables.num_ranks
+        surely = sources * self.knee_tokens * tables.num_logical
         return topk_ids_TK.numel() > min(surely, MAX_PAIRS)

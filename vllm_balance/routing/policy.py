@@ -33,6 +33,9 @@ class LayerTables:
     """bool, one element: whether ``load_P`` wants this pass; None: every pass."""
     counters: torch.Tensor
     """int64 [counters_size(S)], laid out by ``kernels/record/layout.py``."""
+    most_padded: int | None = None
+    """Rows up to which a batch may be padded, by a CUDA graph. None: larger ones too, as one that
+    was gathered has the rows of idle ranks."""
     placement: Placement = field(init=False, repr=False, compare=False)
     """Views of the maps, as they are at any time; columns up to the most replicas possible."""
     ones_E: torch.Tensor = field(init=False, repr=False, compare=False)

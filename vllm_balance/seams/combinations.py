@@ -10,6 +10,7 @@ from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import Way, way_of_exchange
 from vllm_balance.online import require_whole_batch
 from vllm_balance.replay_rows import draw
+from vllm_balance.routing import ROUTING
 
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_balance.seams.worker_cpu.BalancedCPUWorker",
@@ -63,8 +64,12 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         refused["recording ids of a pooling model"] = is_pooling(vllm_config.model_config)
     if config.fetches:
         refused["sleep mode"] = vllm_config.model_config.enable_sleep_mode
-    # A step that is tried again would be counted, fetched for or recorded twice on some ranks.
-    if config.fetches or config.online is not None or config.record is not None:
+        # Slots would be host memory themselves, or copied to the device before a fetch into them.
+        refused["--cpu-offload-gb"] = vllm_config.offload_config.uva.cpu_offload_gb > 0
+    # A step that is tried again would be counted, fetched for or recorded twice on some ranks, and
+    # an exchange of counts would wait for a rank that is gone.
+    counts = config.name in ROUTING and ROUTING[config.name].counts_decide
+    if config.fetches or config.online is not None or config.record is not None or counts:
         refused["--enable-fault-tolerance"] = getattr(parallel, "enable_fault_tolerance", False)
     found = [name for name, present in refused.items() if present]
     if found:

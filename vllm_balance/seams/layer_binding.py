@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from vllm_balance.config import BalancerConfig
 from vllm_balance.errors import BalancerError
 from vllm_balance.exchange import way_of_exchange
 from vllm_balance.experts.local_pairs import LocalPairExperts, PairBuffers
-from vllm_balance.initial_placement import tables
+from vllm_balance.initial_placement import tables as tables_of_slots
 from vllm_balance.routing import LayerTables
 from vllm_balance.seams.cpu import EXPERTS
 from vllm_balance.seams.loading import PlacedLoading, layer_index
@@ -28,6 +29,8 @@ def bind_layer(
     config: BalancerConfig,
     buffers: PairBuffers,
     loading: PlacedLoading | None = None,
+    *,
+    largest_graph: int = 0,
 ) -> Balancer:
     """Gives one layer's router and dispatch their balancer.
 
@@ -35,6 +38,7 @@ def bind_layer(
         make: the balancer from the keyword arguments that every one takes.
         buffers: of this rank's pairs, for all its layers; used on CPU.
         loading: what put the layer's weights in place.
+        largest_graph: tokens of the largest CUDA graph, which pads smaller batches; 0 without one.
 
     Raises:
         BalancerError: vLLM's EPLB is on, and its maps do not cover the layer; or data-parallel
@@ -56,14 +60,18 @@ def bind_layer(
             f"them for this rank's own. Use tensor parallelism, or another checkpoint or "
             f"--moe-backend, or remove --moe-balancer."
         )
+    way = way_of_exchange(
+        data_parallel_size=runner.moe_config.dp_size,
+        gathers_tokens=gathers,
+        asked_for=config.exchange,
+    )
+    tables = _tables(config.name, runner, group.world_size, loading)
+    if way == "replicated":
+        tables = replace(tables, most_padded=largest_graph)
     balancer = make(
         layer_name=runner.layer_name,
-        tables=_tables(config.name, runner, group.world_size, loading),
-        way=way_of_exchange(
-            data_parallel_size=runner.moe_config.dp_size,
-            gathers_tokens=gathers,
-            asked_for=config.exchange,
-        ),
+        tables=tables,
+        way=way,
         rank=group.rank_in_group,
         all_reduce=group.all_reduce,
         experts=_local_experts(runner, buffers),
@@ -115,7 +123,9 @@ def _tables(name: str, runner: Any, num_ranks: int, loading: PlacedLoading | Non
     table_ER = torch.arange(num_physical, dtype=torch.int64)[:, None]
     if loading is not None:
         index = layer_index(runner.layer_name)
-        table_ER = torch.from_numpy(tables(loading.placement.slots_P(index), num_physical)[0])
+        table_ER = torch.from_numpy(
+            tables_of_slots(loading.placement.slots_P(index), num_physical)[0]
+        )
     return LayerTables(
         logical_to_physical_ER=table_ER.to(device),
         num_replicas_E=torch.ones(num_physical, dtype=torch.int64, device=device),

@@ -95,7 +95,11 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
         if balancer is None:
             return gathered
         hidden_states, scales, meta, topk_ids, topk_weights = gathered
-        slots = _with_padding(balancer.after_gather(topk_ids, _rows_of_sources()), topk_ids)
+        rows_S = _rows_of_sources()
+        slots = _with_padding(balancer.after_gather(topk_ids, rows_S), topk_ids)
+        if (inputs_TH := getattr(balancer, "inputs_TH", None)) is not None:
+            balancer.inputs_TH = None
+            balancer.before_experts(inputs_TH, rows_S)
         return hidden_states, scales, meta, slots, topk_weights
 
     return prepare
@@ -110,12 +114,17 @@ def _rows_of_sources() -> list[int] | None:
 
 
 def _select_experts(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the next layer look at this one's tokens when its own experts are on their way."""
+    """Lets the next layer look at this one's tokens when its own experts are on their way: here, or
+    if they are asked for behind a gather, there."""
 
     def select_experts(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         chosen = original(self, hidden_states, *args, **kwargs)
         balancer = getattr(self, BALANCER, None)
-        if balancer is not None and getattr(balancer, "look_ahead", None) is not None:
+        if balancer is None or getattr(balancer, "look_ahead", None) is None:
+            return chosen
+        if balancer.way == "after_gather":
+            balancer.inputs_TH = hidden_states
+        else:
             rows_S = None if balancer.way == "replicated" else _rows_of_sources()
             balancer.before_experts(hidden_states, rows_S)
         return chosen

@@ -15,6 +15,7 @@ _WORKER_METHODS: dict[str, tuple[str, ...]] = {
     "compile_or_warm_up_model": (),
     "execute_model": ("scheduler_output",),
     "execute_dummy_batch": (),
+    "sample_tokens": ("grammar_output",),
     "reload_weights": (),
     "sleep": ("level",),
     "shutdown": (),

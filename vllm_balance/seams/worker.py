@@ -121,7 +121,7 @@ class BalancedWorker(RecordingWorker):
         if self.balancer_config.fetches:
             self._bind_slots(vllm_config, runners)
         else:
-            self._bind_layers(runners)
+            self._bind_layers(vllm_config, runners)
         self._tell_whether_ranks_are_alike()
         warm_up(self.worker_balancer.layers[0], top_k=runners[0].moe_config.experts_per_token)
         self.attach_recorder(
@@ -147,9 +147,11 @@ class BalancedWorker(RecordingWorker):
     def shutdown(self) -> None:
         """vLLM's, behind the end of what copies experts."""
         load_by(None)
-        if self._prefetch is not None:
-            self._prefetch.close()
-        super().shutdown()
+        try:
+            if self._prefetch is not None:
+                self._prefetch.close()
+        finally:
+            super().shutdown()
 
     def _tell_whether_ranks_are_alike(self) -> None:
         """Tells the layers, if they ask: where CPU ranks choose experts for the same tokens."""
@@ -159,12 +161,20 @@ class BalancedWorker(RecordingWorker):
             for layer in layers:
                 layer.ranks_are_alike = alike
 
-    def _bind_layers(self, runners: list[Any]) -> None:
+    def _bind_layers(self, vllm_config: Any, runners: list[Any]) -> None:
         """Gives the layers balancers whose experts stay where they are within a batch."""
         policy = make_policy(self.balancer_config.name, *self._knee)
         make, buffers = partial(LayerBalancer, policy=policy), PairBuffers()
+        largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         for runner in runners:
-            layer = bind_layer(runner, make, self.balancer_config, buffers, self.loading)
+            layer = bind_layer(
+                runner,
+                make,
+                self.balancer_config,
+                buffers,
+                self.loading,
+                largest_graph=largest_graph,
+            )
             self.worker_balancer.layers.append(layer)
 
     def _bind_slots(self, vllm_config: Any, runners: list[Any]) -> None:
@@ -241,6 +251,11 @@ class BalancedWorker(RecordingWorker):
             output = super().execute_model(scheduler_output)
             self.worker_balancer.after_step()
         return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's, which on GPUs also rearranges experts."""
+        with self._fails_aloud():
+            return super().sample_tokens(grammar_output)  # type: ignore[misc]
 
     def execute_dummy_batch(self) -> None:
         with self._fails_aloud():
