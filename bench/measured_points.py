@@ -6,9 +6,11 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from bench import placed, real_size_model, run_files, speed
@@ -240,11 +242,25 @@ def _slowness(rows: list[Measurement], made: Outcome, machine: str) -> Slowness 
 def _predicted(made: Outcome, metric: str, slow: Slowness | None) -> dict[str, float]:
     """What is compared, of a machine that is so much slower than its profile; TPOT only where
     there are more than a few tokens."""
-    first, later = slow or (1.0, 1.0)
-    found = {"tpot_ms": later * made.tpot_us / 1e3} if metric == "tpot_ms" else {}
+    if slow is not None:
+        made = _as_slow(made, *slow)
+    found = {"tpot_ms": made.tpot_us / 1e3} if metric == "tpot_ms" else {}
     return {
         **found,
-        "ttft_ms": first * made.ttft_us_at(0.5) / 1e3,
+        "ttft_ms": made.ttft_us_at(0.5) / 1e3,
         "activated_worst_rank": float(made.activated_N.mean()),
         "tokens_worst_rank": float(made.pairs_N.mean()),
     }
+
+
+def _as_slow(made: Outcome, first: float, later: float) -> Outcome:
+    """The same where steps with prompts, and requests, take `first` times as long and steps without
+    prompts `later` times: a machine may have less memory for a while and compute as before."""
+    slow_N = np.where(made.steps.prefill_N > 0, first, later)
+    return replace(
+        made,
+        stage_us={stage: slow_N * time_N for stage, time_N in made.stage_us.items()},
+        busy_us_N=slow_N * made.busy_us_N,
+        request_us=first * made.request_us,
+        request_beside_us=first * made.request_beside_us,
+    )

@@ -18,8 +18,10 @@ from bench.provenance import ROOT, config_hash
 from bench.validation import RESULTS
 from vllm_balance import traces
 from vllm_balance.measurement import KernelTime, newest_by_machine, read_measurements
-from vllm_balance.simulate import Layout, hardware
+from vllm_balance.simulate import Layout, Outcome, hardware
+from vllm_balance.simulate.outcome import STAGES
 from vllm_balance.simulate.serving import schedule
+from vllm_balance.simulate.steps import Steps
 from vllm_balance.simulate.sweep import read
 from vllm_balance.traces import Trace
 
@@ -36,13 +38,33 @@ def cell(arm, machine, run="decode", **changes):
     return row(arm, run=run, machine=machine, config_hash=config_hash(settings(run)), **changes)
 
 
-def outcome(tpot_us):
-    return SimpleNamespace(
-        tpot_us=tpot_us,
-        ttft_us_at=lambda quantile: 10 * tpot_us * quantile,
-        activated_N=np.array([4.0, 6.0]),
-        pairs_N=np.array([9.0]),
+def outcome(tpot_us, decode_N=(0, 1), prefill_N=(4, 0)):
+    """Steps that take as long as a token, the first one five times; one request from it on."""
+    step_us_N = np.full(len(decode_N), tpot_us)
+    step_us_N[0] *= 5
+    zeros_N = np.zeros(len(decode_N))
+    steps = Steps(
+        decode_N=np.array(decode_N),
+        prefill_N=np.array(prefill_N),
+        like_M=np.arange(len(decode_N)),
+        arrived_R=np.array([0]),
+        first_R=np.array([0]),
+        **dict.fromkeys(NOT_READ, zeros_N),
     )
+    return Outcome(
+        steps=steps,
+        stage_us=dict.fromkeys(STAGES, zeros_N) | {"experts": step_us_N},
+        busy_us_N=step_us_N,
+        activated_N=np.array([4.0, 6.0]),
+        pairs_N=np.array([9.0, 9.0]),
+        request_us=0.0,
+        request_beside_us=0.0,
+        redundant_bytes=0.0,
+    )
+
+
+NOT_READ = ("sampled_N", "engine_prefill_N", "attended_N", "prompt_attended_N", "reads_N")
+NOT_READ += ("window_attended_N", "window_reads_N")
 
 
 @pytest.fixture
@@ -110,6 +132,17 @@ def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
     assert pair["predicted"] == pytest.approx(1.3 * 90 / (1.1 * 100) - 1)
     lines = validation_tables.table("measured", made).splitlines()
     assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%", "+30%"]
+
+
+def test_tokens_that_come_beside_prompts_are_as_slow_as_prompts():
+    """Two tokens decode, one of them in a step that also computes a prompt."""
+    made = outcome(100.0, decode_N=(0, 1, 1), prefill_N=(4, 4, 0))
+    found = measured_points._predicted(made, "tpot_ms", (1.0, 1.5))
+    assert found["tpot_ms"] == pytest.approx((100 + 150) / 2 / 1e3)
+    assert found["ttft_ms"] == pytest.approx(500 / 1e3)
+    slower = measured_points._predicted(made, "tpot_ms", (2.0, 1.0))
+    assert slower["tpot_ms"] == pytest.approx((200 + 100) / 2 / 1e3)
+    assert slower["ttft_ms"] == pytest.approx(1000 / 1e3)
 
 
 def test_only_the_newest_rows_of_a_machine_count(tmp_path, asked):
@@ -434,21 +467,26 @@ def require_as_published(made):
 
 def test_what_is_published_is_near_the_aim():
     """The aim is 10 % on every line, and every pair that is further apart ranked as measured. The
-    rows are at 83 % of TPOT, 96 % of pairs in drawn decode, and 97 % of prefill with AMX
-    (docs/simulator-results.md), and must not fall behind."""
+    rows are at 83 % of TPOT, 51 % on a machine whose memory was up to half as fast for hours, 96 %
+    of pairs in drawn decode, and 97 % of prefill with AMX and on Zen 5 (docs/simulator-results.md),
+    and must not fall behind."""
     rows = [p for p in read(RESULTS) if p.get("what") == "tpot_ms" and not p.get("kept")]
-    near = [abs(p["error"]) <= 0.1 for p in rows if p["kind"] == "measured"]
-    assert len(near) > 200 and statistics.mean(near) >= 0.8
+    for is_zen5, many, least in ((False, 200, 0.8), (True, 70, 0.5)):
+        near = [abs(p["error"]) <= 0.1 for p in rows
+                if p["kind"] == "measured" and ("zen5" in p["hardware"]) == is_zen5]  # fmt: skip
+        assert len(near) > many and statistics.mean(near) >= least
     decoding = ("decode", "decode-float32", "batch", "batch-bfloat16")
     ranked = [p["ranked"] for p in rows
               if p["kind"] == "pair" and p["far_apart"] and p["run"] in decoding]  # fmt: skip
     assert len(ranked) > 80 and statistics.mean(ranked) >= 0.9
     prefill = ("prefill", "harmoeny-short", "harmoeny-qwen3", "harmoeny-moe-heavy")
     prefill += ("harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "harmoeny-varying")
+    prefill += ("harmoeny-moe-heavy-bfloat16",)
     first = [p for p in read(RESULTS) if p.get("run") in prefill and not p.get("kept")]
     ttft = [p for p in first if (p["kind"], p["what"]) == ("measured", "ttft_ms")]
     assert len(ttft) > 150 and all(abs(p["error"]) <= 0.21 for p in ttft)
-    near = [abs(p["error"]) <= 0.1 for p in ttft if p["hardware"].startswith("cpu-amx")]
+    found = ("cpu-amx", "cpu-amx-float32", "cpu-avx512-zen5")
+    near = [abs(p["error"]) <= 0.1 for p in ttft if p["hardware"] in found]
     assert len(near) > 100 and statistics.mean(near) >= 0.95
     ranked = [p["ranked"] for p in first if p["kind"] == "pair" and p["far_apart"]]
     assert len(ranked) > 40 and statistics.mean(ranked) >= 0.75
