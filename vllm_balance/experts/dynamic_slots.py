@@ -124,7 +124,7 @@ class LayerSlots:
             self._unused[slot] = is_guess
 
     def _count_uses(self, fetched: dict[int, int]) -> None:
-        """A slot with tokens that was not fetched for them is a hit."""
+        """Notes the slots with tokens; one that was not fetched for them is a hit."""
         content_D = self.state.content_SD[self.rank].tolist()
         idle_D = self.state.idle_SD[self.rank].tolist()
         self._in_use = set()

@@ -68,8 +68,8 @@ def check_combination(config: BalancerConfig, vllm_config: Any) -> None:
         refused["--cpu-offload-gb"] = vllm_config.offload_config.uva.cpu_offload_gb > 0
     # A step that is tried again would be counted, fetched for or recorded twice on some ranks, and
     # an exchange of counts would wait for a rank that is gone.
-    counts = config.name in ROUTING and ROUTING[config.name].counts_decide
-    if config.fetches or config.online is not None or config.record is not None or counts:
+    has_memory = config.fetches or config.online is not None or config.record is not None
+    if has_memory or ROUTING[config.name].counts_decide:
         refused["--enable-fault-tolerance"] = getattr(parallel, "enable_fault_tolerance", False)
     found = [name for name, present in refused.items() if present]
     if found:
