@@ -16,7 +16,8 @@ machine was. With these, from prompts of several lengths T and layers of so many
         = L * T * values * prompt_value + (1 / attention_compute - 1) * scores at the peak
 
 All of it is of a machine that is as fast as when the profile was measured: times of rows that say
-how much slower the kernel was just then (bench/speed.py) are divided by it.
+how much slower the kernel was just then (bench/speed.py) are divided by what the simulator makes of
+that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,11 +175,10 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
         load=loop(load),
         balancer="static",
     )
-    even = ReplaySettings(zipf=0.0)
-    made = simulate(arm, skewed(even, model, layers), skewed(even, model, layers))
+    made = _simulated(arm)
     heads = model.num_heads.value / machine.ranks_per_node.value
     scores = 2 * layers * heads * model.attention_width * float(made.steps.attended_N[0])
-    rows = [_as_profiled(row, made, profile) for row in rows]
+    rows = [_as_profiled(row, arm, made, profile) for row in rows]
     steps = min(row["steps"] for row in rows)
     together = [row for row in rows if row["steps"] <= LATE * steps]
     return Served(
@@ -196,6 +196,12 @@ def _group(key: tuple[int, ...], rows: list[Row], machine: Hardware, profile: Pr
     )
 
 
+def _simulated(arm: Arm) -> Outcome:
+    """Under even routing, all layers."""
+    even, layers = ReplaySettings(zipf=0.0), arm.model.num_moe_layers
+    return simulate(arm, skewed(even, arm.model, layers), skewed(even, arm.model, layers))
+
+
 def _typical(rows: list[Row], value: Callable[[Row], float]) -> float:
     """Median over repeats; of the fastest where they do not say how fast the machine was, as other
     work delays a first token and never hurries it."""
@@ -204,18 +210,23 @@ def _typical(rows: list[Row], value: Callable[[Row], float]) -> float:
     return value(min(rows, key=lambda row: row["ttft_ms"]))
 
 
-def _as_profiled(row: Row, made: Outcome, profile: Profile) -> Row:
+def _as_profiled(row: Row, arm: Arm, made: Outcome, profile: Profile) -> Row:
     """The row of a machine that is as fast as in the profile."""
     if "machine_speed" not in row:
         return row
     times = [KernelTime(**each) for each in row["machine_speed"]]
-    first, later = speed.slowness_of(made, times, profile)
-    experts = later if row["max_tokens"] > FEW_TOKENS else first
+    slow = _simulated(replace(arm, speed=speed.against([times], profile)))
+
+    def less(value: Callable[[Outcome], float]) -> float:
+        return value(made) / value(slow)
+
+    decodes = row["max_tokens"] > FEW_TOKENS
     return {
         **row,
-        "ttft_ms": row["ttft_ms"] / first,
-        "tpot_ms": row["tpot_ms"] / later,
-        "experts_us_per_layer": row["experts_us_per_layer"] / experts,
+        "ttft_ms": row["ttft_ms"] * less(lambda of: of.ttft_us_at(0.5)),
+        "tpot_ms": row["tpot_ms"] * (less(lambda of: of.tpot_us) if decodes else 1.0),
+        "experts_us_per_layer": row["experts_us_per_layer"]
+        * less(lambda of: float(of.stage_us["experts"].sum())),
     }
 
 

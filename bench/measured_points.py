@@ -6,11 +6,9 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from bench import placed, real_size_model, run_files, speed
@@ -23,6 +21,7 @@ from vllm_balance.measured_tables import FEW_TOKENS
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
 from vllm_balance.simulate.catalogue import names
+from vllm_balance.simulate.machine_speed import AS_PROFILED, MachineSpeed
 
 RUNS = (
     "decode",
@@ -49,8 +48,6 @@ Row = dict[str, Any]
 Arms = dict[str, list[Measurement]]
 Described = tuple[str, str]
 """A machine as rows name it, and the dtype of the profile in its hardware file."""
-Slowness = tuple[float, float]
-"""Of steps with prompts and of those without, against the profile."""
 
 
 def hardware_names() -> dict[Described, str]:
@@ -128,12 +125,12 @@ def _of_run(
         about = {"hardware": machine, "profiled": is_profiled(settings, machine)}
         for variant, arms in groups.items():
             tables, load = _of_variant(settings, variant)
+            speeds = {arm: _speed(own, machine) for arm, own in arms.items()}
             made = {
-                arm: predict(tables, load, arm, machine, files, _slowed(tables, own))
+                arm: predict(tables, load, arm, machine, files, _slowed(tables, own), speeds[arm])
                 for arm, own in arms.items()
             }
-            slow = {arm: _slowness(own, made[arm], machine) for arm, own in arms.items()}
-            yield from (point | about for point in _group(name, variant, arms, made, slow, load))
+            yield from (point | about for point in _group(name, variant, arms, made, speeds, load))
 
 
 @contextmanager
@@ -180,7 +177,7 @@ def _group(
     variant: Variant,
     arms: Arms,
     made: dict[str, Outcome],
-    slow: dict[str, Slowness | None],
+    speeds: dict[str, MachineSpeed],
     load: Asked,
 ) -> Iterator[Row]:
     """Points of the arms that share a load and a server's variant."""
@@ -189,7 +186,7 @@ def _group(
     machine = next(iter(arms.values()))[0].machine
     where = {"run": name, **variant._asdict(), **provenance(), "machine": machine}
     for arm, outcome in made.items():
-        for what, value in _predicted(outcome, metric, slow[arm]).items():
+        for what, value in _predicted(outcome, metric).items():
             reference = found[arm][what]
             yield {
                 "kind": "measured",
@@ -198,12 +195,12 @@ def _group(
                 "reference": reference,
                 "predicted": value,
                 "error": value / reference - 1,
-                "slowness": slow[arm],
+                "longer": None if speeds[arm] == AS_PROFILED else speeds[arm].longer_K,
                 **where,
             }
     for first, second in itertools.combinations(arms, 2):
         reference = found[second][metric] / found[first][metric] - 1
-        both = [_predicted(made[arm], metric, slow[arm])[metric] for arm in (first, second)]
+        both = [_predicted(made[arm], metric)[metric] for arm in (first, second)]
         predicted = both[1] / both[0] - 1
         yield {
             "kind": "pair",
@@ -226,41 +223,19 @@ def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
     return found | {key: statistics.median(getattr(row, key) for row in rows) for key in counts}
 
 
-def _slowness(rows: list[Measurement], made: Outcome, machine: str) -> Slowness | None:
-    """Medians over the rows of an arm; None if they do not say how fast the machine was."""
-    times = [row.machine_speed for row in rows if row.machine_speed is not None]
-    if not times:
-        return None
-    _, profile = hardware.load(machine)
-    if profile is None:
-        return None
-    found = [speed.slowness_of(made, each, profile) for each in times]
-    first, later = zip(*found, strict=True)
-    return statistics.median(first), statistics.median(later)
+def _speed(rows: list[Measurement], machine: str) -> MachineSpeed:
+    """What the rows of an arm say of it; as profiled if they do not."""
+    looks = [row.machine_speed for row in rows if row.machine_speed is not None]
+    profile = hardware.load(machine)[1] if looks else None
+    return AS_PROFILED if profile is None else speed.against(looks, profile)
 
 
-def _predicted(made: Outcome, metric: str, slow: Slowness | None) -> dict[str, float]:
-    """What is compared, of a machine that is so much slower than its profile; TPOT only where
-    there are more than a few tokens."""
-    if slow is not None:
-        made = _as_slow(made, *slow)
-    found = {"tpot_ms": made.tpot_us / 1e3} if metric == "tpot_ms" else {}
+def _predicted(made: Outcome, metric: str) -> dict[str, float]:
+    """What is compared, medians over requests; TPOT only where there are more than a few tokens."""
+    found = {"tpot_ms": made.tpot_us_at(0.5) / 1e3} if metric == "tpot_ms" else {}
     return {
         **found,
         "ttft_ms": made.ttft_us_at(0.5) / 1e3,
         "activated_worst_rank": float(made.activated_N.mean()),
         "tokens_worst_rank": float(made.pairs_N.mean()),
     }
-
-
-def _as_slow(made: Outcome, first: float, later: float) -> Outcome:
-    """The same where steps with prompts, and requests, take `first` times as long and steps without
-    prompts `later` times: a machine may have less memory for a while and compute as before."""
-    slow_N = np.where(made.steps.prefill_N > 0, first, later)
-    return replace(
-        made,
-        stage_us={stage: slow_N * time_N for stage, time_N in made.stage_us.items()},
-        busy_us_N=slow_N * made.busy_us_N,
-        request_us=first * made.request_us,
-        request_beside_us=first * made.request_beside_us,
-    )

@@ -16,6 +16,7 @@ from vllm_balance.placement import TRACED
 from vllm_balance.replay_rows import ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, Outcome, hardware, models, simulate, skewed
 from vllm_balance.simulate.hardware import NUMBER_OF, is_of
+from vllm_balance.simulate.machine_speed import AS_PROFILED, MachineSpeed
 from vllm_balance.simulate.models import Model
 
 BASE = "qwen3-30b-a3b"
@@ -89,12 +90,14 @@ def predict(
     machine: str,
     recorded: Recorded | None = None,
     slow: Slowed = AT_FULL_SPEED,
+    speed: MachineSpeed = AS_PROFILED,
 ) -> Outcome:
     """The simulation of one arm of a run file on the machine of a hardware file.
 
     Args:
         recorded: the trace that the run replays, if it does.
         slow: a rank, and how many times longer it takes for all that it computes.
+        speed: of the machine as a whole beside the load.
     """
     model = benchmark_model(**settings["model"])
     described, profile = hardware.load(machine, model)
@@ -128,6 +131,7 @@ def predict(
         slowness=tuple(
             slow.factor if rank == slow.rank else 1.0 for rank in range(layout.num_ranks)
         ),
+        speed=speed,
         redundancy=own.get("redundancy", 1 + extra / model.num_experts.value),
         load=sent(load),
         warm=tuple(map(sent, _warming(settings, load))),

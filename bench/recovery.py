@@ -1,17 +1,19 @@
 """What a change in mid-run costs, and how soon it is over: `python -m bench.recovery --traces DIR`.
 
 A server is sent bursts of requests, one after another, while other traffic comes and then one rank
-becomes slow (configs/runs/recovery.toml). Every arm lives through the same on a fresh server; arms
-go A B C C B A. Rows are JSON lines in bench/results/recovery.jsonl, one per burst, written when a
-server has lived through all; `started` is the same in all rows of a run, and in no other's. A run
-that was ended continues with the next server.
+becomes slow (configs/runs/recovery.toml). Every arm lives through the same on a fresh server. The
+servers of all arms are up together and take turns, burst by burst, A B C C B A; those that wait are
+stopped. Rows are JSON lines in bench/results/recovery.jsonl, one per burst, written when the
+servers of a round have lived through all; `started` is the same in all rows of a run, and in no
+other's. A run that was ended continues with the next round.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +40,7 @@ console = Console()
 
 def recovery(
     folder: Annotated[Path, typer.Option("--traces", help="Folder of the recorded traces.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Servers of each arm.")] = 3,
 ) -> None:
     """Append one row per burst to bench/results/recovery.jsonl and print the table."""
     settings = run_files.read(RUN)
@@ -52,15 +55,14 @@ def recovery(
     origin |= {"config_hash": config_hash(settings)}
     origin |= {"expert_bytes": _expert_bytes(model), "sources": sources(), "harness": harness()}
     origin |= {"traffic": _traffic(settings, model, folder), **provenance()}
-    starts = plan(settings, rounds=1)
+    starts = plan(settings, rounds)
     rows = unfinished(RESULTS, origin, [start.position for start in starts])
     origin["started"] = rows[0]["started"] if rows else datetime.now(UTC).isoformat()
     done = {row["position"] for row in rows}
-    for start in starts:
-        if start.position in done:
-            continue
+    missing = [start for start in starts if start.position not in done]
+    for _, together in itertools.groupby(missing, lambda start: start.group):
         own = []
-        for row in _live_through(start, model, placed, folder):
+        for row in _live_through([*together], model, placed, folder):
             console.print(row)
             own.append({**row, **origin})
         append(RESULTS, own)
@@ -82,53 +84,82 @@ def _expert_bytes(model: Path) -> int:
     return 3 * shape.hidden * shape.inner * 2
 
 
-def _live_through(start: Start, model: Path, placed: Placed, folder: Path) -> Iterator[Row]:
-    """One row per burst of one server, through all phases."""
-    settings, arm = start.settings, arm_of(start, placed)
-    proof = gate.prove(arm, {}, console.print)
-    load = Load(**settings["load"])
-    with Server(arm, model) as server, ExitStack() as slowness:
+def _live_through(
+    together: Sequence[Start], model: Path, placed: Placed, folder: Path
+) -> Iterator[Row]:
+    """One row per burst of servers that are up together, through all phases, burst by burst."""
+    with ExitStack() as up:
+        lives = []
+        for start in together:
+            arm = arm_of(start, placed)
+            proof = gate.prove(arm, {}, console.print)
+            server = up.enter_context(Server(arm, model))
+            lives.append(_Life(start, proof, server, model))
+        for name, phase in together[0].settings["phases"].items():
+            for life in lives:
+                life.change(name, phase, folder)
+            for burst in range(phase["bursts"]):
+                for life in lives if burst % 2 == 0 else reversed(lives):
+                    yield life.burst(burst)
+
+
+class _Life:
+    """One server, warmed up; it runs in its own turns only, and its clock with it."""
+
+    def __init__(self, start: Start, proof: str, server: Server, model: Path) -> None:
+        self._start, self._server, self._model = start, server, model
+        self._fields: Row = {"arm": start.arm, "position": start.position, "group": start.group}
+        self._fields["gate"] = proof
+        self._load, self._seed = Load(**start.settings["load"]), start.settings["seed"]
+        self._factor, self._lived_s, self._swaps = 1.0, 0.0, 0
         for _ in range(2):
-            send(load, server.url, model, settings["seed"])
-        for name, phase in settings["phases"].items():
+            send(self._load, server.url, model, self._seed)
+        server.suspend()
+
+    def change(self, name: str, phase: Row, folder: Path) -> None:
+        """A phase begins."""
+        self._factor = phase.get("slow", self._factor)
+        with self._awake():
             if "trace" in phase:
                 trace = str(folder / phase["trace"])
-                server.replay({"trace": trace, "seed": settings["seed"]})
-            if "slow" in phase:
-                slowness.enter_context(slowed(server.worker(SLOW_RANK), phase["slow"]))
-            began, swaps = time.perf_counter(), _online(server.status()).get("swaps", 0)
-            for burst in range(phase["bursts"]):
-                yield {
-                    **{"arm": start.arm, "position": start.position, "gate": proof},
-                    **{"phase": name, "burst": burst},
-                    **_burst(load, server, model, settings["seed"] + burst, began, swaps),
-                }
+                self._server.replay({"trace": trace, "seed": self._seed})
+            self._swaps = _online(self._server.status()).get("swaps", 0)
+        self._fields["phase"], self._lived_s = name, 0.0
+
+    def burst(self, number: int) -> Row:
+        """A row: what the client timed and what the server says of it."""
+        load_seed, at_s = self._seed + number, self._lived_s
+        with self._awake():
+            self._server.reset()
+            answered = send(self._load, self._server.url, self._model, load_seed)
+            ranks = self._server.status()
+        counters.require_trustworthy(self._start.arm, ranks, min_steps=self._load.min_steps)
+        client, online = timed(self._load, answered), _online(ranks)
+        return {
+            **self._fields,
+            **{"burst": number, "load_seed": load_seed, "at_s": at_s},
+            **{key: client[key]["p50"] for key in ("e2e_ms", "ttft_ms", "tpot_ms")},
+            "tokens_per_s": client["tokens_per_s"],
+            "tokens_worst_rank": counters.counted(ranks)["tokens_worst_rank"],
+            "swaps": online["swaps"] - self._swaps if online else None,
+            **{key: online.get(key) for key in ("steps", "moving_us", "deciding_us")},
+            **{key: online.get(key) for key in ("drift", "slowdown_per_rank")},
+        }
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """It runs inside, one of its ranks slowed by then, and its clock goes on."""
+        self._server.resume()
+        with slowed(self._server.worker(SLOW_RANK), self._factor):
+            began = time.perf_counter()
+            yield
+            self._lived_s += time.perf_counter() - began
+        self._server.suspend()
 
 
 def _online(ranks: counters.Ranks) -> Row:
     """What online placement says of itself; nothing where there is none."""
     return ranks[0].get("online") or {}
-
-
-def _burst(
-    load: Load, server: Server, model: Path, seed: int, began: float, swaps_before: int
-) -> Row:
-    server.reset()
-    at_s = time.perf_counter() - began
-    answered = send(load, server.url, model, seed)
-    ranks = server.status()
-    counters.require_trustworthy(server.arm.name, ranks, min_steps=load.min_steps)
-    client, online = timed(load, answered), _online(ranks)
-    return {
-        "load_seed": seed,
-        "at_s": at_s,
-        **{key: client[key]["p50"] for key in ("e2e_ms", "ttft_ms", "tpot_ms")},
-        "tokens_per_s": client["tokens_per_s"],
-        "tokens_worst_rank": counters.counted(ranks)["tokens_worst_rank"],
-        "swaps": online["swaps"] - swaps_before if online else None,
-        **{key: online.get(key) for key in ("steps", "moving_us", "deciding_us")},
-        **{key: online.get(key) for key in ("drift", "slowdown_per_rank")},
-    }
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from bench.real_size_model import PRESETS
 from bench.server import rank_cores
 from vllm_balance.commands.expert_probe import Probe, probing
@@ -25,8 +23,8 @@ from vllm_balance.measurement import KernelTime
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Profile
 from vllm_balance.seams.device import kernel_isa
-from vllm_balance.simulate import Outcome
 from vllm_balance.simulate.expert_times import measured
+from vllm_balance.simulate.machine_speed import MachineSpeed
 
 EXPERTS = 16
 """In each rank's memory, all of them activated: more than any cache holds."""
@@ -37,7 +35,6 @@ ROUNDS = 3
 FRESH_S = 1.0
 """Behind one load, this long, a look is the one before the next load too."""
 Times = list[KernelTime]
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Watch:
@@ -126,34 +123,24 @@ def between(before: Times, after: Times) -> Times:
     ]
 
 
-def slowness(times: Sequence[KernelTime], profile: Profile, tokens_each: float) -> float:
-    """Time of the experts over what the profile says, mean over ranks.
+def against(looks: Sequence[Times], profile: Profile) -> MachineSpeed:
+    """Time of the experts over what the profile says: mean over ranks, median over looks.
 
     Args:
-        tokens_each: of an activated expert; between the batches that were timed, straight in its
-            logarithm.
+        looks: each of the same batches.
 
     Raises:
         ValueError: times and profile are of different numbers of ranks.
     """
     experts = measured(profile)
-    ratios = []
-    for each in times:
+
+    def longer(each: KernelTime) -> float:
         stream_S = experts.stream_SN[:, each.tokens_each]
         expected_S = experts.fixed_S2[:, 0] + each.activated * stream_S
-        ratios.append(statistics.mean(t / e for t, e in zip(each.time_us, expected_S, strict=True)))
-    timed = [math.log(each.tokens_each) for each in times]
-    return float(np.interp(math.log(max(tokens_each, 1.0)), timed, ratios))
+        pairs_S = zip(each.time_us, expected_S.tolist(), strict=True)
+        return statistics.mean(time_us / expected_us for time_us, expected_us in pairs_S)
 
-
-def slowness_of(
-    made: Outcome, times: Sequence[KernelTime], profile: Profile
-) -> tuple[float, float]:
-    """`slowness` in a simulated run's steps with prompts, and in those without."""
-    prompts_N = made.steps.prefill_N > 0
-
-    def of(steps_N: Array) -> float:
-        each = made.pairs_N[steps_N].sum() / made.activated_N[steps_N].sum()
-        return slowness(times, profile, each)
-
-    return of(prompts_N), of(prompts_N if prompts_N.all() else ~prompts_N)
+    return MachineSpeed(
+        tuple(each.tokens_each for each in looks[0]),
+        tuple(statistics.median(map(longer, same)) for same in zip(*looks, strict=True)),
+    )

@@ -130,7 +130,7 @@ def _grouped(
 def _measured(group: list[Row]) -> list[str]:
     """Times with their errors, and errors of counts, of one arm; a dash for what it has not."""
     found = {row["what"]: row for row in group}
-    cells = [_slower(group[0].get("slowness"), "tpot_ms" in found)]
+    cells = [_longer(group[0].get("longer"))]
     for what in TIMES:
         row = found.get(what)
         cells += (
@@ -141,9 +141,9 @@ def _measured(group: list[Row]) -> list[str]:
     return cells + [f"{found[what]['error']:+.1%}" for what in COUNTS]
 
 
-def _slower(slowness: list[float] | None, decodes: bool) -> str:
-    """By how much the machine was, in steps that decode, or else in those with prompts."""
-    return "-" if slowness is None else f"{slowness[decodes] - 1:+.0%}"
+def _longer(longer: list[float] | None) -> str:
+    """By how much experts took on the machine, with one token and with many."""
+    return "-" if longer is None else ", ".join(f"{each - 1:+.0%}" for each in longer)
 
 
 def _variant(row: Row) -> Variant:

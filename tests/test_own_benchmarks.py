@@ -79,6 +79,24 @@ def test_recovery_compares_the_ends_of_a_phase_and_counts_its_weights():
     assert table.body[-2][-2:] == ["-", "-"]
 
 
+def test_recovery_compares_servers_that_took_turns_burst_by_burst():
+    """Both become slower with every burst, and gem takes 10 % less in each."""
+    slower = [1000.0, 1200.0, 1500.0, 1900.0, 2400.0, 3000.0]
+    rows = recovery_bursts("static", 0, slower)
+    rows += recovery_bursts("gem", 1, [0.9 * ms for ms in slower])
+    in_turn = [row | {"group": 0, "burst": at % 6} for at, row in enumerate(rows)]
+    line = recovery.table(parsed("recovery", in_turn)).body[-1]
+    assert line[4:6] == ["1710", "-10.0% (-10.0 to -10.0)"]
+    # Another round, whose machine is twice as slow: its bursts are compared with its own.
+    again = [
+        row | {"group": 1, "position": row["position"] + 2, "e2e_ms": 2 * row["e2e_ms"]}
+        for row in in_turn
+    ]
+    twice = recovery.table(parsed("recovery", in_turn + again))
+    assert twice.body[-1][5] == line[5] and "in turn" in twice.caption
+    assert "in turn" not in recovery.table(parsed("recovery", rows)).caption
+
+
 def test_runs_that_are_not_over_yet_have_a_table():
     static = recovery.table(parsed("recovery", recovery_bursts("static", 0, [1000] * 4)))
     assert [line[5:7] for line in static.body] == [["+0.0%", "-"]]

@@ -8,7 +8,7 @@ the ratio is the median of those.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_balance.measurement import Measurement
@@ -231,6 +231,11 @@ def ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> st
     ]
     if len(ratios) < FEW_PAIRS:
         return f"{median(own, value) / median(theirs, value) - 1:+.1%}"
+    return with_quartiles(ratios)
+
+
+def with_quartiles(ratios: Sequence[float]) -> str:
+    """The median of ratios less 1, at least two, and the quartiles around it."""
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
 

@@ -19,6 +19,7 @@ from bench.validation import RESULTS
 from vllm_balance import traces
 from vllm_balance.measurement import KernelTime, newest_by_machine, read_measurements
 from vllm_balance.simulate import Layout, Outcome, hardware
+from vllm_balance.simulate.machine_speed import MachineSpeed
 from vllm_balance.simulate.outcome import STAGES
 from vllm_balance.simulate.serving import schedule
 from vllm_balance.simulate.steps import Steps
@@ -49,6 +50,7 @@ def outcome(tpot_us, decode_N=(0, 1), prefill_N=(4, 0)):
         like_M=np.arange(len(decode_N)),
         arrived_R=np.array([0]),
         first_R=np.array([0]),
+        last_R=np.array([len(decode_N) - 1]),
         **dict.fromkeys(NOT_READ, zeros_N),
     )
     return Outcome(
@@ -72,7 +74,7 @@ def asked(monkeypatch):
     """What was predicted, (arm, hardware file): static 100 ms, others 90, on `other` 10 times."""
     seen = []
 
-    def predict(settings, load, arm, machine, recorded=None, slow=None):
+    def predict(settings, load, arm, machine, recorded=None, slow=None, speed=None):
         seen.append((arm, machine))
         return outcome((100e3 if arm == "static" else 90e3) * (10 if machine == "other" else 1))
 
@@ -110,39 +112,32 @@ def test_each_machine_is_checked_against_its_own_file(tmp_path, asked):
 def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
     tmp_path, asked, monkeypatch
 ):
-    seen = []
+    def predict(settings, load, arm, machine, recorded, slow, speed):
+        return outcome(100e3 * speed.longer_K[0])
 
-    def slowness_of(made, times, profile):
-        seen.append(times)
-        return 3.0, times[0].time_us[0]
+    def against(looks, profile):
+        assert profile == "a profile"
+        longer = [times[0].time_us[0] for times in looks]
+        return MachineSpeed((1, 64), (sum(longer) / len(longer), 1.0))
 
+    monkeypatch.setattr(measured_points, "predict", predict)
     monkeypatch.setattr(measured_points.hardware, "load", lambda name: (None, "a profile"))
-    monkeypatch.setattr(measured_points.speed, "slowness_of", slowness_of)
+    monkeypatch.setattr(measured_points.speed, "against", against)
     rows = [
         cell(arm, HERE, tpot_ms=100.0, position=position,
              machine_speed=[KernelTime(activated=16, tokens_each=1, time_us=[factor])])
         for position, (arm, factor) in enumerate((("static", 1.1), ("metro", 1.2), ("metro", 1.4)))
     ]  # fmt: skip
+    rows.append(cell("eplb", HERE, tpot_ms=100.0, position=3))
     made = points(tmp_path, rows)
     found = {(p["arm"], p["what"]): p for p in made if p["kind"] == "measured"}
-    assert found["static", "tpot_ms"]["predicted"] == pytest.approx(1.1 * 100)
-    assert found["metro", "tpot_ms"]["predicted"] == pytest.approx(1.3 * 90)
-    assert found["metro", "ttft_ms"]["predicted"] == pytest.approx(3.0 * 450)
-    (pair,) = [p for p in made if p["kind"] == "pair"]
-    assert pair["predicted"] == pytest.approx(1.3 * 90 / (1.1 * 100) - 1)
+    assert found["static", "tpot_ms"]["predicted"] == pytest.approx(110)
+    assert found["metro", "tpot_ms"]["predicted"] == pytest.approx(130)
+    assert found["eplb", "tpot_ms"]["predicted"] == pytest.approx(100)
+    pair = next(p for p in made if p["kind"] == "pair" and "metro against static" in p["arm"])
+    assert pair["predicted"] == pytest.approx(1.3 / 1.1 - 1)
     lines = validation_tables.table("measured", made).splitlines()
-    assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%", "+30%"]
-
-
-def test_tokens_that_come_beside_prompts_are_as_slow_as_prompts():
-    """Two tokens decode, one of them in a step that also computes a prompt."""
-    made = outcome(100.0, decode_N=(0, 1, 1), prefill_N=(4, 4, 0))
-    found = measured_points._predicted(made, "tpot_ms", (1.0, 1.5))
-    assert found["tpot_ms"] == pytest.approx((100 + 150) / 2 / 1e3)
-    assert found["ttft_ms"] == pytest.approx(500 / 1e3)
-    slower = measured_points._predicted(made, "tpot_ms", (2.0, 1.0))
-    assert slower["tpot_ms"] == pytest.approx((200 + 100) / 2 / 1e3)
-    assert slower["ttft_ms"] == pytest.approx(1000 / 1e3)
+    assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%, +0%", "+30%, +0%", "-"]
 
 
 def test_only_the_newest_rows_of_a_machine_count(tmp_path, asked):
@@ -297,7 +292,7 @@ def test_placements_that_move_in_mid_load_are_left_out(tmp_path, asked):
 def test_a_load_with_a_skew_of_its_own_is_predicted_under_it(tmp_path, monkeypatch, asked):
     seen = {}
 
-    def predict(tables, load, arm, machine, recorded=None, slow=None):
+    def predict(tables, load, arm, machine, recorded=None, slow=None, speed=None):
         seen[arm] = predictions.predict(tables, load, arm, "cpu-avx512")
         return outcome(100e3)
 

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from itertools import count
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from bench import speed
@@ -62,22 +61,8 @@ def test_a_look_behind_a_load_is_the_one_before_the_next_if_that_follows_at_once
     assert watch.before() == [3]
 
 
-def test_slowness_is_against_the_profile_and_between_the_batches_in_between():
-    times = times_of(1.5, 1.1)
-    assert speed.slowness(times, PROFILE, 1) == pytest.approx(1.5)
-    assert speed.slowness(times, PROFILE, 8) == pytest.approx(1.3)
-    assert speed.slowness(times, PROFILE, 64) == pytest.approx(1.1)
-    assert speed.slowness(times, PROFILE, 500) == pytest.approx(1.1)
-
-
-def test_a_prompt_and_the_steps_behind_it_have_their_own_slowness():
-    def made(steps):
-        return SimpleNamespace(
-            steps=SimpleNamespace(prefill_N=np.array([1, 31, 0, 0])[:steps]),
-            pairs_N=np.array([20.0, 1260.0, 12.0, 8.0])[:steps],
-            activated_N=np.full(4, 10.0)[:steps],
-        )
-
-    times = times_of(1.5, 1.1)
-    assert speed.slowness_of(made(4), times, PROFILE) == pytest.approx((1.1, 1.5))
-    assert speed.slowness_of(made(2), times, PROFILE) == pytest.approx((1.1, 1.1))
+def test_a_machine_is_compared_with_the_profile_and_looks_by_their_median():
+    once = speed.against([times_of(1.5, 1.1)], PROFILE)
+    assert once.tokens_K == (1, 64) and once.longer_K == pytest.approx((1.5, 1.1))
+    looks = [times_of(*longer) for longer in ((1.5, 1.1), (1.2, 1.4), (3.0, 1.0))]
+    assert speed.against(looks, PROFILE).longer_K == pytest.approx((1.5, 1.1))

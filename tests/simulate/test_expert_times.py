@@ -19,6 +19,7 @@ from vllm_balance.simulate.expert_times import (
     roofline,
     sharing,
 )
+from vllm_balance.simulate.machine_speed import AS_PROFILED, MachineSpeed
 
 MODEL = models.load("deepseek-v3")
 H100, _ = hardware.load("h100")
@@ -128,6 +129,32 @@ def test_products_of_a_slow_rank_end_alone():
     assert found_N.tolist() == pytest.approx([1 + 0.3 / 1.5, 1.3, 1.3])
     assert times.slowest((1.2, 1.2), np.array([1])).tolist() == [1.2]
     assert TIMES.slowest((1.0, 1.3), np.array([1])).tolist() == [1.3], "GPUs share nothing"
+
+
+def test_what_memory_takes_longer_for_ends_with_the_other_rank():
+    """Twice as long with one token each, a tenth with 64: a rank that is alone has its memory to
+    itself, but not a faster core."""
+    before = measured(profile_of(lambda tokens: max(400.0, 100.0 + 100.0 * tokens)))
+    assert before.on(AS_PROFILED) is before
+    slow = before.on(MachineSpeed((1, 64), (2.2, 1.1)))
+    for batch, longer in (([1, 1], 2.2), ([8, 8], 1.65), ([64, 64], 1.1), ([512, 512], 1.1)):
+        expected = longer * of(before, batch, ranks=2)[0][0][0]
+        assert of(slow, batch, ranks=2)[0][0] == pytest.approx([expected] * 2, rel=1e-3)
+    few = of(slow, [1, 0, 1, 1], ranks=2)[0][0]
+    assert few == pytest.approx([2.2 * 400, 2.2 * 400 + 1.1 * 400], rel=0.02)
+    many = of(slow, [64, 0, 64, 64], ranks=2)[0][0]
+    assert many == pytest.approx([1.1 * 6500, 2.2 * 6500], rel=0.02)
+    products_N = slow.slowest((1.0, 1.3), np.array([1, 64]))
+    assert products_N.tolist() == pytest.approx([1 + 0.3 / 2, 1.3])
+
+
+def test_a_machine_whose_cores_are_slower_than_its_memory_is_slower_alone_too():
+    before = measured(contended(profile_of(lambda tokens: max(400.0, 100.0 + 100.0 * tokens))))
+    slow = before.on(MachineSpeed((1, 64), (1.2, 1.4)))
+    assert slow.contention_N is not None and before.contention_N is not None
+    assert (slow.contention_N == before.contention_N).all()
+    assert of(slow, [1])[0][0] == pytest.approx([1.2 * 400 / 1.5], rel=0.02)
+    assert slow.fixed_S2 == pytest.approx(1.2 * before.fixed_S2)
 
 
 def varied_batches():

@@ -15,6 +15,7 @@ from vllm_balance.replay_rows import Hot, ReplaySettings
 from vllm_balance.simulate import Arm, Layout, Load, hardware, models, simulate, skewed
 from vllm_balance.simulate.dense_times import DenseTimes
 from vllm_balance.simulate.links import Network
+from vllm_balance.simulate.machine_speed import MachineSpeed
 from vllm_balance.simulate.memory import most_requests, weight_bytes
 from vllm_balance.simulate.outcome import STAGES
 from vllm_balance.simulate.run import decider_of, expert_times
@@ -197,6 +198,33 @@ def test_redundant_memory():
     assert run().redundant_bytes == 4 * 48 * MODEL.expert_bytes
 
 
+def test_one_request_that_waits_for_the_others_prompts_does_not_move_the_median():
+    """Of three requests the first has its prompt computed alone: a step of two prompts is in its
+    answer and in no other's."""
+    load = Load(concurrency=3, prompt_tokens=100, output_tokens=5, token_budget=512, max_steps=99,
+                steady=False)  # fmt: skip
+    made = run(replace(ARM, load=load))
+    steps, step_us = made.steps, made.step_us_N
+    assert (steps.first_R.tolist(), steps.last_R.tolist()) == ([0, 1, 1], [4, 5, 5])
+    first, others = step_us[1:5].mean(), step_us[2:6].mean()
+    assert first > 1.05 * others
+    assert made.tpot_us_at(0.5) == pytest.approx(others)
+    assert made.tpot_us_at(1.0) == pytest.approx(first)
+    assert made.tpot_us == pytest.approx(
+        (step_us[1] + 3 * step_us[2:5].sum() + 2 * step_us[5]) / 12
+    )
+    once = run(replace(ARM, load=replace(load, output_tokens=1)))
+    assert np.isnan(once.tpot_us_at(0.5))
+    cut = run(replace(ARM, load=replace(load, max_steps=5)))
+    assert cut.tpot_us_at(0.5) == pytest.approx(first), "only the first one ended"
+
+
+def test_all_requests_of_a_steady_load_have_its_tpot():
+    """As good as all: their answers end behind the first steps and before the last ones."""
+    made = run(replace(ARM, load=replace(ARM.load, max_steps=400)))
+    assert made.tpot_us_at(0.5) == pytest.approx(made.tpot_us, rel=0.02)
+
+
 def test_attention_of_one_token_streams_its_weights():
     """On the engine that has it, however many there are."""
     steps = schedule(Load(concurrency=1, prompt_tokens=1, output_tokens=2, token_budget=16,
@@ -214,7 +242,8 @@ def dense(model, machine=H100, **layout):
 def one_step(**tokens):
     """A step of so many tokens of each kind; 0 of the others."""
     return Steps(**{name: np.array([tokens.get(name, 0.0)]) for name in COLUMNS},
-                 like_M=np.zeros(1, int), arrived_R=np.zeros(0), first_R=np.zeros(0))  # fmt: skip
+                 like_M=np.zeros(1, int), **dict.fromkeys(("arrived_R", "first_R", "last_R"),
+                 np.zeros(0)))  # fmt: skip
 
 
 def test_every_engine_answers_its_own_tokens():
@@ -228,6 +257,23 @@ def test_every_engine_answers_its_own_tokens():
     fixed = H100.fixed.token.value
     assert rest(1024.0) - rest(8.0) == pytest.approx(127 * fixed, abs=30)
     assert rest(1024.0) == rest(1017.0)
+
+
+def test_a_slower_machine_is_slower_in_all_that_it_computes_and_decides_the_same():
+    """All alike, or products and experts by their tokens and what is fixed as memory is."""
+    cpu, profile = hardware.load("cpu-avx512-zen5")
+    load = replace(ARM.load, concurrency=8)
+    arm = replace(ARM, hardware=cpu, profile=profile, layout=Layout(tensor=2), load=load)
+    before = run(arm)
+    evenly = run(replace(arm, speed=MachineSpeed((1, 64), (1.3, 1.3))))
+    assert evenly.step_us_N == pytest.approx(1.3 * before.step_us_N)
+    assert (evenly.stage_us["combine"] > before.stage_us["combine"]).all()
+    assert evenly.request_us == pytest.approx(1.3 * before.request_us)
+    crowded = run(replace(arm, speed=MachineSpeed((1, 64), (1.3, 1.0))))
+    assert (crowded.activated_N == before.activated_N).all()
+    assert crowded.stage_us["decide"] == pytest.approx(1.3 * before.stage_us["decide"])
+    longer_N = crowded.stage_us["experts"] / before.stage_us["experts"]
+    assert (longer_N > 1.05).all() and (longer_N < 1.3).all()
 
 
 def test_norms_and_rotary_embedding_of_prompts_grow_with_the_prompt():

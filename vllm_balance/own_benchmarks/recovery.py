@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 
 from pydantic import Field
 
-from vllm_balance.measured_tables import MeasuredTable
+from vllm_balance.measured_tables import FEW_PAIRS, MeasuredTable, with_quartiles
 from vllm_balance.own_benchmarks.rows import OwnRow
 
-SETTLED = 3
+SETTLED = 5
 """Last bursts of a phase, whose median is where it ends."""
 NEAR = 0.05
 """A burst within this of where its phase ends counts as recovered, if all behind it do."""
+IN_TURN = " Ratios are of bursts in turn, with quartiles."
 HEADINGS = (
     *("phase", "arm", "servers", "first burst ms", "last bursts ms", "against static"),
     *("against gem", "settled after s", "swaps", "moved MiB"),
@@ -26,6 +28,11 @@ class Burst(OwnRow):
     arm: str
     position: int
     """Place in the order in which servers were started."""
+    group: int | None = None
+    """Servers of the same group were up together and took turns, burst by burst; None in older
+    rows, whose servers ran one after the other."""
+    burst: int = 0
+    """Number of it in its phase."""
     phase: str
     """What has changed when it begins."""
     at_s: float
@@ -49,7 +56,6 @@ def table(rows: list[Burst]) -> MeasuredTable:
             arm: [row for row in rows if (row.phase, row.arm) == (phase, arm)]
             for arm in dict.fromkeys(row.arm for row in rows if row.phase == phase)
         }
-        ends_ms = {arm: _end_ms(own) for arm, own in by_arm.items()}
         for arm, own in by_arm.items():
             servers = list(by_server(own).values())
             body.append(
@@ -58,14 +64,15 @@ def table(rows: list[Burst]) -> MeasuredTable:
                     arm,
                     str(len(servers)),
                     f"{statistics.median(bursts[0].e2e_ms for bursts in servers):.0f}",
-                    f"{ends_ms[arm]:.0f}",
-                    *(_against(ends_ms[arm], ends_ms.get(base)) for base in ("static", "gem")),
+                    f"{_end_ms(own):.0f}",
+                    *(_against(own, by_arm.get(base, [])) for base in ("static", "gem")),
                     _seconds(statistics.median(map(recovery_s, servers))),
                     *_moved(servers),
                 ]
             )
     return rows[-1].table(
-        caption="End-to-end latency of a request, medians over requests, bursts and servers.",
+        caption="End-to-end latency of a request, medians over requests, bursts and servers."
+        + (IN_TURN if any(row.group is not None for row in rows) else ""),
         headings=HEADINGS,
         body=body,
         command="python -m bench.recovery --traces DIR",
@@ -79,15 +86,32 @@ def by_server(rows: list[Burst]) -> dict[tuple[str, int], list[Burst]]:
     return {at: [row for row in rows if (row.arm, row.position) == at] for at in servers}
 
 
+def _last(rows: list[Burst]) -> Iterator[Burst]:
+    """The bursts that say where a phase ends, of all servers."""
+    for bursts in by_server(rows).values():
+        yield from bursts[-SETTLED:]
+
+
 def _end_ms(rows: list[Burst]) -> float:
     """End-to-end latency at the end of a phase, median over bursts and servers."""
-    return statistics.median(
-        row.e2e_ms for bursts in by_server(rows).values() for row in bursts[-SETTLED:]
-    )
+    return statistics.median(row.e2e_ms for row in _last(rows))
 
 
-def _against(own_ms: float, base_ms: float | None) -> str:
-    return "-" if base_ms is None else f"{own_ms / base_ms - 1:+.1%}"
+def _in_turn(rows: list[Burst]) -> dict[tuple[int, int], float]:
+    """End-to-end latency of the last bursts, by group and number: those of another arm with the
+    same two were beside them."""
+    return {(row.group, row.burst): row.e2e_ms for row in _last(rows) if row.group is not None}
+
+
+def _against(own: list[Burst], base: list[Burst]) -> str:
+    """The end of a phase against that of another arm, burst by burst where servers took turns."""
+    if not base:
+        return "-"
+    own_ms, base_ms = _in_turn(own), _in_turn(base)
+    ratios = [ms / base_ms[turn] - 1 for turn, ms in own_ms.items() if turn in base_ms]
+    if len(ratios) < FEW_PAIRS:
+        return f"{_end_ms(own) / _end_ms(base) - 1:+.1%}"
+    return with_quartiles(ratios)
 
 
 def recovery_s(bursts: list[Burst]) -> float:

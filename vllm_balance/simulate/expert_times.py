@@ -20,6 +20,7 @@ import numpy as np
 from vllm_balance.cost import CostModel
 from vllm_balance.profiles import Profile, RankProfile
 from vllm_balance.simulate.hardware import Hardware
+from vllm_balance.simulate.machine_speed import AS_PROFILED, MachineSpeed
 from vllm_balance.simulate.models import Model
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,10 +56,10 @@ class ExpertTimes:
         from vllm_balance.simulate.rank_times import rank_times
 
         tables = (self.fixed_S2, self.stream_SN, self.compute_SN)
-        time_LS, activated_LS, pairs_LS = rank_times(tokens_LP, num_ranks, *tables)
-        if self.contention_N is not None:
-            alone = (self.fixed_S2, *(table / self.contention_N for table in tables[1:]))
-            time_LS = sharing(time_LS, rank_times(tokens_LP, num_ranks, *alone)[0])
+        beside_LS, alone_LS, activated_LS, pairs_LS = rank_times(
+            tokens_LP, num_ranks, *tables, self.contention_N
+        )
+        time_LS = beside_LS if self.contention_N is None else sharing(beside_LS, alone_LS)
         return time_LS, activated_LS, pairs_LS
 
     def slowest(self, slowness: Sequence[float], tokens_N: Array) -> Array:
@@ -80,6 +81,21 @@ class ExpertTimes:
             fixed_S2=self.fixed_S2 / speed,
             stream_SN=self.stream_SN / speed,
             compute_SN=self.compute_SN / speed,
+        )
+
+    def on(self, speed: MachineSpeed) -> ExpertTimes:
+        """The same while the machine takes so many times longer."""
+        if speed == AS_PROFILED:
+            return self
+        tokens_N = np.arange(TABLE + 1)
+        longer_N, crowding_N = speed.at(tokens_N), speed.crowding(tokens_N)
+        before_N = np.ones(TABLE + 1) if self.contention_N is None else self.contention_N
+        return replace(
+            self,
+            fixed_S2=self.fixed_S2 * speed.memory,
+            stream_SN=self.stream_SN * longer_N,
+            compute_SN=self.compute_SN * longer_N,
+            contention_N=before_N * crowding_N,
         )
 
     def slowed(self, slowness: Sequence[float], num_ranks: int) -> ExpertTimes:

@@ -65,17 +65,36 @@ class Outcome:
         weight = self.steps.decode_N * self.steps.times_N
         return float((self.step_us_N * weight).sum() / weight.sum()) if weight.any() else np.nan
 
+    def tpot_us_at(self, quantile: float) -> float:
+        """Quantile over requests of the mean t_step from a request's first token to its last; nan
+        if none of several tokens ended.
+
+        Unlike `tpot_us` it leaves out what few requests wait for, as those of a burst do whose
+        prompts are computed before the others'.
+        """
+        end_M, first_R, last_R = self._end_us_M, self.steps.first_R, self.steps.last_R
+        ended_R = (last_R > first_R) & (last_R < len(self.steps.like_M))
+        if not ended_R.any():
+            return float("nan")
+        first_R, last_R = first_R[ended_R], last_R[ended_R]
+        spans_R = end_M[last_R + 1] - end_M[first_R + 1]
+        return float(np.quantile(spans_R / (last_R - first_R), quantile))
+
+    @property
+    def _end_us_M(self) -> Array:
+        """When each step of the load begins, and at last when the last one ends."""
+        return np.concatenate([[0.0], np.cumsum(self.step_us_N[self.steps.like_M])])
+
     def ttft_us_at(self, quantile: float) -> float:
         """Quantile of TTFT over requests that got their first token; nan if there is none.
 
         Steps before the first one are taken to be as long as the mean of those that are there.
         """
-        step_us_M = self.step_us_N[self.steps.like_M]
-        end_M = np.concatenate([[0.0], np.cumsum(step_us_M)])
+        end_M = self._end_us_M
         arrived_R, first_R = self.steps.arrived_R, self.steps.first_R
         if not len(first_R):
             return float("nan")
-        before_R = np.minimum(arrived_R, 0) * step_us_M.mean()
+        before_R = np.minimum(arrived_R, 0) * end_M[-1] / (len(end_M) - 1)
         spans_R = end_M[first_R + 1] - end_M[np.maximum(arrived_R, 0)] - before_R
         _, came_R, number_R = np.unique(arrived_R, return_inverse=True, return_counts=True)
         spans_R = spans_R + self.request_beside_us * (number_R[came_R] - 1)

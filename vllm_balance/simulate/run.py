@@ -31,6 +31,7 @@ from vllm_balance.simulate.fetches import (
 from vllm_balance.simulate.hardware import Hardware, is_in_format_of
 from vllm_balance.simulate.layout import Layout
 from vllm_balance.simulate.links import Network
+from vllm_balance.simulate.machine_speed import AS_PROFILED, MachineSpeed
 from vllm_balance.simulate.models import Model
 from vllm_balance.simulate.outcome import Outcome
 from vllm_balance.simulate.serving import schedule
@@ -79,6 +80,9 @@ class Arm:
     slowness: tuple[float, ...] = (1.0,)
     """How many times longer each rank takes for all that it computes, but not for links, fetches,
     steps and requests; one number stands for all ranks."""
+    speed: MachineSpeed = AS_PROFILED
+    """Of the machine as a whole while the load is served, where ranks share its memory and send by
+    it. Nothing is placed or decided by it."""
 
     @property
     def num_redundant(self) -> int:
@@ -123,19 +127,20 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
     rows = [stage.step(traffic, decode, prefill) for decode, prefill in whole_N2.tolist()]
     columns = np.array(rows).T * (arm.model.num_moe_layers / traffic.num_layers)
     names = ("exchange", "decide", "dispatch", "experts", "combine")
-    slowest_N = stage.times.slowest(arm.slowness, steps.whole_N2.sum(1))
+    tokens_N, memory = steps.whole_N2.sum(1), arm.speed.memory
+    longer_N = arm.speed.at(tokens_N) * stage.times.slowest(arm.slowness, tokens_N)
     return Outcome(
         steps=steps,
         stage_us={
-            "attention": slowest_N * dense.attention_us(steps),
-            "rest": slowest_N * dense.rest_us(steps) + dense.served_us(steps),
+            "attention": longer_N * dense.attention_us(steps),
+            "rest": longer_N * dense.rest_us(steps) + memory * dense.served_us(steps),
             **dict(zip(names, columns[:5], strict=True)),
         },
         busy_us_N=columns[5],
         activated_N=columns[6],
         pairs_N=columns[7],
-        request_us=arm.hardware.fixed.request.value,
-        request_beside_us=arm.hardware.fixed.request_beside.value,
+        request_us=memory * arm.hardware.fixed.request.value,
+        request_beside_us=memory * arm.hardware.fixed.request_beside.value,
         redundant_bytes=arm.redundant_bytes,
     )
 
@@ -243,10 +248,11 @@ class _MoeStage:
 
     def __init__(self, arm: Arm, decider: Decider | FetchingDecider, network: Network) -> None:
         self.arm, self.decider, self.network = arm, decider, network
-        self.times = expert_times(arm)
+        self.times, self.memory = expert_times(arm).on(arm.speed), arm.speed.memory
         decide_us = arm.hardware.decide_us(arm.balancer, arm.model.num_experts.value)
-        self.decide_us = max(arm.slowness) * decide_us
-        self.fetch_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
+        self.decide_us = max(arm.slowness) * self.memory * decide_us
+        fetched_us = fetch_us(arm.model, arm.hardware) if arm.balancer in FETCHING else 0.0
+        self.fetch_us = self.memory * fetched_us
 
     def step(self, traffic: Traffic, num_decode: int, num_prefill: int) -> tuple[float, ...]:
         """(exchange, decide, dispatch, experts, combine, mean over ranks of experts, lambda,
@@ -258,7 +264,8 @@ class _MoeStage:
             hidden = self.arm.hides_fetches
             time_LS = with_fetches(time_LS, activated_LS, fetched_LS, self.fetch_us, hidden=hidden)
         layers = len(tokens_LP)
-        exchange, dispatch, combine = self._network(num_decode + num_prefill, pairs_LS)
+        sent = self._network(num_decode + num_prefill, pairs_LS)
+        exchange, dispatch, combine = (self.memory * each for each in sent)
         return (
             layers * exchange,
             layers * self.decide_us,

@@ -37,6 +37,7 @@ def _loop(load: Load, window: int, random: np.random.Generator) -> Steps:
         like_M=np.arange(len(rows)),
         arrived_R=requests.arrived_R[order],
         first_R=requests.first_R[order],
+        last_R=requests.last_R[order],
     )
 
 
@@ -59,6 +60,11 @@ class _Requests:
     def unfinished_R(self) -> Array:
         """Requests that were sent and have not all of their tokens."""
         return (self.engine_R >= 0) & (self.computed_R < self.done_R)
+
+    @property
+    def last_R(self) -> Array:
+        """Step of the last token of each request that has its first one: one token in each."""
+        return np.asarray(self.first_R + self.done_R - self.prompt_R)
 
     def _send(self, now: int) -> None:
         """Requests follow those that ended before step `now`, until there are no more.

@@ -183,6 +183,7 @@ def _typical(load: Load, rows_M9: Array, arrived_R: Array, first_R: Array) -> St
         like_M=like_M,
         arrived_R=arrived_R,
         first_R=first_R,
+        last_R=first_R + load.output_tokens - 1,
     )
 
 

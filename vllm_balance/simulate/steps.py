@@ -122,6 +122,8 @@ class Steps:
     step."""
     first_R: Array
     """Step that gave its first token."""
+    last_R: Array
+    """Step that gave its last one; at or behind the load's last step of a request that goes on."""
 
     @property
     def tokens_N(self) -> Array:
