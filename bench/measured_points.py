@@ -42,6 +42,7 @@ RUNS = (
 RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "trace")
 RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow", "turns-slow-bfloat16")
 RUNS += ("traffic", "traffic-bfloat16", "harmoeny-varying", "turns-harmoeny")
+RUNS += ("turns-qwen3",)
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]

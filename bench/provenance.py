@@ -102,28 +102,14 @@ def machine() -> str:
     """CPU, what its matrix units are, cores, memory."""
     import torch
 
+    from vllm_balance.seams.device import processor
+
     unit = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512 BF16"
     if not torch.cpu._is_avx512_bf16_supported():
         unit = NO_BF16
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpu = cpu_name(Path("/proc/cpuinfo").read_text())
+    cpu = processor() or platform.processor()
     return f"{cpu}, {unit}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
-
-
-def cpu_name(cpuinfo: str) -> str:
-    """Brand and generation of the first processor in the text of /proc/cpuinfo.
-
-    On virtual machines the brand is often only "AMD EPYC": generations of it have the same vector
-    units, and one does products twice as fast as another.
-    """
-    fields = dict(
-        (part.strip() for part in line.partition(":")[::2])
-        for line in reversed(cpuinfo.splitlines())
-    )
-    brand = fields.get("model name") or platform.processor()
-    if {"cpu family", "model"} <= fields.keys():
-        return f"{brand} (family {fields['cpu family']}, model {fields['model']})"
-    return brand
 
 
 def config_hash(settings: dict[str, Any]) -> str:

@@ -36,32 +36,6 @@ def test_code_that_measures_counts_and_tables_do_not(tree, name, counts):
     assert provenance.commit().endswith("+") == counts
 
 
-CPUINFO = """processor\t: 0
-cpu family\t: {family}
-model\t\t: {model}
-model name\t: AMD EPYC
-flags\t\t: avx512_bf16
-
-processor\t: 1
-cpu family\t: {family}
-model\t\t: {model}
-model name\t: AMD EPYC
-"""
-
-
-def test_generations_of_one_brand_have_names_of_their_own():
-    names = {
-        provenance.cpu_name(CPUINFO.format(family=family, model=model))
-        for family, model in ((25, 17), (26, 2))
-    }
-    assert names == {"AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"}
-
-
-def test_a_cpu_that_names_no_family_has_its_brand_alone():
-    """As on processors that are not x86."""
-    assert provenance.cpu_name("processor : 0\nmodel name : A CPU\n") == "A CPU"
-
-
 def imported(name: str) -> set[str]:
     """Modules of bench that a module of bench imports."""
     found = set()

@@ -153,6 +153,31 @@ def test_ranks_are_alike_with_one_processor_and_number_of_threads(ranks_find):
     assert not ranks_are_alike()
 
 
+CPUINFO = """processor\t: 0
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: AMD EPYC
+flags\t\t: avx512_bf16
+
+processor\t: 1
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: AMD EPYC
+"""
+
+
+def test_generations_of_one_brand_are_other_processors(monkeypatch, tmp_path):
+    """A profile of one of them is refused on another, and ranks on two of them are not alike."""
+    file, names = tmp_path / "cpuinfo", set()
+    monkeypatch.setattr(device, "CPUINFO", file)
+    for family, model in ((25, 17), (26, 2)):
+        file.write_text(CPUINFO.format(family=family, model=model))
+        names.add(device.processor())
+    assert names == {"AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"}
+    file.write_text("processor : 0\nmodel name : A CPU\n")
+    assert device.processor() == "A CPU"
+
+
 @pytest.fixture
 def arm(monkeypatch, tmp_path):
     """The processor's file as Linux writes it on Arm: without a name."""

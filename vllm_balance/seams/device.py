@@ -76,10 +76,19 @@ def kernel_isa(dtype: str) -> str:
 
 
 def processor() -> str | None:
-    """The name of this machine's processor, as Linux tells it of x86; None if it does not."""
-    lines = CPUINFO.read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else None
+    """This machine's processor, as Linux tells it of x86: brand and generation, as in "AMD EPYC
+    (family 26, model 2)"; None if it does not.
+
+    On virtual machines the brand is often that alone, and one generation of it may do products
+    twice as fast as another with the same vector units.
+    """
+    fields = dict(
+        (part.strip() for part in line.partition(":")[::2])
+        for line in reversed(CPUINFO.read_text().splitlines())
+    )
+    if {"model name", "cpu family", "model"} <= fields.keys():
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    return fields.get("model name")
 
 
 def device_name(dtype: str) -> str:
