@@ -83,6 +83,16 @@ def layers_of(model: str | Path) -> tuple[int, ...]:
         ) from error
 
 
+def quantisation_of(model: str | Path) -> str | None:
+    """How a model's weights are quantised, as vLLM calls it, e.g. "fp8"; None if they are not.
+    Arguments and errors as of `from_config`."""
+    config = _read(model)
+    found = config.get("quantization_config") or _text_of(config).get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    return str(found.get("quant_method", "an unnamed way"))
+
+
 def name_of(model: str | Path) -> str:
     """What people call a model: its name on Hugging Face, if that is given or its folder is one of
     Hugging Face's cache; else the name of its folder."""

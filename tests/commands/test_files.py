@@ -15,17 +15,11 @@ from tiny_model import CONFIG
 from typer.testing import CliRunner
 
 from vllm_balance import commands, documents, maps, profiles, traces
-from vllm_balance.commands import expert_probe
+from vllm_balance.commands import expert_probe, profiled_ranks
 from vllm_balance.commands.expert_probe import Timing
-from vllm_balance.commands.profile import (
-    COARSE,
-    MAX_TOKENS,
-    grid,
-    own_cores,
-    ranks_of,
-    sample,
-)
+from vllm_balance.commands.profile import own_cores, ranks_of, sample
 from vllm_balance.commands.profile_check import check_profile, deviations, measure_again
+from vllm_balance.commands.profile_samples import ON_CORES, ON_GPU, grid
 from vllm_balance.commands.rank_curves import curves, fastest, slowness
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
@@ -107,7 +101,7 @@ def test_large_experts_are_timed_less_often_or_not_at_all(slower, once, left_out
 
 
 def test_a_profile_that_does_not_fit_into_memory_is_refused_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[sample.__module__], "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(profiled_ranks, "available_bytes", lambda: 2**30)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused = run("profile", tmp_path, "--ranks", 2, "-o", tmp_path / "p.json").exception
     assert isinstance(refused, BalancerError) and "1.0 GiB are free" in str(refused)
@@ -180,15 +174,17 @@ def test_samples_of_known_ranks_give_their_curves(folder):
 @pytest.mark.parametrize("local", [1, 2, 8, 64, 256])
 @pytest.mark.parametrize("knee", [1.0, 4.0, 30.0, 128.0])
 def test_the_grid_has_batches_of_every_kind_and_none_too_big(local, knee):
-    batches = grid(local, knee)
-    assert len(batches) <= 44
-    assert all(0 < len(b) <= local and min(b) >= 1 and sum(b) <= MAX_TOKENS for b in batches)
+    for extent in (ON_CORES, ON_GPU):
+        batches = grid(local, knee, extent)
+        assert len(batches) <= 44
+        assert all(0 < len(b) <= local and min(b) >= 1 for b in batches)
+        assert all(sum(b) <= extent.most_tokens for b in batches)
 
 
 @pytest.mark.parametrize("local", [1, 8, 64, 256])
 def test_the_grid_has_both_sides_of_where_a_grouped_kernel_begins_a_tile(local):
     """Evenly loaded, with equally many experts, so that nothing but the tile differs."""
-    batches = [[n] * local for n in COARSE] + grid(local, 4.0)
+    batches = [[n] * local for n in ON_CORES.coarse] + grid(local, 4.0)
     even = {(len(batch), batch[0]) for batch in batches if len(set(batch)) == 1}
     for tile in (16, 32, 64, 128):
         assert {(min(local, 16), tile), (min(local, 16), tile + 1)} <= even
@@ -398,12 +394,13 @@ def test_a_profile_is_of_the_dtype_that_is_asked_for(tmp_path, monkeypatch):
     probed = []
 
     @contextmanager
-    def probing(shape, isa, cores_S, num_local):
-        probed.append((shape.dtype, len(cores_S[0])))
+    def probing(kernels_S):
+        shape, _, cores, _ = kernels_S[0].args
+        probed.append((shape.dtype, len(cores)))
         yield Instrument(CURVES[:1])
 
     for function in (sample, check_profile):
-        monkeypatch.setattr(sys.modules[function.__module__], "probing", probing)
+        monkeypatch.setattr(sys.modules[function.__module__], "probing_kernels", probing)
     monkeypatch.setattr(sys.modules[sample.__module__], "own_cores", lambda: [0, 1])
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "p.json"
@@ -455,7 +452,7 @@ def test_a_profile_is_not_begun_if_its_results_have_no_place(tmp_path, monkeypat
     def begun(*_):
         raise AssertionError("the profile was begun")
 
-    monkeypatch.setattr(sys.modules[sample.__module__], "probing", begun)
+    monkeypatch.setattr(sys.modules[sample.__module__], "probing_kernels", begun)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     lost, there = tmp_path / "lost" / "p.png", tmp_path / "p.png"
     for arguments in (("-o", lost), ("-o", there, "--plot", lost), ("-o", tmp_path)):

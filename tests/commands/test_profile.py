@@ -43,12 +43,12 @@ def ranks(monkeypatch):
     measured = Ranks()
 
     @contextmanager
-    def probing(shape, isa, cores_S, num_local):
-        assert len(cores_S) == 2
+    def probing(kernels_S):
+        assert len(kernels_S) == 2
         yield measured
 
     for function in (sample, check_profile):
-        monkeypatch.setattr(sys.modules[function.__module__], "probing", probing)
+        monkeypatch.setattr(sys.modules[function.__module__], "probing_kernels", probing)
     monkeypatch.setattr(sys.modules[sample.__module__], "own_cores", lambda: [0, 1])
     return measured
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vllm_balance import commands, documents, plugin, traces
 from vllm_balance.errors import BalancerError
@@ -198,10 +199,29 @@ def test_a_profile_of_ranks_with_other_cores(moe_model, write):
 
 
 def test_a_device_that_cannot_be_profiled(moe_model, write, monkeypatch):
-    monkeypatch.setattr(settings_files, "unprofiled_device", lambda: "H100")
+    monkeypatch.setattr(settings_files, "unprofiled_device", lambda: "a CPU of type aarch64")
     text = refused(moe_model, profile=write())
-    assert f"`profile` names {write()}, and profiles describe x86 CPUs only" in text
-    assert "this server runs on H100. Leave `profile` out and set `knee_tokens`" in text
+    assert f"`profile` names {write()}, and profiles describe unquantised experts on x86" in text
+    assert "this server runs on a CPU of type aarch64. Leave `profile` out and set" in text
+
+
+def test_experts_that_cannot_be_profiled(moe_model, write):
+    config = configured(moe_model)
+    config.model_config.quantization = "fp8"
+    asked = settings_of(configured(moe_model, profile=write()))
+    with pytest.raises(BalancerError, match=r"this server has experts in fp8\. Leave `profile`"):
+        measured_costs(asked, config)
+
+
+def test_a_gpu_takes_the_profile_of_one_of_its_kind(moe_model, write, monkeypatch):
+    kind = type(current_platform)
+    config = configured(moe_model, profile=write())
+    monkeypatch.setattr(kind, "is_cuda_alike", lambda self: True)
+    monkeypatch.setattr(kind, "get_device_name", classmethod(lambda cls, device_id=0: "H100"))
+    with pytest.raises(BalancerError, match=r"device '.*, (vec|amx)' instead of 'H100, triton'"):
+        measured_costs(settings_of(config), config)
+    write(device="H100, triton")
+    assert [cost.knee_tokens for cost in measured_costs(settings_of(config), config)] == [8, 12]
 
 
 def test_a_profile_of_another_number_of_ranks(moe_model, write):

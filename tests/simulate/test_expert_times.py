@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_balance.commands.profile_samples import COARSE, MAX_TOKENS, grid
+from vllm_balance.commands.profile_samples import ON_CORES, grid
 from vllm_balance.cost import fit
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
@@ -104,7 +104,9 @@ def test_sharing_is_between_all_busy_and_alone(ranks):
 def contended(profile):
     """The profile with each evenly loaded batch of 32 experts measured alone: a third of the time
     to stream is the other rank's doing."""
-    points = [p for p in profile.ranks[0].points if p.tokens_E in [[n] * 32 for n in COARSE]]
+    points = [
+        p for p in profile.ranks[0].points if p.tokens_E in [[n] * 32 for n in ON_CORES.coarse]
+    ]
     times_faster = {point.tokens_E[0]: 1.5 if point.tokens_E[0] < 16 else 1 for point in points}
     alone = [
         point.model_copy(update={"time_us": point.time_us / times_faster[point.tokens_E[0]]})
@@ -226,7 +228,8 @@ def test_the_few_points_with_hot_experts_do_not_make_a_token_free():
     def time_of_one(tokens):
         return max(1600.0, 600.0 + 250.0 * tokens)
 
-    batches = [[n] * 64 for n in COARSE if n * 64 <= MAX_TOKENS] + grid(64, 7.0)
+    batches = [[n] * 64 for n in ON_CORES.coarse if n * 64 <= ON_CORES.most_tokens]
+    batches += grid(64, 7.0)
     times = measured(
         profile_of(time_of_one, batches, lambda batch: 0.75 if max(batch) > 100 else 1.0)
     )

@@ -144,7 +144,7 @@ def examine() -> Findings:
         )
     from vllm.platforms import current_platform
 
-    from vllm_balance.seams.device import unprofiled_device
+    from vllm_balance.seams.device import untested_device
     from vllm_balance.seams.versions import (
         TESTED,
         installed_version,
@@ -156,7 +156,7 @@ def examine() -> Findings:
     if (problem := unsupported_version()) is not None:
         findings.problems.append(problem)
     findings.problems += _plugin_problems()
-    other = unprofiled_device()
+    other = untested_device()
     if other is not None or not is_tested():
         findings.untested = (
             f"servers were run on x86 CPUs with vLLM {TESTED} only, and this is vLLM "

@@ -1,14 +1,16 @@
-"""Times vLLM's own CPU expert kernel on several ranks at once, each pinned to its cores."""
+"""Times vLLM's own expert kernel on several ranks at once, each in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from vllm_balance.errors import BalancerError
 from vllm_balance.model_shape import ModelShape
@@ -28,6 +30,13 @@ class Timing:
     time_us: float
     """Median of the repeats."""
     repeats: int
+
+
+class Kernel(Protocol):
+    """vLLM's kernel with the experts of one rank, in its process."""
+
+    def time(self, tokens_E: Sequence[int], repeats: int | None) -> Timing:
+        """Times a batch, tokens per activated expert, so many times or as often as fits."""
 
 
 class Probe:
@@ -77,10 +86,18 @@ class Probe:
 def probing(
     shape: ModelShape, isa: str, cores_S: Sequence[Sequence[int]], num_local: int
 ) -> Iterator[Probe]:
-    """Starts a process per rank, each with `num_local` experts of random weights, and ends them.
+    """`probing_kernels` on cores, each rank with `num_local` experts of random weights.
 
     Args:
         cores_S: the cores of each rank, which all compute.
+    """
+    with probing_kernels([partial(CpuKernel, shape, isa, own, num_local) for own in cores_S]) as on:
+        yield on
+
+
+@contextmanager
+def probing_kernels(kernels_S: Sequence[Callable[[], Kernel]]) -> Iterator[Probe]:
+    """Starts a process per rank, in which its kernel is made, and ends them.
 
     Raises:
         BalancerError: a rank died, e.g. for want of memory.
@@ -88,11 +105,9 @@ def probing(
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
     try:
-        for cores in cores_S:
+        for kernel in kernels_S:
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, shape, isa, cores, num_local), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, kernel), daemon=True)
             process.start()
             theirs.close()
             connections.append(ours)
@@ -133,29 +148,60 @@ def _receive(rank: int, connection: Connection, within_s: float = _TIMEOUT) -> T
     return answer
 
 
-def _serve(
-    connection: Connection, shape: ModelShape, isa: str, cores: Sequence[int], num_local: int
-) -> None:
+def _serve(connection: Connection, make: Callable[[], Kernel]) -> None:
     """Body of a rank process: answers every list of tokens with a Timing, until hung up."""
-    os.sched_setaffinity(0, cores)
-    # Read by OpenMP when torch is imported: a thread stays on its core, as in vLLM's workers.
-    os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
-    os.environ["OMP_PROC_BIND"] = "true"
-    import torch
-
-    torch.set_num_threads(len(cores))
-    if isa == "amx":
-        torch.cpu._init_amx()
-    weights = _weights(shape, isa, num_local)
-    generator = torch.Generator().manual_seed(cores[0])
-    _time(weights, [1], isa, generator, None)
+    kernel = make()
+    kernel.time([1], None)
     connection.send(Timing(time_us=0.0, repeats=0))
     while True:
         try:
             tokens_E, repeats = connection.recv()
         except EOFError:
             return
-        connection.send(_time(weights, tokens_E, isa, generator, repeats))
+        connection.send(kernel.time(tokens_E, repeats))
+
+
+class CpuKernel:
+    """The kernel for unquantised experts on x86 CPUs, on the cores of one rank."""
+
+    def __init__(self, shape: ModelShape, isa: str, cores: Sequence[int], num_local: int) -> None:
+        os.sched_setaffinity(0, cores)
+        # Read by OpenMP when torch is imported: a thread stays on its core, as in vLLM's workers.
+        os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
+        os.environ["OMP_PROC_BIND"] = "true"
+        import torch
+
+        torch.set_num_threads(len(cores))
+        if isa == "amx":
+            torch.cpu._init_amx()
+        self._isa = isa
+        self._w13, self._w2 = _weights(shape, isa, num_local)
+        self._generator = torch.Generator().manual_seed(cores[0])
+
+    def time(self, tokens_E: Sequence[int], repeats: int | None) -> Timing:
+        """Median time; each repeat takes other experts, as serving does."""
+        import torch
+        from vllm import _custom_ops as ops
+
+        w13, w2 = self._w13, self._w2
+        hidden_NH = torch.randn(sum(tokens_E), w13.shape[2], generator=self._generator)
+        hidden_NH = hidden_NH.to(w13.dtype)
+        output_NH = torch.empty_like(hidden_NH)
+        ones_N1 = torch.ones(len(hidden_NH), 1)
+        count_E = torch.tensor(tokens_E)
+        least, most = (repeats, repeats) if repeats else (MIN_REPEATS, MAX_REPEATS)
+        times: list[int] = []
+        while len(times) < least or (sum(times) < SECONDS * 1e9 and len(times) < most):
+            chosen_E = torch.randperm(len(w13), generator=self._generator)[: len(tokens_E)]
+            ids_N = chosen_E.repeat_interleave(count_E)
+            order_N = torch.randperm(len(ids_N), generator=self._generator)
+            ids_N1 = ids_N[order_N].to(torch.int32).unsqueeze(1).contiguous()
+            start = time.perf_counter_ns()
+            ops.cpu_fused_moe(
+                output_NH, hidden_NH, w13, w2, None, None, ones_N1, ids_N1, "silu", self._isa
+            )
+            times.append(time.perf_counter_ns() - start)
+        return Timing(time_us=sorted(times)[len(times) // 2] / 1000, repeats=len(times))
 
 
 def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-untyped-def]
@@ -175,26 +221,3 @@ def _weights(shape: ModelShape, isa: str, num_local: int):  # type: ignore[no-un
         packed.append(ops.cpu_prepack_moe_weight(one.repeat(num_local, 1, 1), isa))
     gather_into_huge_pages(packed)
     return packed
-
-
-def _time(weights, tokens_E, isa, generator, repeats) -> Timing:  # type: ignore[no-untyped-def]
-    """Median time of the kernel; each repeat takes other experts, as serving does."""
-    import torch
-    from vllm import _custom_ops as ops
-
-    w13, w2 = weights
-    hidden_NH = torch.randn(sum(tokens_E), w13.shape[2], generator=generator).to(w13.dtype)
-    output_NH = torch.empty_like(hidden_NH)
-    ones_N1 = torch.ones(len(hidden_NH), 1)
-    count_E = torch.tensor(tokens_E)
-    least, most = (repeats, repeats) if repeats else (MIN_REPEATS, MAX_REPEATS)
-    times: list[int] = []
-    while len(times) < least or (sum(times) < SECONDS * 1e9 and len(times) < most):
-        chosen_E = torch.randperm(len(w13), generator=generator)[: len(tokens_E)]
-        ids_N = chosen_E.repeat_interleave(count_E)
-        order_N = torch.randperm(len(ids_N), generator=generator)
-        ids_N1 = ids_N[order_N].to(torch.int32).unsqueeze(1).contiguous()
-        start = time.perf_counter_ns()
-        ops.cpu_fused_moe(output_NH, hidden_NH, w13, w2, None, None, ones_N1, ids_N1, "silu", isa)
-        times.append(time.perf_counter_ns() - start)
-    return Timing(time_us=sorted(times)[len(times) // 2] / 1000, repeats=len(times))

@@ -17,24 +17,28 @@ from rich.table import Table
 
 from vllm_balance import documents, model_shape, profiles
 from vllm_balance.commands import expert_probe, pictures
-from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.commands.expert_probe import Probe, probing_kernels
 from vllm_balance.commands.installed import require_vllm
 from vllm_balance.commands.printing import progress, say
 from vllm_balance.commands.profile_check import check_profile
-from vllm_balance.commands.profile_samples import COARSE, MAX_TOKENS, FirstGuess, grid, within_time
+from vllm_balance.commands.profile_samples import (
+    ON_CORES,
+    Extent,
+    FirstGuess,
+    grid,
+    within_time,
+)
+from vllm_balance.commands.profiled_ranks import Cores, Ranks, visible_gpus
 from vllm_balance.commands.rank_curves import ROUNDS, curves, fastest
 from vllm_balance.cost import CostModel
 from vllm_balance.errors import BalancerError
-from vllm_balance.experts.host_memory import available_bytes
 from vllm_balance.model_shape import ModelShape
 from vllm_balance.profiles import Curve, Point, Profile, RankProfile, Units
-from vllm_balance.seams.device import device_name, kernel_isa, served_dtype
+from vllm_balance.seams.device import device_name, is_gpu, served_dtype
 from vllm_balance.seams.versions import kernel_versions
 
 MAX_EXPERTS = 64
 """Of one rank that are held in memory if nothing else is asked for."""
-PROCESS_BYTES = 600 * 2**20
-"""Of a rank's process without its experts: torch and vLLM."""
 SECONDS = 70.0
 """After which no round is begun beyond the least."""
 GOOD_FIT = 0.08
@@ -52,12 +56,15 @@ def profile(
         ),
     ],
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks measured at once.", show_default="2")
+        int | None,
+        typer.Option(min=1, help="Ranks measured at once.", show_default="2, or all GPUs"),
     ] = None,
     cores_per_rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Cores that each rank computes with, as it will serve.", show_default="1"
+            min=1,
+            help="Cores that each rank computes with, as it will serve; not on GPUs.",
+            show_default="1",
         ),
     ] = None,
     output: Annotated[
@@ -96,6 +103,7 @@ def profile(
     """
     require_vllm("profile")
     shape = model_shape.from_config(model)
+    _refuse_quantised(model)
     if check is not None:
         new_only = {
             "--ranks": ranks, "--cores-per-rank": cores_per_rank, "--output": output,
@@ -106,7 +114,7 @@ def profile(
         same = stored.shape.dtype if dtype == "auto" else served_dtype(dtype, shape.dtype)
         shape = shape.model_copy(update={"dtype": same})
         stored.require(shape=shape, device=device_name(same), versions=kernel_versions())
-        check_profile(stored, cores_of(len(stored.ranks), stored.cores_per_rank))
+        check_profile(stored, ranks_here(len(stored.ranks), stored.cores_per_rank))
         return
     output = output or DEFAULT_OUTPUT
     documents.require_new(
@@ -116,7 +124,12 @@ def profile(
         pictures.require_drawable(plot)
     shape = shape.model_copy(update={"dtype": served_dtype(dtype, shape.dtype)})
     begun = time.monotonic()
-    measured = measure_ranks(shape, ranks or 2, cores_per_rank or 1, experts)
+    if is_gpu() and cores_per_rank is not None:
+        raise BalancerError(
+            f"--cores-per-rank asks for {cores_per_rank}, and experts run on GPUs here. Leave it "
+            f"out."
+        )
+    measured = measure_ranks(shape, ranks_here(ranks, cores_per_rank or 1), experts)
     documents.write(output, measured)
     _print(measured)
     say(f"Measured in {time.monotonic() - begun:.0f} s. Wrote {output}.")
@@ -125,56 +138,55 @@ def profile(
         say(f"Wrote {plot}.")
 
 
-def measure_ranks(
-    shape: ModelShape, ranks: int, cores_per_rank: int, experts: int | None
-) -> Profile:
+def ranks_here(ranks: int | None, cores_per_rank: int) -> Ranks:
+    """The ranks of this machine: so many, or two, or all GPUs.
+
+    Raises:
+        BalancerError: it has fewer cores or GPUs.
+    """
+    return visible_gpus(ranks) if is_gpu() else Cores(cores_of(ranks or 2, cores_per_rank))
+
+
+def measure_ranks(shape: ModelShape, ranks: Ranks, experts: int | None) -> Profile:
     """Measures all ranks at once and fits their curves.
 
     Args:
         experts: held by each rank; None: its share, at most MAX_EXPERTS.
 
     Raises:
-        BalancerError: too few cores, too little memory, more experts than samples have tokens for,
-            or a rank died.
+        BalancerError: too little memory, more experts than samples have tokens for, or a rank died.
     """
-    cores_S, isa = cores_of(ranks, cores_per_rank), kernel_isa(shape.dtype)
-    if experts is not None and experts * COARSE[1] > MAX_TOKENS:
+    extent, places = ranks.extent, ranks.places
+    few = extent.coarse[1]
+    if experts is not None and experts * few > extent.most_tokens:
         raise BalancerError(
             f"--experts asks for {experts} experts on each rank, and samples have at most "
-            f"{MAX_TOKENS} tokens, {COARSE[1]} and more for each expert. Allowed are up to "
-            f"{MAX_TOKENS // COARSE[1]}."
+            f"{extent.most_tokens} tokens, {few} and more for each expert. Allowed are up to "
+            f"{extent.most_tokens // few}."
         )
-    local = experts or min(-(-shape.num_experts // ranks), MAX_EXPERTS)
-    _require_memory(shape, ranks, local)
-    with probing(shape, isa, cores_S, local) as probe:
-        points_RSN = sample(probe, local)
-        alone = sample_alone(probe, points_RSN[0][0]) if ranks > 1 else []
+    local = experts or min(-(-shape.num_experts // len(places)), MAX_EXPERTS)
+    with probing_kernels(ranks.kernels(shape, local)) as probe:
+        points_RSN = sample(probe, local, extent)
+        beside = ranks.shares_memory and len(places) > 1
+        alone = sample_alone(probe, points_RSN[0][0], extent) if beside else []
     return Profile(
         units=Units(),
         created=datetime.now(UTC),
         device=device_name(shape.dtype),
         versions=kernel_versions(),
         shape=shape,
-        cores_per_rank=cores_per_rank,
-        ranks=ranks_of(points_RSN, [_place(cores) for cores in cores_S]),
+        cores_per_rank=ranks.cores_per_rank,
+        ranks=ranks_of(points_RSN, places, extent),
         alone=alone,
     )
 
 
-def _require_memory(shape: ModelShape, ranks: int, local: int) -> None:
-    """Raises BalancerError if the ranks' experts do not fit into memory."""
-    import torch
-
-    weights = 3 * shape.hidden * shape.inner * local
-    # w13 is packed into a copy, and w2 beside the packed w13: 4/3 of all weights at once.
-    of_experts = weights * getattr(torch, shape.dtype).itemsize * 4 // 3
-    needed, left = ranks * (of_experts + PROCESS_BYTES), available_bytes()
-    if needed > left:
-        fitting = max(0, int((left / ranks - PROCESS_BYTES) * local / of_experts))
+def _refuse_quantised(model: Path) -> None:
+    if (how := model_shape.quantisation_of(model)) is not None:
         raise BalancerError(
-            f"{ranks} ranks with {local} experts each in {shape.dtype} take "
-            f"{needed / 2**30:.1f} GiB of memory while they start, and {left / 2**30:.1f} GiB are "
-            f"free, enough for {fitting} experts each. Ask for fewer experts (--experts) or ranks."
+            f"The experts of {model} are quantised ({how}), and `vllm-balance profile` measures "
+            f"vLLM's kernels for unquantised ones. `vllm-balance place --model MODEL --speeds ...` "
+            f"places experts without a profile."
         )
 
 
@@ -212,12 +224,7 @@ def own_cores() -> list[int]:
     return list(first.values())
 
 
-def _place(cores: Sequence[int]) -> str:
-    """Where a rank ran, in words for the file."""
-    return f"core{'s' if len(cores) > 1 else ''} {', '.join(map(str, cores))}"
-
-
-def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
+def sample(probe: Probe, local: int, extent: Extent = ON_CORES) -> list[list[list[Point]]]:
     """Points of each round and rank, the same batches in each: few far from the knee, many around
     it, and skewed ones.
     """
@@ -231,10 +238,10 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
             return [Point(tokens_E=list(tokens_E), time_us=timing.time_us, repeats=timing.repeats)
                     for timing in timings]  # fmt: skip
 
-        first = [[n] * local for n in COARSE if n * local <= MAX_TOKENS]
+        first = [[n] * local for n in extent.coarse if n * local <= extent.most_tokens]
         points_NS = [measure(tokens_E) for tokens_E in first]
         guess = FirstGuess.of([points_S[0] for points_S in points_NS])
-        wanted = grid(local, guess.knee)
+        wanted = grid(local, guess.knee, extent)
         batches, hurried = within_time(guess, first, wanted)
         if hurried:
             say(_shortened(len(first + wanted), len(batches)), "yellow")
@@ -249,14 +256,14 @@ def sample(probe: Probe, local: int) -> list[list[list[Point]]]:
     return [[list(points_N) for points_N in zip(*points_NS, strict=True)] for points_NS in rounds]
 
 
-def sample_alone(probe: Probe, points: Sequence[Point]) -> list[Point]:
+def sample_alone(probe: Probe, points: Sequence[Point], extent: Extent = ON_CORES) -> list[Point]:
     """The evenly loaded ones of the first samples once more, on rank 0 while the others are idle.
 
     Args:
         points: of rank 0, as `sample` measured them.
     """
     local = max(len(point.tokens_E) for point in points)
-    even = [point for point in points if point.tokens_E in [[n] * local for n in COARSE]]
+    even = [point for point in points if point.tokens_E in [[n] * local for n in extent.coarse]]
     with progress() as bar:
         task = bar.add_task("one rank alone", total=ROUNDS[0] * len(even))
         rounds: list[list[Point]] = []
@@ -280,10 +287,12 @@ def _shortened(wanted: int, measured: int) -> str:
 
 
 def ranks_of(
-    points_RSN: Sequence[Sequence[Sequence[Point]]], places: Sequence[str]
+    points_RSN: Sequence[Sequence[Sequence[Point]]],
+    places: Sequence[str],
+    extent: Extent = ON_CORES,
 ) -> list[RankProfile]:
     """The entries of the file, from the points of each round and rank."""
-    per_rank = zip(places, curves(points_RSN), fastest(points_RSN), strict=True)
+    per_rank = zip(places, curves(points_RSN, extent.forms), fastest(points_RSN), strict=True)
     return [
         RankProfile(rank=rank, place=place, curve=Curve.of(found), points=points)
         for rank, (place, found, points) in enumerate(per_rank)

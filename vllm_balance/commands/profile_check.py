@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import typer
 
-from vllm_balance.commands.expert_probe import Probe, probing
+from vllm_balance.commands.expert_probe import Probe, probing_kernels
 from vllm_balance.commands.printing import say
+from vllm_balance.commands.profiled_ranks import Ranks
 from vllm_balance.commands.rank_curves import ROUNDS
 from vllm_balance.profiles import Profile
-from vllm_balance.seams.device import kernel_isa
 
 POINTS = 6
 """Stored points that are measured again, or a few more: fast, slow and between."""
@@ -21,21 +21,21 @@ TOGETHER = 0.10
 """How much faster or slower all ranks together may have become."""
 
 
-def check_profile(stored: Profile, cores_S: Sequence[Sequence[int]]) -> None:
+def check_profile(stored: Profile, ranks: Ranks) -> None:
     """Measures a few stored points again and prints how the ranks have moved.
 
     Args:
-        cores_S: the cores of each rank.
+        ranks: as many as the profile has.
 
     Raises:
-        BalancerError: a rank died.
+        BalancerError: too little memory, or a rank died.
         typer.Exit: status 1 if the profile no longer holds.
     """
     points = stored.ranks[0].points
     local = max(len(point.tokens_E) for point in points)
     by_time = sorted(range(len(points)), key=lambda i: points[i].time_us)
     chosen = by_time[:: max(1, len(points) // POINTS)]
-    with probing(stored.shape, kernel_isa(stored.shape.dtype), cores_S, local) as probe:
+    with probing_kernels(ranks.kernels(stored.shape, local)) as probe:
         time_us_NS = measure_again(probe, [points[i].tokens_E for i in chosen])
     ratio_S = deviations(stored, chosen, time_us_NS)
     for rank, ratio in enumerate(ratio_S):

@@ -1,4 +1,4 @@
-"""Which batches a profile measures, and how often in a round."""
+"""Which batches a profile measures, how often in a round, and what may describe them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import numpy as np
 
 from vllm_balance.commands import expert_probe
 from vllm_balance.commands.rank_curves import ROUNDS
-from vllm_balance.cost import GROUPED
+from vllm_balance.cost import FORMS, GROUPED, PLAIN, Form
 from vllm_balance.profiles import Point
 
-COARSE = (1, 4, 16, 64)
-"""Tokens per expert of the first samples, which find the knee."""
 AROUND_KNEE = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 """Further samples, as multiples of the knee found."""
-MAX_TOKENS = 6144
-"""Pairs of the largest sample on one rank."""
 TILED = 16
 """Experts of the samples on both sides of where a grouped kernel may begin another tile."""
 LONGEST, HURRIED = 100.0, 60.0
@@ -26,6 +22,26 @@ LONGEST, HURRIED = 100.0, 60.0
 within where they would take longer, as the start of large experts does too."""
 FEWEST = 8
 """Batches beside the first ones that are measured in any case."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How far samples go on one kind of device."""
+
+    coarse: tuple[int, ...]
+    """Tokens per expert of the first samples, which find the knee."""
+    most_tokens: int
+    """Pairs of the largest sample on one rank."""
+    highest_knee: int
+    forms: tuple[Form, ...]
+    """Of curves that a kernel may have there."""
+
+
+ON_CORES = Extent(coarse=(1, 4, 16, 64), most_tokens=6144, highest_knee=128, forms=FORMS)
+ON_GPU = Extent(
+    coarse=(1, 16, 128, 512), most_tokens=65_536, highest_knee=1024, forms=(PLAIN, *GROUPED)
+)
+"""A knee near 160 tokens is expected (`vllm_balance.cost.GPU_KNEE_TOKENS`), and experts overlap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +61,8 @@ class FirstGuess:
 
     @property
     def knee(self) -> float:
-        """Tokens per expert."""
-        return float(np.clip(self.expert_us / self.token_us, 1, 128))
+        """Tokens per expert, at least 1."""
+        return max(1.0, self.expert_us / self.token_us)
 
     def once_s(self, tokens_E: Sequence[int]) -> float:
         """Of a batch computed once: at most, as nothing is taken to hide behind anything."""
@@ -85,11 +101,12 @@ def within_time(
     return [*first, *(tokens_E for tokens_E in wanted if tokens_E in by_time)], True
 
 
-def grid(local: int, knee: float) -> list[list[int]]:
+def grid(local: int, knee: float, extent: Extent = ON_CORES) -> list[list[int]]:
     """Batches, as tokens of each activated expert, around a knee and on both sides of tiles; each
-    once, none of the first samples, none above MAX_TOKENS.
+    once, none of the first samples, none above what the extent allows.
     """
-    around = sorted({max(1, round(knee * factor)) for factor in AROUND_KNEE} - set(COARSE))
+    knee = min(knee, extent.highest_knee)
+    around = sorted({max(1, round(knee * factor)) for factor in AROUND_KNEE} - set(extent.coarse))
     batches = [[n] * local for n in around]
     for activated in sorted({max(1, local // 2), max(1, local // 4), max(1, local // 16)}):
         counts = sorted({1, *(max(1, round(knee * factor)) for factor in (0.5, 1.0, 2.0, 8.0))})
@@ -101,6 +118,6 @@ def grid(local: int, knee: float) -> list[list[int]]:
             weight = 1 / np.arange(1, activated + 1)
             tokens = np.maximum(1, np.round(mean * activated * weight / weight.sum()))
             batches.append(tokens.astype(int).tolist())
-    known = {(n,) * local for n in COARSE}
+    known = {(n,) * local for n in extent.coarse}
     new = [batch for batch in dict.fromkeys(map(tuple, batches)) if batch not in known]
-    return [list(batch) for batch in new if sum(batch) <= MAX_TOKENS]
+    return [list(batch) for batch in new if sum(batch) <= extent.most_tokens]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from vllm_balance.cost import Fit, agreed, describe, fit
+from vllm_balance.cost import FORMS, Fit, Form, agreed, describe, fit
 from vllm_balance.profiles import Point
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -53,8 +53,10 @@ def slowness(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> Array:
     return np.asarray(slowness_S / slowness_S.mean())
 
 
-def curves(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> list[Fit]:
-    """The curve of each rank, described by its fastest points.
+def curves(
+    points_RSN: Sequence[Sequence[Sequence[Point]]], forms: Sequence[Form] = FORMS
+) -> list[Fit]:
+    """The curve of each rank, of one of the forms, described by its fastest points.
 
     Raises:
         BalancerError: too few or useless points, see `vllm_balance.cost.fit`.
@@ -67,13 +69,13 @@ def curves(points_RSN: Sequence[Sequence[Sequence[Point]]]) -> list[Fit]:
         for points, slow in zip(points_SN, slowness_S, strict=True)
         for point in points
     ]
-    common = fit(tokens, np.array(even_us)).model
+    common = fit(tokens, np.array(even_us), forms).model
     found = []
     for points, slow in zip(points_SN, slowness_S, strict=True):
         tokens_NE = [np.array(point.tokens_E) for point in points]
         time_us_N = np.array([point.time_us for point in points])
         own, shared = (
-            fit(tokens_NE, time_us_N),
+            fit(tokens_NE, time_us_N, forms),
             describe(common.slowed(slow), tokens_NE, time_us_N),
         )
         is_another = own.median_relative_error < OWN_CURVE * shared.median_relative_error

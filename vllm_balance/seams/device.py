@@ -1,4 +1,4 @@
-"""What a profile is bound to: the processor and the kernel that vLLM chooses on it."""
+"""What a profile is bound to: the processor or GPU and the kernel that vLLM chooses on it."""
 
 from __future__ import annotations
 
@@ -40,14 +40,26 @@ def served_dtype(asked: str, of_model: str) -> str:
     return str(current_platform.supported_dtypes[0]).removeprefix("torch.")
 
 
-def unprofiled_device() -> str | None:
-    """What this device is, if it is no x86 CPU: others cannot be profiled yet."""
+def is_gpu() -> bool:
+    """Whether experts run on GPUs here, by vLLM's Triton kernels."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda_alike())
+
+
+def untested_device() -> str | None:
+    """What this device is, if it is no x86 CPU: servers were run on those alone."""
     from vllm.platforms import CpuArchEnum, current_platform
 
     if not current_platform.is_cpu():
         return str(current_platform.get_device_name())
     is_x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
     return None if is_x86 else f"a CPU of type {platform.machine()}"
+
+
+def unprofiled_device() -> str | None:
+    """What this device is, if it is neither an x86 CPU nor a GPU: others cannot be profiled."""
+    return None if is_gpu() else untested_device()
 
 
 def has_amx_kernel(dtype: str) -> bool:
@@ -64,13 +76,13 @@ def kernel_isa(dtype: str) -> str:
         dtype: of the weights, as in `torch.bfloat16`.
 
     Raises:
-        BalancerError: this is no x86 CPU; other devices are not profiled yet.
+        BalancerError: this is no x86 CPU.
     """
-    if (found := unprofiled_device()) is not None:
+    if (found := untested_device()) is not None:
         raise BalancerError(
-            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs only; this is "
-            f"{found}. `vllm-balance place --model MODEL --speeds ...` places experts without a "
-            f"profile."
+            f"`vllm-balance profile` measures vLLM's expert kernels on x86 CPUs and GPUs only; "
+            f"this is {found}. `vllm-balance place --model MODEL --speeds ...` places experts "
+            f"without a profile."
         )
     return "amx" if has_amx_kernel(dtype) else "vec"
 
@@ -82,16 +94,22 @@ def processor() -> str | None:
     On virtual machines the brand is often that alone, and one generation of it may do products
     twice as fast as another with the same vector units.
     """
-    fields = dict(
-        (part.strip() for part in line.partition(":")[::2])
-        for line in reversed(CPUINFO.read_text().splitlines())
-    )
+    lines = reversed(CPUINFO.read_text().splitlines())
+    parts = (line.partition(":") for line in lines)
+    fields = {name.strip(): value.strip() for name, _, value in parts}
     if {"model name", "cpu family", "model"} <= fields.keys():
         return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
     return fields.get("model name")
 
 
 def device_name(dtype: str) -> str:
-    """Processor of this machine and kernel for experts of a dtype. Raises BalancerError as
-    `kernel_isa` does."""
+    """Processor or GPU of this rank and kernel for experts of a dtype.
+
+    Raises:
+        BalancerError: neither an x86 CPU nor a GPU, as of `kernel_isa`.
+    """
+    if is_gpu():
+        from vllm.platforms import current_platform
+
+        return f"{current_platform.get_device_name()}, triton"
     return f"{processor() or 'unknown processor'}, {kernel_isa(dtype)}"

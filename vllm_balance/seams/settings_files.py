@@ -84,16 +84,18 @@ def measured_costs(config: BalancerConfig, vllm_config: Any) -> tuple[CostModel,
 
     Raises:
         BalancerError: the profile is damaged, or of another model, dtype, device, version of
-            vLLM or torch, or number of ranks; or no profile can be of this device.
+            vLLM or torch, or number of ranks; or no profile can be of this device or these experts.
     """
     if config.profile is None:
         return None
-    if (device := unprofiled_device()) is not None:
-        raise BalancerError(
-            f"`profile` names {config.profile}, and profiles describe x86 CPUs only; this server "
-            f"runs on {device}. Leave `profile` out and set `knee_tokens` or `threshold_tokens`."
-        )
     model = vllm_config.model_config
+    if (device := unprofiled_device()) is not None or model.quantization is not None:
+        runs = f"has experts in {model.quantization}" if device is None else f"runs on {device}"
+        raise BalancerError(
+            f"`profile` names {config.profile}, and profiles describe unquantised experts on x86 "
+            f"CPUs and GPUs only; this server {runs}. Leave `profile` out and set `knee_tokens` or "
+            f"`threshold_tokens`."
+        )
     served = str(model.dtype).removeprefix("torch.")
     found = profiles.load(documents.expanded(config.profile))
     found.require(

@@ -56,6 +56,11 @@ USED = (
         why="gem moves experts while serving",
     ),
     Place(
+        target=f"{_MOE}.fused_moe:fused_experts",
+        parameters=("hidden_states", "w1", "w2", "topk_weights", "topk_ids"),
+        why="`profile` times it on GPUs",
+    ),
+    Place(
         target=f"{_MOE}.experts.triton_moe:TritonExperts.apply",
         parameters=("output", "topk_ids", "expert_map"),
         why="experts that are there are computed before fetched ones",
