@@ -20,7 +20,7 @@ ALONE = {"commands", "own_benchmarks", "simulate"} | {
 """Parts of the package that no server runs."""
 MAKERS = {
     f"vllm_balance/commands/{name}.py"
-    for name in ("expert_probe", "place", "place_ranks", "profile", "rank_curves")
+    for name in ("expert_probe", "place", "place_ranks", "profile", "profiled_ranks", "rank_curves")
 }
 """Commands among them that make the files which servers are given: profiles and maps."""
 REPORTING = (
