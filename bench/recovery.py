@@ -27,8 +27,8 @@ from bench.load import Load, send, timed
 from bench.placed import SLOW_RANK, Placed, prepared, said, traffic
 from bench.provenance import ROOT, config_hash, harness, provenance, sources
 from bench.server import Server
-from bench.slow_rank import slowed
 from bench.starts import Start, arm_of, plan
+from bench.turn import running
 from vllm_balance.model_shape import from_config
 from vllm_balance.own_benchmarks.recovery import Burst, table
 
@@ -149,12 +149,10 @@ class _Life:
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """It runs inside, one of its ranks slowed by then, and its clock goes on."""
-        self._server.resume()
-        with slowed(self._server.worker(SLOW_RANK), self._factor):
+        with running(self._server, SLOW_RANK, self._factor):
             began = time.perf_counter()
             yield
             self._lived_s += time.perf_counter() - began
-        self._server.suspend()
 
 
 def _online(ranks: counters.Ranks) -> Row:

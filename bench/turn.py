@@ -58,7 +58,7 @@ class Turn:
     def get_ready(self, factor: float, name: str) -> None:
         """Changes to the routing of a load, if it has its own, and warms up for it."""
         load = self._start.loads[name]
-        with self._running(factor):
+        with running(self._server, self._start.slow_rank, factor):
             if load.replay is not None:
                 self._server.replay({**load.replay, "seed": self._seed})
             if load.warming is not None:
@@ -71,7 +71,7 @@ class Turn:
         what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
         self._say(f"{self._where}: {what}")
         before, load_seed = self._watch.before(), self._seed + cell.repeat
-        with self._running(cell.slow):
+        with running(self._server, start.slow_rank, cell.slow):
             measured = _measure_once(load, self._server, self._model, load_seed)
         measured["machine_speed"] = speed.between(before, self._watch.after())
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
@@ -87,15 +87,16 @@ class Turn:
         for _ in range(2):
             send(load, self._server.url, self._model, self._seed)
 
-    @contextmanager
-    def _running(self, factor: float) -> Iterator[None]:
-        """It runs inside, its slow rank slowed, if at all: other layouts name workers otherwise."""
-        self._server.resume()
-        rank = self._start.slow_rank
-        slow = slowed(self._server.worker(rank), factor) if factor > 1 else None
-        with slow or contextlib.nullcontext():
-            yield
-        self._server.suspend()
+
+@contextmanager
+def running(server: Server, rank: int, factor: float) -> Iterator[None]:
+    """A suspended server runs inside, a rank slowed, if at all: other layouts name workers
+    otherwise."""
+    server.resume()
+    slow = slowed(server.worker(rank), factor) if factor > 1 else None
+    with slow or contextlib.nullcontext():
+        yield
+    server.suspend()
 
 
 def _measure_once(load: Load, server: Server, model: Path, seed: int) -> dict[str, Any]:

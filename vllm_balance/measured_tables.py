@@ -8,7 +8,7 @@ the ratio is the median of those.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from vllm_balance.measurement import Measurement
@@ -20,6 +20,8 @@ FEW_TOKENS = 8
 FEW_PAIRS = 3
 """Pairs below which no quartiles are given."""
 Value = Callable[[Measurement], float]
+Turn = tuple[int | None, int]
+"""The round or group of servers that were up together, and the number of the load or burst."""
 
 
 def waiting(row: Measurement) -> float:
@@ -225,22 +227,26 @@ def ratio(own: list[Measurement], theirs: list[Measurement], value: Value) -> st
     """
     if not own or not theirs:
         return "-"
-    bases = _in_turn(theirs)
-    ratios = [
-        value(row) / value(bases[turn]) - 1 for turn, row in _in_turn(own).items() if turn in bases
-    ]
+    found, bases = (
+        {turn: value(row) for turn, row in _in_turn(of).items()} for of in (own, theirs)
+    )
+    return paired(found, bases, median(own, value) / median(theirs, value))
+
+
+def paired(own: Mapping[Turn, float], bases: Mapping[Turn, float], of_medians: float) -> str:
+    """By how much values differ from those in the same turn, with quartiles.
+
+    Args:
+        of_medians: the ratio that is said where few turns have both.
+    """
+    ratios = [value / bases[turn] - 1 for turn, value in own.items() if turn in bases]
     if len(ratios) < FEW_PAIRS:
-        return f"{median(own, value) / median(theirs, value) - 1:+.1%}"
-    return with_quartiles(ratios)
-
-
-def with_quartiles(ratios: Sequence[float]) -> str:
-    """The median of ratios less 1, at least two, and the quartiles around it."""
+        return f"{of_medians - 1:+.1%}"
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:+.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def _in_turn(rows: list[Measurement]) -> dict[tuple[int, int], Measurement]:
+def _in_turn(rows: list[Measurement]) -> dict[Turn, Measurement]:
     """Rows of an arm that were measured in turn, by the round of its server and the repeat of the
     load: those of another arm with the same two were measured beside them."""
     positions = sorted({row.position for row in rows})

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from measured import recovery_bursts
 
-from bench import recovery, run_files
+from bench import recovery, run_files, turn
 from bench.starts import plan
 from vllm_balance import own_benchmarks
 
@@ -132,7 +132,7 @@ def test_servers_take_turns_burst_by_burst(monkeypatch):
     monkeypatch.setattr(recovery, "arm_of", lambda start, _: start.arm)
     monkeypatch.setattr(recovery.gate, "prove", lambda *_: "proof")
     monkeypatch.setattr(recovery, "Server", lambda arm, _: Told(arm, said))
-    monkeypatch.setattr(recovery, "slowed", slowed)
+    monkeypatch.setattr(turn, "slowed", slowed)
     monkeypatch.setattr(recovery, "send", lambda *_: said.append("burst"))
     client = {key: {"p50": 1.0} for key in ("e2e_ms", "ttft_ms", "tpot_ms")}
     client["tokens_per_s"] = 1.0
@@ -142,12 +142,12 @@ def test_servers_take_turns_burst_by_burst(monkeypatch):
     rows = [*recovery._live_through([start_a, start_b], Path("model"), None, Path("traces"))]
 
     warm = ["burst", "burst", "suspend"]
-    turn = ["resume", 1.0, "burst", "suspend"]
+    usual_turn = ["resume", "burst", "suspend"]
     slow_turn = ["resume", 1.28, "burst", "suspend"]
-    change = ["resume", 1.0, "suspend"]
+    change = ["resume", "suspend"]
     slow_change = ["resume", 1.28, "other.npz", "suspend"]
     two = [slow_change, slow_change, slow_turn, slow_turn, slow_turn, slow_turn]
-    expected = [warm, warm, change, change, turn, turn, *two, ["end", "end"]]
+    expected = [warm, warm, change, change, usual_turn, usual_turn, *two, ["end", "end"]]
     told = [what if what == "burst" else what[1] for what in said]
     assert told == [what for step in expected for what in step]
     turns = [(row["phase"], row["burst"], row["arm"]) for row in rows]

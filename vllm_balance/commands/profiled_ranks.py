@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from vllm_balance.commands.expert_probe import CpuKernel, Kernel
 from vllm_balance.commands.gpu_kernel import GpuKernel
@@ -23,8 +24,8 @@ class Cores:
     """Ranks of an x86 CPU."""
 
     cores_S: Sequence[Sequence[int]]
-    extent: Extent = ON_CORES
-    shares_memory: bool = True
+    extent: ClassVar[Extent] = ON_CORES
+    shares_memory: ClassVar[bool] = True
     """Whether a rank that is alone has more memory to itself."""
 
     @property
@@ -71,9 +72,9 @@ class Gpus:
     """Ranks of one GPU each, the first ones that are visible."""
 
     count: int
-    extent: Extent = ON_GPU
-    cores_per_rank: int = 1
-    shares_memory: bool = False
+    extent: ClassVar[Extent] = ON_GPU
+    cores_per_rank: ClassVar[int] = 1
+    shares_memory: ClassVar[bool] = False
 
     @property
     def places(self) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from vllm_balance.measured_tables import FEW_PAIRS, MeasuredTable, with_quartiles
+from vllm_balance.measured_tables import MeasuredTable, Turn, paired
 from vllm_balance.own_benchmarks.rows import OwnRow
 
 SETTLED = 5
@@ -97,7 +97,7 @@ def _end_ms(rows: list[Burst]) -> float:
     return statistics.median(row.e2e_ms for row in _last(rows))
 
 
-def _in_turn(rows: list[Burst]) -> dict[tuple[int, int], float]:
+def _in_turn(rows: list[Burst]) -> dict[Turn, float]:
     """End-to-end latency of the last bursts, by group and number: those of another arm with the
     same two were beside them."""
     return {(row.group, row.burst): row.e2e_ms for row in _last(rows) if row.group is not None}
@@ -107,11 +107,7 @@ def _against(own: list[Burst], base: list[Burst]) -> str:
     """The end of a phase against that of another arm, burst by burst where servers took turns."""
     if not base:
         return "-"
-    own_ms, base_ms = _in_turn(own), _in_turn(base)
-    ratios = [ms / base_ms[turn] - 1 for turn, ms in own_ms.items() if turn in base_ms]
-    if len(ratios) < FEW_PAIRS:
-        return f"{_end_ms(own) / _end_ms(base) - 1:+.1%}"
-    return with_quartiles(ratios)
+    return paired(_in_turn(own), _in_turn(base), _end_ms(own) / _end_ms(base))
 
 
 def recovery_s(bursts: list[Burst]) -> float:
