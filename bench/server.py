@@ -24,6 +24,7 @@ from bench.starter import Forked, starter
 
 START_TIMEOUT_S = 300.0
 RANKS_NICE = 10
+"""What client and API server go before."""
 RESTS_WITHIN_S = 60.0
 REST_LOOK_S = 0.1
 """A look waits for the step that runs, so between two of them there is one if there are any."""
@@ -116,9 +117,12 @@ class Server:
         """One core for each rank, as vLLM binds the ranks of a CPU when it spawns them.
 
         They yield: client and API server get a core when they need one, as on machines with cores
-        to spare.
+        to spare. To the API server by their own niceness; the client is of another session, and
+        where Linux groups tasks by session (sched_autogroup) only that of the groups counts.
         """
         assert self._process is not None
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self._process.pid}/autogroup").write_text(str(RANKS_NICE))
         named = [(p, command_of(p)) for p in descendants(self._process.pid)]
         workers = [process for process, name in named if "VLLM::Worker" in name]
         # An engine of one rank has no worker process of its own.

@@ -128,6 +128,28 @@ def test_a_suspended_server_takes_no_time_and_goes_on():
     assert not process.is_running(), "a suspended server ends like any other"
 
 
+def test_ranks_yield_to_their_api_server_and_their_session_to_the_client():
+    folder = {"__name__": "fake"}
+    exec(SCRIPT[: SCRIPT.index("with Fake")], folder)
+
+    class WithRank(folder["Fake"]):
+        def _start(self):
+            command = f"exec -a VLLM::Worker_TP0 sleep 600 & exec {sys.executable} -c"
+            healthy = [folder["HEALTHY"], str(self.port)]
+            return subprocess.Popen(
+                ["bash", "-c", f'{command} "$@"', "server", *healthy], start_new_session=True
+            )
+
+    with WithRank(SimpleNamespace(name="fake"), Path("model")) as started:
+        api, rank = started._process.pid, started.worker(0)
+        niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getpid(), api, rank)]
+        assert niceness[1:] == [niceness[0], server.RANKS_NICE]
+        assert os.sched_getaffinity(rank) == {server.rank_cores(1)[0]}
+        group = Path(f"/proc/{api}/autogroup")
+        if group.exists():  # Otherwise Linux does not group tasks by session.
+            assert group.read_text().split()[-1] == str(server.RANKS_NICE)
+
+
 def test_a_starter_that_has_ended_is_named(tmp_path, monkeypatch):
     """Here because what it imports is not there."""
     script = tmp_path / "starter.py"
