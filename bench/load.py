@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import io
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 import httpx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+
+from bench.slow_rank import Waits
 
 METRICS = {"ttft": "ttft_ms", "tpot": "tpot_ms", "itl": "itl_ms", "e2el": "e2e_ms"}
 """The client's name of each latency, and a row's."""
@@ -84,6 +87,8 @@ class Answered:
     """Result of `vllm bench serve --save-detailed`."""
     looks: list[tuple[float, list[dict[str, Any]]]]
     """(seconds since the start, status of every rank), the start itself left out."""
+    waited_s: float
+    """For a core, of the client, while it drew the prompts and sent them."""
 
 
 def arguments(load: Load, url: str, model: Path, seed: int) -> list[str]:
@@ -118,11 +123,13 @@ def send(
     parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     parsed = parser.parse_args(arguments(load, url, model, seed))
+    before = Waits.of(os.getpid())
     client, looks = asyncio.run(_send_and_look(serve.main_async, parsed, url))
+    waited_s = (Waits.of(os.getpid()).waited_ns - before.waited_ns) / 1e9
     # The client freezes the heap for its one load; this process goes on.
     gc.unfreeze()
     _require_all_answered(client, load)
-    return Answered(client=client, looks=looks)
+    return Answered(client=client, looks=looks, waited_s=waited_s)
 
 
 async def _send_and_look(
@@ -179,6 +186,7 @@ def timed(load: Load, answered: Answered) -> dict[str, Any]:
         "prompt_tokens": load.prompt_tokens,
         "output_tokens": load.max_tokens,
         "duration_s": client["duration"],
+        "client_waited_s": answered.waited_s,
         "requests_per_s": client["request_throughput"],
         "tokens_per_s": client["output_throughput"],
         "total_tokens_per_s": client["total_token_throughput"],

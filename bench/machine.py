@@ -109,6 +109,7 @@ def _serve(num_layers: int, ranks: int, dtype: str) -> list[Row]:
                         "repeat": repeat,
                         **load.model_dump(include={"requests", "prompt_tokens", "max_tokens"}),
                         **{key: timed_rows[key]["p50"] for key in ("tpot_ms", "ttft_ms")},
+                        "client_waited_s": timed_rows["client_waited_s"],
                         **{key: counted[key] for key in COUNTED},
                         "machine_speed": [t.model_dump() for t in speed.between(before, after)],
                     }

@@ -42,6 +42,8 @@ from bench.turn import Turn
 from vllm_balance.measurement import IDENTITY, Key, Measurement, read_measurements
 
 RESULTS = ROOT / "bench" / "results"
+WAITED_MUCH_S = 0.25
+"""For a core, by the client: its latencies are too long by parts of that."""
 console = Console(stderr=True)
 """Not stdout: the client prints there, and is silenced."""
 
@@ -171,11 +173,13 @@ def _measure(
 
 def _line(row: Measurement) -> str:
     """What a user wants to see of a row at once."""
+    waited_s = row.client_waited_s or 0.0
+    late = f" [yellow]The client waited {waited_s:.1f} s for a core; what else runs?[/]"
     return (
         f"{row.case} [bold]{row.arm}[/] {row.load} #{row.repeat + 1}: "
         f"TPOT {row.tpot_ms.p50:.1f} ms, TTFT {row.ttft_ms.p50:.0f} ms, "
         f"{row.tokens_per_s:.1f} tokens/s, {row.activated_worst_rank:.1f} experts on the worst rank"
-    )
+    ) + late * (waited_s > WAITED_MUCH_S)
 
 
 @contextmanager

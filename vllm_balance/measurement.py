@@ -117,6 +117,9 @@ class Measurement(Document):
     prompt_tokens: int
     output_tokens: int
     duration_s: float
+    client_waited_s: float | None = None
+    """How long the client waited for a core; it should be next to nothing. None in rows that are
+    older than this field: of theirs some waited 2 s in a load."""
     requests_per_s: float
     tokens_per_s: float
     """Generated tokens of all requests together."""

@@ -111,7 +111,7 @@ def test_a_policy_that_looked_at_a_skewed_prefill_is_trusted(ranks):
 
 def test_samples_are_what_happened_between_two_looks():
     looks = [(1.0, [status(4)]), (2.0, [status(4)]), (3.004, [status(20)])]
-    found = samples(Answered(client={}, looks=looks))
+    found = samples(Answered(client={}, looks=looks, waited_s=0.0))
     assert [(one["at_s"], one["steps"]) for one in found] == [(1.0, 2), (3.0, 8)]
     assert [one["activated_per_rank"] for one in found] == [[3, 5], [3, 5]]
     assert found[1]["tokens_per_rank"] == [12, 20]
@@ -124,7 +124,7 @@ def test_heat_sums_the_batches_seen_under_the_last_placement():
         (2.0, [status(layers=[layer(now, [1, 2, 3, 4])])]),
         (3.0, [status(layers=[layer(now, [1, 0, 0, 1])])]),
     ]
-    assert heat(Answered(client={}, looks=looks)) == [layer(now, [2, 2, 3, 5])]
+    assert heat(Answered(client={}, looks=looks, waited_s=0.0)) == [layer(now, [2, 2, 3, 5])]
 
 
 def test_heat_sums_the_ranks_where_each_sees_its_own_tokens():
@@ -132,4 +132,6 @@ def test_heat_sums_the_ranks_where_each_sees_its_own_tokens():
         status(exchange=way, layers=[layer([0, 1, 2, 0], tokens)])
         for way, tokens in (("all_reduce", [1, 0, 0, 0]), ("all_reduce", [0, 0, 0, 2]))
     ]
-    assert heat(Answered(client={}, looks=[(1.0, ranks)])) == [layer([0, 1, 2, 0], [1, 0, 0, 2])]
+    assert heat(Answered(client={}, looks=[(1.0, ranks)], waited_s=0.0)) == [
+        layer([0, 1, 2, 0], [1, 0, 0, 2])
+    ]

@@ -65,8 +65,9 @@ def client(**changes):
 
 
 def test_a_row_says_what_the_client_measured():
-    fields = timed(DECODE, Answered(client=client(), looks=[]))
+    fields = timed(DECODE, Answered(client=client(), looks=[], waited_s=0.25))
     assert (fields["tokens_per_s"], fields["requests_per_s"]) == (3.5, 1.5)
+    assert fields["client_waited_s"] == 0.25
     for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
         assert [fields[name][p] for p in ("p50", "p90", "p99")] == [50.0, 90.0, 99.0]
         assert len(fields[name]["quantiles"]) == load.NUM_QUANTILES
@@ -81,7 +82,8 @@ def test_quantiles_are_those_of_the_client():
     """Its percentiles and our quantiles are of the same numbers."""
     draw = np.random.default_rng(0).exponential(size=200)
     metrics = client(ttfts=list(draw), latencies=list(draw), output_lens=[1] * 200)
-    quantiles = timed(DECODE, Answered(client=metrics, looks=[]))["ttft_ms"]["quantiles"]
+    answered = Answered(client=metrics, looks=[], waited_s=0.0)
+    quantiles = timed(DECODE, answered)["ttft_ms"]["quantiles"]
     assert quantiles[25] == pytest.approx(1e3 * np.percentile(draw, 50), abs=0.01)
     assert quantiles[45] == pytest.approx(1e3 * np.percentile(draw, 90), abs=0.01)
 
