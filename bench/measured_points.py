@@ -16,7 +16,7 @@ from bench.load import Load as Asked
 from bench.placed import SLOW_RANK, Slowed
 from bench.predictions import Recorded, is_profiled, predict, profiled_dtype, rearranges
 from bench.provenance import provenance
-from bench.validation_tables import Variant
+from bench.validation_tables import TIMES, Variant
 from vllm_balance.measured_tables import FEW_TOKENS
 from vllm_balance.measurement import Measurement, newest_by_machine, read_measurements
 from vllm_balance.simulate import Outcome, hardware
@@ -42,7 +42,7 @@ RUNS = (
 RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny-dp", "trace")
 RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow", "turns-slow-bfloat16")
 RUNS += ("traffic", "traffic-bfloat16", "harmoeny-varying", "turns-harmoeny")
-RUNS += ("turns-qwen3",)
+RUNS += ("turns-qwen3", "one-server-slow", "one-server-slow-bfloat16")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]
@@ -196,6 +196,7 @@ def _group(
                 "reference": reference,
                 "predicted": value,
                 "error": value / reference - 1,
+                "apart": _apart([_value(row, what) for row in arms[arm]]),
                 "longer": None if speeds[arm] == AS_PROFILED else speeds[arm].longer_K,
                 **where,
             }
@@ -219,9 +220,24 @@ def _group(
 def _medians(rows: list[Measurement], metric: str) -> dict[str, float]:
     """Medians over the rows of an arm, named as `_predicted` names them."""
     latencies = ("ttft_ms",) if metric == "ttft_ms" else ("tpot_ms", "ttft_ms")
-    found = {key: statistics.median(getattr(row, key).p50 for row in rows) for key in latencies}
-    counts = ("activated_worst_rank", "tokens_worst_rank")
-    return found | {key: statistics.median(getattr(row, key) for row in rows) for key in counts}
+    names = (*latencies, "activated_worst_rank", "tokens_worst_rank")
+    return {name: statistics.median(_value(row, name) for row in rows) for name in names}
+
+
+def _value(row: Measurement, name: str) -> float:
+    """Of a latency its median over requests."""
+    found = getattr(row, name)
+    return float(found.p50 if name in TIMES else found)
+
+
+def _apart(values: list[float]) -> float | None:
+    """How well the median of values is known: half the distance of the medians of their first and
+    second half, which has the spread that the median of all has, over their mean. None of one."""
+    half = len(values) // 2
+    if not half:
+        return None
+    first, second = statistics.median(values[:half]), statistics.median(values[-half:])
+    return abs(second - first) / (second + first)
 
 
 def _speed(rows: list[Measurement], machine: str) -> MachineSpeed:

@@ -64,25 +64,35 @@ def run(
         typer.Option(exists=True, file_okay=False, help="Folder of the recorded traces."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
-    for_this_cpu: Annotated[
-        bool, typer.Option("--for-this-cpu", help="Leave out files for other CPUs; says which.")
+    fitting: Annotated[
+        bool,
+        typer.Option(
+            "--fitting",
+            help="Leave out files for other CPUs and, without --traces, those that replay one; "
+            "says which.",
+        ),
     ] = False,
 ) -> None:
     """Run all arms of each run file and append their rows to bench/results/."""
-    if for_this_cpu:
-        files = _suited(files, machine())
+    if fitting:
+        files = _fitting(files, machine(), traces)
     for file in files:
         console.rule(file.stem)
         run_file(file, rounds, results / f"{file.stem}.jsonl", traces)
 
 
-def _suited(files: list[Path], here: str) -> list[Path]:
-    """The files that are for this machine; says in a line which are not."""
+def _fitting(files: list[Path], here: str, traces: Path | None) -> list[Path]:
+    """The files that can be run on this machine with these traces; says in a line which cannot."""
     others = [file for file in files if not run_files.suits(file, here)]
-    if others:
-        names = ", ".join(file.name for file in others)
-        console.print(f"Left out, as they are for CPUs with BF16 units: {names}.", soft_wrap=True)
-    return [file for file in files if file not in others]
+    missing = [file for file in files if traces is None and run_files.replays_recording(file)]
+    for left_out, why in (
+        (others, "they are for CPUs with BF16 units"),
+        (missing, "they replay recorded traces, whose folder --traces names"),
+    ):
+        if left_out:
+            names = ", ".join(file.name for file in left_out)
+            console.print(f"Left out, as {why}: {names}.", soft_wrap=True)
+    return [file for file in files if file not in (*others, *missing)]
 
 
 def run_file(file: Path, rounds: int, results: Path, traces: Path | None = None) -> None:
@@ -159,7 +169,8 @@ def _measure(
         turns: list[Turn] = []
         for start in group:
             turn = Turn(start, left[start.position], model, placed, watch, say)
-            turns.append(up.enter_context(turn.up()))
+            shares = turns[0] if turns and start.settings.get("one_server") else None
+            turns.append(up.enter_context(turn.up(beside=shares)))
         asked = {cell for turn in turns for cell in turn.left}
         cells = [c for c in dict.fromkeys(c for start in group for c in start.cells) if c in asked]
         for (factor, name), same in itertools.groupby(cells, lambda cell: (cell.slow, cell.load)):

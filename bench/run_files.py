@@ -19,7 +19,7 @@ from vllm_balance.errors import BalancerError, unknown
 FOLDER = ROOT / "configs" / "runs"
 KEYS = (
     *("title", "seed", "model", "serve", "load", "loads", "warm", "replay", "arms", "eplb"),
-    *("in_turns", "cases", "slow", "slow_rank", "place"),
+    *("in_turns", "one_server", "cases", "slow", "slow_rank", "place"),
 )
 """Keys and tables of a run file."""
 ELSEWHERE = {"recordings": "bench.recorder", "phases": "bench.recovery"}
@@ -48,7 +48,22 @@ def checked(file: Path) -> Settings:
     for key in settings:
         if key not in KEYS:
             raise BalancerError(f"Run file {file}: {unknown('key', key, KEYS)}")
+    if settings.get("one_server"):
+        _require_placements(file, settings)
     return settings
+
+
+def _require_placements(file: Path, settings: Settings) -> None:
+    """Raises BalancerError if one server cannot be all arms in turn."""
+    placed = [arm for arm in settings["arms"].values() if "place" in arm]
+    others = [{key: arm[key] for key in arm if key != "place"} for arm in placed]
+    alike = len(placed) == len(settings["arms"]) and all(each == others[0] for each in others)
+    if not (alike and settings.get("in_turns") and "online" in others[0]):
+        raise BalancerError(
+            f"Run file {file}: `one_server` moves one server from the placement of one arm to that "
+            f"of the next. It needs `in_turns = true`, and arms that have `place` and `online` and "
+            f"differ in `place` only."
+        )
 
 
 def suits(file: Path, machine: str) -> bool:
@@ -56,6 +71,11 @@ def suits(file: Path, machine: str) -> bool:
     16-bit units bfloat16 products of attention hide the experts."""
     dtype = checked(file)["model"].get("dtype", Shape().dtype)
     return dtype == "float32" or NO_BF16 not in machine
+
+
+def replays_recording(file: Path) -> bool:
+    """Whether a run file needs a recorded trace; the demo model's is made."""
+    return checked(file)["replay"].get("trace", "demo") != "demo"
 
 
 def with_hash(name: str, digest: str) -> Settings:

@@ -206,6 +206,17 @@ class Server:
             before = now
             time.sleep(REST_LOOK_S)
 
+    def move_to(self, map: Path) -> None:
+        """Moves the experts to where a map has them.
+
+        Raises:
+            RuntimeError: the ranks refuse it.
+        """
+        url = f"{self.url}/moe_balancer/map"
+        answer = httpx.post(url, json={"file": str(map)}, timeout=300)
+        if answer.is_error:
+            raise RuntimeError(f"{self.arm.name} stays where it is: {answer.text}")
+
     def reset(self) -> None:
         """Sets the counters to zero."""
         httpx.post(f"{self.url}/moe_balancer/reset", timeout=60).raise_for_status()

@@ -1,7 +1,8 @@
 """One server of a run: started, proven, warmed up, and measured load by load.
 
 Servers that are up together take turns: while one is measured, the processes of the others are
-stopped. So arms are compared within seconds, not minutes, on a machine that others use too. Every
+stopped. So arms are compared within seconds, not minutes, on a machine that others use too. Arms
+that are placements of one server share it, and its experts are moved from one to the next. Every
 server is stopped while the machine's own speed is looked at (bench/speed.py), before and after each
 load.
 """
@@ -40,13 +41,26 @@ class Turn:
         self._watch, self._say = watch, say
         self._seed: int = start.settings["seed"]
         self._where = " ".join(filter(None, (start.case, start.arm)))
+        self._one_server: bool = start.settings.get("one_server", False)
+        self._map: Path | None = None
+        """Where the experts of a server that other arms have too must be moved to."""
 
     @contextmanager
-    def up(self) -> Iterator[Self]:
-        """The server is up inside, proven and warm; suspended until its turn."""
+    def up(self, beside: Self | None = None) -> Iterator[Self]:
+        """The server is up inside, proven and warm; suspended until its turn.
+
+        Args:
+            beside: whose server it is too; its experts are moved when the turn changes.
+        """
         arm = arm_of(self._start, self._placed)
         own = self._start.settings["arms"][self._start.arm]
         self._proof = gate.prove(arm, own.get("gate", {}), self._say)
+        if self._one_server:
+            self._map = Path(arm.settings["map"])
+        if beside is not None:
+            self._server = beside._server
+            yield self
+            return
         self._say(f"{self._where}: starting the server")
         with Server(arm, self._model) as self._server:
             if "warm" in self._start.settings:
@@ -55,10 +69,19 @@ class Turn:
             self._server.suspend()
             yield self
 
+    @contextmanager
+    def _running(self, factor: float) -> Iterator[None]:
+        """The server runs inside, its experts where the arm has them, its slow rank slowed."""
+        if self._map is not None:
+            self._server.resume()
+            self._server.move_to(self._map)
+        with running(self._server, self._start.slow_rank, factor):
+            yield
+
     def get_ready(self, factor: float, name: str) -> None:
         """Changes to the routing of a load, if it has its own, and warms up for it."""
         load = self._start.loads[name]
-        with running(self._server, self._start.slow_rank, factor):
+        with self._running(factor):
             if load.replay is not None:
                 self._server.replay({**load.replay, "seed": self._seed})
             if load.warming is not None:
@@ -71,7 +94,7 @@ class Turn:
         what = f"{cell.load or 'measuring'}, {cell.repeat + 1} of {load.repeats}"
         self._say(f"{self._where}: {what}")
         before, load_seed = self._watch.before(), self._seed + cell.repeat
-        with running(self._server, start.slow_rank, cell.slow):
+        with self._running(cell.slow):
             measured = _measure_once(load, self._server, self._model, load_seed)
         measured["machine_speed"] = speed.between(before, self._watch.after())
         fields = {"arm": start.arm, "case": start.case, "position": start.position}
@@ -80,8 +103,9 @@ class Turn:
         if self._placed is not None:
             shown = self._placed.shown_slowdown[Slowed(start.slow_rank, cell.slow)]
             fields |= {"slow": cell.slow, "slow_shown": shown}
-        in_turns = start.settings.get("in_turns", False)
-        return fields | {"gate": self._proof, "in_turns": in_turns} | measured
+        fields |= {"in_turns": start.settings.get("in_turns", False)}
+        fields |= {"one_server": self._one_server}
+        return fields | {"gate": self._proof} | measured
 
     def _warm(self, load: Load) -> None:
         for _ in range(2):

@@ -96,6 +96,23 @@ def test_a_replay_that_cannot_be_is_a_conflict_with_the_reason():
     assert said.startswith("the model's own 3 of 4 ranks replay it all the same")
 
 
+def test_experts_move_to_a_map():
+    engine = Engine({"moe_balancer": {"name": "gem"}})
+    answer = client(engine).post("/moe_balancer/map", json={"file": "/srv/map.json"})
+    assert answer.json() == {"ranks": [{"rank": rank} for rank in range(4)]}
+    assert engine.asked == [("moe_balancer_map", {"file": "/srv/map.json"})]
+    for body in ({}, {"file": ""}, {"file": "map.json", "layer": 1}):
+        assert client(engine).post("/moe_balancer/map", json=body).status_code == 422
+    assert len(engine.asked) == 1
+
+
+def test_a_map_that_cannot_be_moved_to_is_a_conflict_with_the_reason():
+    engine = Engine({"moe_balancer": {"name": "gem"}})
+    engine.counters = {"error": "another model"}
+    answer = client(engine).post("/moe_balancer/map", json={"file": "map.json"})
+    assert (answer.status_code, answer.json()) == (409, {"detail": "another model"})
+
+
 def test_the_recordings_of_several_api_servers_can_be_one():
     """Each reaches the ranks of its own engines, so the caller says what they have in common."""
     engine = Engine({"moe_balancer": {"name": "metro"}})

@@ -78,6 +78,23 @@ def test_it_moves_at_the_interval_and_follows_its_own_moves():
     assert len(rank.reports) == 1 and "2 swaps" in rank.reports[0]
 
 
+def test_it_goes_on_from_a_placement_that_came_from_outside():
+    ranks = TwoRanks()
+    rank = Rank(ranks)
+    there_LP = np.array([[2, 3, 0, 1], [0, 1, 2, 3]], np.int32)
+    assert rank.online.adopt(there_LP) == 4
+    (moved,) = ranks.moved
+    np.testing.assert_array_equal(moved, there_LP)
+    # Tokens of the slots are those of the experts that they hold now.
+    for _ in range(10):
+        rank.step(10, 10, 0, 0)
+    status = rank.online.status()
+    assert (status["moves"], status["swaps"], status["decisions"]) == (1, 2, 1)
+    for slots_P in ranks.moved[1]:
+        assert {int(np.flatnonzero(slots_P == e)[0]) // 2 for e in (0, 1)} == {0, 1}
+    assert rank.online.adopt(rank.online.placement_LP) == 0
+
+
 def test_the_slowest_measured_swap_counts():
     ranks = TwoRanks()
     rank = Rank(ranks)

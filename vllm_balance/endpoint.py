@@ -6,9 +6,10 @@ names the balancer itself too. ``?per_layer=true`` adds the counters of every la
 ``POST /moe_balancer/reset`` sets all counters but those of ``online`` to zero.
 ``POST /moe_balancer/record/start`` with ``{"file": ..., "what": "counts" or "ids", "max_bytes":
 ...}`` records what the router chooses into a new file on the server, until
-``POST /moe_balancer/record/stop`` or the limit. All of it reaches the ranks of this server's
-engines: not those of other nodes with hybrid or external load balancing. For benchmarks,
-``POST /moe_balancer/replay`` gives a server whose routing is a replay another skew.
+``POST /moe_balancer/record/stop`` or the limit. ``POST /moe_balancer/map`` with ``{"file": ...}``
+moves the experts of a server with `online` to where a map has them. All of it reaches the ranks of
+this server's engines: not those of other nodes with hybrid or external load balancing. For
+benchmarks, ``POST /moe_balancer/replay`` gives a server whose routing is a replay another skew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, FastAPI, HTTPException, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_balance import prometheus
 from vllm_balance.config import KEY
@@ -30,6 +32,15 @@ TIMEOUT_S = 60.0
 """After which ranks that do not answer count as stalled."""
 
 router = APIRouter()
+
+
+class MapFile(BaseModel):
+    """What ``POST /moe_balancer/map`` takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str = Field(min_length=1)
+    """Placement map (`vllm-balance place`), as every rank finds it."""
 
 
 @router.get("/moe_balancer")
@@ -51,6 +62,16 @@ async def reset(request: Request) -> dict[str, str]:
     """Sets the counters of every rank to zero."""
     await _ask(request, "moe_balancer_reset", {})
     return {"status": "reset"}
+
+
+@router.post("/moe_balancer/map")
+async def move_to_map(request: Request, asked: MapFile) -> dict[str, Any]:
+    """What every rank moved; 409 with the reason if one cannot, and then no rank moves anything."""
+    ranks = await _ask(request, "moe_balancer_map", asked.model_dump(), patient=True)
+    refusals = [rank["error"] for rank in ranks if "error" in rank]
+    if refusals:
+        raise HTTPException(409, refusals[0])
+    return {"ranks": sorted(ranks, key=lambda rank: rank["rank"])}
 
 
 @router.post("/moe_balancer/replay")

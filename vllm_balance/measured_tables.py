@@ -279,6 +279,8 @@ def in_turn(rows: list[Measurement]) -> str:
         return ""
     rounds = max(len({row.position for row in own}) for own in grouped(rows).values())
     servers = "one server" if rounds == 1 else f"{rounds} servers"
+    if rows[0].one_server:
+        return f" Ratios are of loads in turn on {servers}, its experts moved in between."
     return f" Ratios are of loads in turn on {servers} of each arm, with quartiles."
 
 

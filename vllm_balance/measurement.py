@@ -87,6 +87,8 @@ class Measurement(Document):
     """Place in the order in which servers were started."""
     in_turns: bool = False
     """The servers of all arms were up, and their loads were sent in turn."""
+    one_server: bool = False
+    """They were one server, whose experts were moved from the placement of one arm to the next."""
     repeat: int
     seed: int
     """Of the run file; draws the routing that is replayed."""

@@ -153,6 +153,16 @@ class OnlinePlacement:
         if self._window.steps % self._settings.interval == 0:
             self._evaluate()
 
+    def adopt(self, placement_LP: Array) -> int:
+        """Moves the experts to a placement that came from outside; decisions go on from there.
+
+        Every rank calls it between the same two steps. Returns how many slots have another expert.
+        """
+        changed = int(np.count_nonzero(placement_LP != self.placement_LP))
+        self._ranks.move(placement_LP)
+        self._set_placement(placement_LP)
+        return changed
+
     def forget(self) -> None:
         """Leaves out what was routed since the last step: dummy batches are no traffic."""
         self._load_LP.zero_()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_balance.balancer import LayerBalancer
-from vllm_balance.initial_placement import VLLMS_OWN
+from vllm_balance.initial_placement import VLLMS_OWN, Array
 from vllm_balance.metrics import total
 
 
@@ -14,6 +14,10 @@ class FollowsSteps(Protocol):
     """What acts between the steps of a worker."""
 
     def after_step(self) -> None: ...
+
+    def adopt(self, placement_LP: Array) -> int:
+        """Moves the experts there, int32 [L, P]; how many slots have another one."""
+        ...
 
     def forget(self) -> None:
         """Leaves out what was routed since the last step."""

@@ -140,6 +140,15 @@ def test_a_prediction_is_of_a_machine_as_slow_as_it_was_beside_each_arm(
     assert [line.split(" | ")[3] for line in lines[2:]] == ["+10%, +0%", "+30%, +0%", "-"]
 
 
+def test_a_point_says_how_well_its_measured_time_is_known(tmp_path, asked):
+    rows = [cell("static", HERE, tpot_ms=ms, position=n) for n, ms in enumerate((90, 100, 95, 160))]
+    rows.append(cell("metro", HERE, tpot_ms=100.0))
+    found = {p["arm"]: p for p in points(tmp_path, rows) if p["what"] == "tpot_ms" and "apart" in p}
+    assert found["static"]["reference"] == 97.5
+    assert found["static"]["apart"] == pytest.approx((127.5 - 95) / (127.5 + 95))
+    assert found["metro"]["apart"] is None
+
+
 def test_only_the_newest_rows_of_a_machine_count(tmp_path, asked):
     old = cell("static", HERE, tpot_ms=500.0, sources="old")
     made = points(tmp_path, [old, cell("static", HERE, tpot_ms=100.0), cell("metro", OTHER)])
@@ -489,26 +498,32 @@ def test_what_is_published_is_near_the_aim():
 
 def test_the_summary_counts_lines_and_pairs_of_present_code():
     def line(what, error, **more):
-        return {"kind": "measured", "hardware": "here", "what": what, "error": error} | more
+        made = {"kind": "measured", "hardware": "here", "what": what, "error": error}
+        return made | {"apart": abs(error) / 2} | more
 
     def pair(ranked, far_apart=True):
         where = {"kind": "pair", "hardware": "here", "what": "tpot_ms"}
         return where | {"ranked": ranked, "far_apart": far_apart}
 
     rows = [line("tpot_ms", error) for error in (0.05, -0.1, 0.11)]
-    rows += [line("ttft_ms", 0.3), line("activated_worst_rank", 0.0)]
+    rows += [
+        line("ttft_ms", 0.3),
+        line("ttft_ms", 0.3, apart=None),
+        line("activated_worst_rank", 0.0),
+    ]
     rows += [line("tpot_ms", 0.0, kept=True), line("ttft_ms", 0.0, hardware="other")]
     rows += [pair(True), pair(False), pair(False, far_apart=False)]
     lines = validation_tables.table("summary", rows).splitlines()
-    assert lines[0] == "| hardware | TPOT within 10% | TTFT within 10% | pairs in order |"
+    heads = ("TPOT within 10%", "TPOT measured to 10%", "TTFT within 10%", "TTFT measured to 10%")
+    assert lines[0] == f"| hardware | {' | '.join(heads)} | pairs in order |"
     assert lines[2:] == [
-        "| here | 2 of 3 | 0 of 1 | 1 of 2 |",
-        "| other | 0 of 0 | 1 of 1 | - |",
+        "| here | 2 of 3 | 3 of 3 | 0 of 2 | 0 of 1 | 1 of 2 |",
+        "| other | 0 of 0 | 0 of 0 | 1 of 1 | 1 of 1 | - |",
     ]
     for number, each in enumerate(rows):
         each["run"] = "first" if number < 1 else "then"
     assert validation_tables.table("runs", rows).splitlines()[2:] == [
         "| here | first | 1 of 1 | +5% (+5% to +5%) | - | - | - |",
-        "| here | then | 1 of 2 | +0% (-10% to +11%) | 0 of 1 | +30% (+30% to +30%) | 1 of 2 |",
+        "| here | then | 1 of 2 | +0% (-10% to +11%) | 0 of 2 | +30% (+30% to +30%) | 1 of 2 |",
         "| other | then | - | - | 1 of 1 | +0% (+0% to +0%) | - |",
     ]

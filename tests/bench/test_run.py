@@ -11,6 +11,7 @@ from measured import row
 
 from bench import run, run_files, turn
 from bench.load import Load
+from bench.placed import SLOW_RANK, Slowed
 from bench.starts import arm_of, plan
 from vllm_balance.config import parse
 from vllm_balance.errors import BalancerError
@@ -103,6 +104,10 @@ def measuring(monkeypatch, tmp_path):
         def resume(self):
             running.add(self.arm.name)
 
+        def move_to(self, map):
+            assert running == {self.arm.name}
+            go.moved_to.append(map.name)
+
     def measure_once(load, server, model, seed):
         rows_left[0] -= 1
         if rows_left[0] < 0:
@@ -110,11 +115,13 @@ def measuring(monkeypatch, tmp_path):
         assert running == {server.arm.name}
         seeds.append(seed)
         made = row(server.arm.name)
+        go.placed.append(go.moved_to[-1] if go.moved_to else "")
         known = {"run", "title", "arm", "case", "load", "repeat", "position", "seed", "gate"}
         known |= {
             "slow",
             "slow_shown",
             "in_turns",
+            "one_server",
             "load_seed",
             "config_hash",
             "traffic",
@@ -154,6 +161,7 @@ def measuring(monkeypatch, tmp_path):
         watched.clear()
         seeds.clear()
         rows_left[0] = rows
+        go.moved_to, go.placed = [], []
         run.run_file(file, 1, results)
         return read_measurements(results)
 
@@ -216,12 +224,47 @@ def test_loads_go_forth_and_back_over_servers_that_are_up_together(measuring):
     assert [row.case for row in rows] == ["even"] * 12 + ["skewed"] * 12
 
 
+def test_placements_of_one_server_take_turns_as_servers_do(measuring, monkeypatch, tmp_path):
+    files = SimpleNamespace(
+        map=lambda place, slow, redundant: tmp_path / place,
+        profile=tmp_path / "profile.json",
+        replayed=tmp_path / "replayed.npz",
+        shown_slowdown={Slowed(SLOW_RANK, 1.0): 1.0},
+    )
+    monkeypatch.setattr(run, "prepared", lambda *asked: files)
+    settings, arms = ONE_SERVER.split("[arms", 1)
+    head, tail = FILE.split("[arms.static]")
+    text = f"{settings}{head}[arms{arms}{tail.partition('redundancy = 1.5')[2]}"
+    measuring.file.write_text(text.replace("repeats = 2", "repeats = 3"))
+    rows = measuring()
+    assert measuring.starts == ["linear", "linear"], "one of each case"
+    first = [(row.arm, row.repeat) for row in rows if (row.case, row.load) == ("even", "one")]
+    there, back = [("linear", 0), ("gem", 0)], [("gem", 1), ("linear", 1)]
+    assert first == [*there, *back, ("linear", 2), ("gem", 2)]
+    assert measuring.placed == [row.arm for row in rows]
+    assert all(row.one_server and row.in_turns for row in rows)
+
+
 def test_a_round_in_turn_is_of_fresh_servers_that_are_up_together():
     starts = plan(tomllib.loads(IN_TURNS), rounds=2)
     forth = [("static", "even"), ("metro", "even"), ("static", "skewed"), ("metro", "skewed")]
     assert [(start.arm, start.case) for start in starts] == forth + forth[::-1]
     assert [start.group for start in starts] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [start.position for start in starts] == list(range(8))
+
+
+ONE_SERVER = """
+in_turns = true
+one_server = true
+[arms.linear]
+balancer = "gem"
+place = "linear"
+online = { interval = 16 }
+[arms.gem]
+balancer = "gem"
+place = "gem"
+online = { interval = 16 }
+"""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -235,6 +278,10 @@ def test_run_files_hold_nothing_that_nobody_reads(name):
         ("[replays]\nzipf = 1", "Unknown key 'replays'. Did you mean 'replay'"),
         ("[recordings]", "`python -m bench.recorder` measures it"),
         ("title =", "cannot be read: Invalid value"),
+        (ONE_SERVER.replace("in_turns", "seed = 1 #"), "needs `in_turns = true`, and arms that"),
+        (ONE_SERVER.replace('gem"', 'metro"', 1), "differ in `place` only"),
+        (ONE_SERVER.replace("online", "gate"), "have `place` and `online`"),
+        (ONE_SERVER + "[arms.static]", "have `place` and `online`"),
     ],
 )
 def test_what_no_run_file_is_is_refused(tmp_path, text, reason):
@@ -252,7 +299,7 @@ def test_files_for_other_cpus_are_left_out_where_asked(monkeypatch, capsys, unit
     monkeypatch.setattr(run, "machine", lambda: f"A CPU, {unit}, 2 cores, 24 GiB")
     names = ["skew-bfloat16", "decode", "batch-bfloat16", "decode-float32"]
     files = [run_files.FOLDER / f"{name}.toml" for name in names]
-    run.run(files, for_this_cpu=True)
+    run.run(files, fitting=True)
     assert ran == (["decode-float32"] if left_out else names)
     said = [line for line in capsys.readouterr().err.splitlines() if "Left out" in line]
     others = "skew-bfloat16.toml, decode.toml, batch-bfloat16.toml"
@@ -260,6 +307,21 @@ def test_files_for_other_cpus_are_left_out_where_asked(monkeypatch, capsys, unit
     assert said == [line] * left_out
     ran.clear()
     run.run(files)
+    assert ran == names
+
+
+def test_files_that_replay_a_recording_are_left_out_without_one(monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.setattr(run, "run_file", lambda file, *_: ran.append(file.stem))
+    names = ["trace", "turns-slow-bfloat16", "decode-float32", "harmoeny-dp"]
+    files = [run_files.FOLDER / f"{name}.toml" for name in names]
+    monkeypatch.setattr(run, "machine", lambda: "A CPU, AVX-512 BF16, 2 cores, 24 GiB")
+    run.run(files, fitting=True)
+    assert ran == ["trace", "decode-float32"]
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "Left out" in line]
+    assert said.endswith("whose folder --traces names: turns-slow-bfloat16.toml, harmoeny-dp.toml.")
+    ran.clear()
+    run.run(files, fitting=True, traces=tmp_path)
     assert ran == names
 
 

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_balance import documents, maps
 from vllm_balance.balancer import LayerBalancer
 from vllm_balance.config import BalancerConfig
+from vllm_balance.errors import BalancerError
+from vllm_balance.initial_placement import InitialPlacement
 from vllm_balance.online import OnlinePlacement, record_load_into, require_whole_batch
 from vllm_balance.placement.online import Decision, compile_ahead
 from vllm_balance.placement.policy import Array, Cluster
+from vllm_balance.seams.collective import from_all_ranks
 from vllm_balance.seams.loading import write_maps
-from vllm_balance.seams.settings_files import measured_costs
+from vllm_balance.seams.settings_files import measured_costs, placement_of
+from vllm_balance.worker_balancer import WorkerBalancer
 
 PROBES = 3
 """Times that two experts change places and back before serving, to know what it costs."""
@@ -87,6 +92,60 @@ class WorkerRanks:
             self.move(here_LP)
             spent_s.append(time.perf_counter() - start)
         return float(np.median(spent_s)) / 2 * 1e6
+
+
+def move_to_map(
+    file: str, served: WorkerBalancer, config: BalancerConfig, vllm_config: Any
+) -> dict[str, Any]:
+    """Moves all experts to where a map has them; all ranks call it between the same two steps.
+
+    What was moved, or under `error` why nothing was: the same on every rank.
+    """
+    from vllm.distributed import get_ep_group
+
+    placement, problem = None, None
+    try:
+        placement = _placement_to_move_to(file, config, vllm_config)
+    except BalancerError as error:
+        problem = str(error)
+    start = time.perf_counter()
+    own = problem, placement and placement.checksum
+    found = from_all_ranks(get_ep_group(), own)
+    problems = [f"Rank {rank}: {said}" for rank, (said, _) in enumerate(found) if said is not None]
+    if not problems and len(set(found)) > 1:
+        problems = [f"The ranks read different maps from {file}; put the same file on all nodes."]
+    if problems:
+        return {"error": f"{problems[0]} No expert was moved."}
+    assert placement is not None and served.online is not None
+    changed = served.online.adopt(placement.placement_LP)
+    served.placement = f"{placement.origin} {placement.checksum[:12]} moved to while serving"
+    return {
+        "rank": served.rank,
+        "placement": served.placement,
+        "slots_changed": changed,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _placement_to_move_to(file: str, config: BalancerConfig, vllm_config: Any) -> InitialPlacement:
+    """The placement of a map that this server can move to.
+
+    Raises:
+        BalancerError: nothing can move here, or the map cannot be read or does not fit.
+    """
+    if config.online is None:
+        raise BalancerError(
+            f"--moe-balancer {config.name} was started without what moves experts to a map while "
+            f"serving. Restart the server with this map as `map` in --moe-balancer-config, or with "
+            f"--moe-balancer gem and `online`, and maps can change from then on."
+        )
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise BalancerError(
+            "Data-parallel engines take steps of their own between requests, so they cannot all "
+            "move experts between the same two. Restart the server with this map as `map`."
+        )
+    found = maps.load(documents.expanded(file))
+    return placement_of(found, vllm_config, config.num_redundant_experts or 0)
 
 
 def online_placement(

@@ -26,7 +26,7 @@ from vllm_balance.seams.agreement import (
 from vllm_balance.seams.deployment import settings_of
 from vllm_balance.seams.layer_binding import attach, bind_layer
 from vllm_balance.seams.loading import PlacedLoading, load_by
-from vllm_balance.seams.online import online_placement
+from vllm_balance.seams.online import move_to_map, online_placement
 from vllm_balance.seams.recording import RecordingWorker
 from vllm_balance.seams.settings_files import initial_placement, measured_costs
 from vllm_balance.seams.slots import ModelSlots
@@ -66,6 +66,7 @@ class BalancedWorker(RecordingWorker):
     _knee: KneeAndFree
     """The same on all ranks where it decides; there once the device is set up."""
     model_runner: Any
+    vllm_config: Any
     model_config: Any
     parallel_config: Any
     rank: int
@@ -276,6 +277,13 @@ class BalancedWorker(RecordingWorker):
     def moe_balancer_reset(self) -> None:
         """Sets this rank's counters to zero; for ``collective_rpc("moe_balancer_reset")``."""
         self.worker_balancer.reset()
+
+    def moe_balancer_map(self, file: str) -> dict[str, Any]:
+        """Moves the experts to where a map has them; for ``collective_rpc("moe_balancer_map")``.
+
+        What was moved, or under ``error`` the reason why nothing was.
+        """
+        return move_to_map(file, self.worker_balancer, self.balancer_config, self.vllm_config)
 
     def moe_balancer_replay(self, settings: dict[str, Any]) -> dict[str, str] | None:
         """Replays another skew from now on; for ``collective_rpc`` of benchmarks.
