@@ -100,9 +100,9 @@ class Server:
         with ThreadPoolExecutor(at_once) as clients:
             return list(clients.map(self.tokens, prompts))
 
-    def ask_long(self, prompt: str | list[int]) -> int | str:
-        """HTTP status of a long request, or how its connection ended."""
-        body = {"prompt": prompt, "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
+    def outcome_of(self, prompt: str | list[int], max_tokens: int = 1900) -> int | str:
+        """HTTP status of a request, a long one, or how its connection ended."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         url = f"{self.url}/v1/completions"
         try:
             return requests.post(url, json=body, timeout=DIES_WITHIN_S).status_code
@@ -142,7 +142,7 @@ class Server:
         soon and with all its processes."""
         self.reset()
         with ThreadPoolExecutor(8) as clients:
-            running = [clients.submit(self.ask_long, prompt) for prompt in PROMPTS[:8]]
+            running = [clients.submit(self.outcome_of, prompt) for prompt in PROMPTS[:8]]
             deadline = time.monotonic() + DIES_WITHIN_S
             # Not the metric: several API servers write it seconds later, when requests have ended.
             while self.status()[0]["pairs"] == 0:
@@ -153,10 +153,10 @@ class Server:
     def _assert_dead(self, running: list[Future[int | str]]) -> None:
         started = time.monotonic()
         outcomes = [request.result(timeout=DIES_WITHIN_S) for request in running]
+        assert 200 not in outcomes, f"it served on: {outcomes}\n{self.tail()}"
         code = self.process.wait(timeout=DIES_WITHIN_S)
         assert time.monotonic() - started < DIES_WITHIN_S
         assert code != 0
-        assert 200 not in outcomes
         _, alive = psutil.wait_procs(descendants(self.process.pid), timeout=DIES_WITHIN_S)
         assert alive == []
 

@@ -104,7 +104,7 @@ def kill_while_recording(server) -> dict:
     """Kills all processes at once while long requests are recorded; the recording's last state."""
     state = before = server.status()[0]["recording"]
     with ThreadPoolExecutor(8) as clients:
-        running = [clients.submit(server.ask_long, prompt) for prompt in PROMPTS[:8]]
+        running = [clients.submit(server.outcome_of, prompt) for prompt in PROMPTS[:8]]
         deadline = time.monotonic() + 30 * FLUSH_S
         while state["steps"] == before["steps"]:
             assert time.monotonic() < deadline, "nothing was written while requests ran"

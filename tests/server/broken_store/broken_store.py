@@ -10,9 +10,9 @@ from vllm_balance.experts.host_store import HostStore
 class BreaksStore:
     """Mixed into the worker class."""
 
-    def break_store(self) -> None:
-        """From now on rank 1 cannot get an expert; for ``collective_rpc``."""
-        if get_ep_group().rank_in_group == 1:
+    def break_store(self, rank: int) -> None:
+        """From now on this rank cannot get an expert; for ``collective_rpc``."""
+        if get_ep_group().rank_in_group == rank:
             HostStore.read = _fails
 
 
