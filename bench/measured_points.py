@@ -43,6 +43,7 @@ RUNS += ("harmoeny-qwen3", "harmoeny-top1-short", "harmoeny-recorded", "harmoeny
 RUNS += ("recorded-bfloat16", "slow_rank", "turns-gem", "turns-slow", "turns-slow-bfloat16")
 RUNS += ("traffic", "traffic-bfloat16", "harmoeny-varying", "turns-harmoeny")
 RUNS += ("turns-qwen3", "one-server-slow", "one-server-slow-bfloat16")
+RUNS += ("one-server-decode-bfloat16", "one-server-alike-bfloat16")
 FAR_APART = 0.03
 """Relative distance from which two measured arms must be ranked right."""
 Row = dict[str, Any]

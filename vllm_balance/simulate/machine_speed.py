@@ -31,14 +31,20 @@ class MachineSpeed:
 
     @property
     def memory(self) -> float:
-        """Of what multiplies next to nothing, as copies, schedulers and servers: as experts with
-        fewest tokens."""
+        """Of what multiplies next to nothing and comes with every step, as copies and schedulers:
+        as experts with fewest tokens."""
         return self.longer_K[0]
+
+    @property
+    def cores(self) -> float:
+        """Of what fits in caches and waits for a core, as the handling of a request: as experts
+        with most tokens."""
+        return self.longer_K[-1]
 
     def crowding(self, tokens_N: Array) -> Array:
         """The part that memory has in it, at least 1, [N]: what experts with many tokens do not
         have, which wait for cores alone."""
-        return np.maximum(self.at(tokens_N) / self.longer_K[-1], 1.0)
+        return np.maximum(self.at(tokens_N) / self.cores, 1.0)
 
 
 AS_PROFILED = MachineSpeed((1,), (1.0,))

@@ -139,8 +139,8 @@ def simulate(arm: Arm, traffic: Traffic, placed_by: Traffic) -> Outcome:
         busy_us_N=columns[5],
         activated_N=columns[6],
         pairs_N=columns[7],
-        request_us=memory * arm.hardware.fixed.request.value,
-        request_beside_us=memory * arm.hardware.fixed.request_beside.value,
+        request_us=arm.speed.cores * arm.hardware.fixed.request.value,
+        request_beside_us=arm.speed.cores * arm.hardware.fixed.request_beside.value,
         redundant_bytes=arm.redundant_bytes,
     )
 
