@@ -151,7 +151,8 @@ def end_sessions(leaders: set[int]) -> None:
         for process in psutil.process_iter(["status"]):
             with contextlib.suppress(ProcessLookupError):
                 dead = process.info["status"] == psutil.STATUS_ZOMBIE
-                if not dead and os.getsid(process.pid) in leaders:
+                # A leader has no session of its own until it has begun to run.
+                if not dead and leaders & {process.pid, os.getsid(process.pid)}:
                     os.kill(process.pid, signal.SIGKILL)
                     found = True
 

@@ -15,6 +15,7 @@ import pytest
 
 from bench import slow_rank
 from bench.placed import TOLERANCE, Slowed, slowdowns
+from bench.server import command_of
 from bench.slow_rank import STOP_S, Waits, slowed, waited_s
 from bench.starts import plan
 
@@ -30,7 +31,7 @@ def spinning():
 
 def governors() -> list[psutil.Process]:
     children = psutil.Process().children()
-    return [child for child in children if "bench.slow_rank" in child.cmdline()]
+    return [child for child in children if "bench.slow_rank" in command_of(child)]
 
 
 def seen(process: psutil.Process, status: str, within_s: float = 20) -> bool:

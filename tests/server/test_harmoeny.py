@@ -120,7 +120,7 @@ def test_the_start_says_what_the_store_takes(server):
 
 
 @pytest.mark.parametrize("layout", ["tensor", "data-all_reduce"], indirect=True)
-def test_a_rank_that_cannot_get_an_expert(server, layout):
+def test_a_rank_that_cannot_get_an_expert(server, layout, tmp_path):
     """Requests fail and the server ends, without a hang and without a process left behind.
 
     The last test of its server: it breaks the host store of one rank while requests run. That
@@ -128,14 +128,16 @@ def test_a_rank_that_cannot_get_an_expert(server, layout):
     prompts of another token each, one after the other, as together they may need no copies.
     """
     fetches = [rank["fetches"] for rank in server.status()]
+    broken = tmp_path / "broken"
 
     def break_store() -> None:
         answer = requests.post(
             f"{server.url}/collective_rpc",
-            json={"method": "break_store", "args": [fetches.index(max(fetches))]},
+            json={"method": "break_store", "args": [fetches.index(max(fetches)), str(broken)]},
             timeout=60,
         )
         answer.raise_for_status()
+        broken.touch()
         statuses = (server.outcome_of([token] * 60, max_tokens=1) for token in OTHER_TOKENS)
         assert any(status != 200 for status in statuses), "no prompt needed a copy"
 

@@ -134,9 +134,9 @@ def test_bfloat16(start, dense, layout):
         assert server.count_in_log(REARRANGED) > 0
         assert_policy_chose(server, num_ranks=2)
         own_texts = [answer["prompt_token_ids"] + answer["token_ids"] for answer in answers]
-        with ThreadPoolExecutor(8) as clients:
-            found = list(clients.map(server.logprobs, dense.texts))
-            prefilled = list(clients.map(server.logprobs, own_texts))
+        # One by one: bfloat16 rounds otherwise with other texts in a batch.
+        found = list(map(server.logprobs, dense.texts))
+        prefilled = list(map(server.logprobs, own_texts))
         assert server.end() == 0, server.tail()
     decoded = [answer["logprobs"]["token_logprobs"] for answer in answers]
     # bfloat16 itself is 0.007 and 0.14 off here; one wrong expert of 128 is up to 4 off.

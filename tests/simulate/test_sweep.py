@@ -31,6 +31,8 @@ cells = [Cell(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
 sweep(cells, Path(sys.argv[2]), {"commit": "test"}, on_rows=lambda added: time.sleep(600))
 """
 """It stands behind its first rows."""
+STARTS = 3
+"""Ray gives its processes 30 s to start, which servers beside it may take from them."""
 
 
 def in_turn(chunks, address):
@@ -42,14 +44,17 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     """It is killed in parallel; what it wrote is compared with what this process computes."""
     results, asked = tmp_path / "rows.jsonl", tmp_path / "cells.json"
     asked.write_text(json.dumps([{f: getattr(c, f) for f in Cell.__slots__} for c in CELLS]))
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(asked), str(results)], start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    while process.poll() is None and (not results.exists() or results.stat().st_size == 0):
-        assert time.monotonic() < deadline, "no row was written"
-        time.sleep(0.02)
-    was_running = process.poll() is None
+    for _ in range(STARTS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(asked), str(results)], start_new_session=True
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and (not results.exists() or results.stat().st_size == 0):
+            assert time.monotonic() < deadline, "no row was written"
+            time.sleep(0.02)
+        was_running = process.poll() is None
+        if was_running or (results.exists() and results.stat().st_size > 0):
+            break
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -73,19 +78,34 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     assert sweep(CELLS, results, {"commit": "test"}) == 0
 
 
+@contextlib.contextmanager
+def cluster_of_two():
+    """Address of a cluster whose two nodes have a core each."""
+    from ray.cluster_utils import Cluster
+
+    for start in range(1, STARTS + 1):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, wait=False)
+            cluster.wait_for_nodes(timeout=120)
+            break
+        except Exception:  # Ray has no other for a node that did not start in time.
+            cluster.shutdown()
+            if start == STARTS:
+                raise
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
 @pytest.mark.timeout(600)
 def test_a_sweep_runs_on_the_nodes_of_a_cluster(tmp_path):
     """Two nodes with a core each: the same rows as here."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1, wait=False)
-        cluster.wait_for_nodes(timeout=120)
-        results = tmp_path / "rows.jsonl"
-        assert sweep(CELLS[:64], results, {"commit": "test"}, address=cluster.address) == 64
-    finally:
-        cluster.shutdown()
+    results = tmp_path / "rows.jsonl"
+    with cluster_of_two() as address:
+        assert sweep(CELLS[:64], results, {"commit": "test"}, address=address) == 64
     rows = {row["key"]: row for row in read(results)}
     assert rows.keys() == {cell.key for cell in CELLS[:64]}
     for cell in CELLS[:64:16]:
