@@ -101,7 +101,7 @@ class Server:
             return list(clients.map(self.tokens, prompts))
 
     def outcome_of(self, prompt: str | list[int], max_tokens: int = 1900) -> int | str:
-        """HTTP status of a request, a long one, or how its connection ended."""
+        """HTTP status of a request, by default a long one, or how its connection ended."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         url = f"{self.url}/v1/completions"
         try:

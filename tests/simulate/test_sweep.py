@@ -44,20 +44,21 @@ def test_a_killed_sweep_resumes(tmp_path, monkeypatch):
     """It is killed in parallel; what it wrote is compared with what this process computes."""
     results, asked = tmp_path / "rows.jsonl", tmp_path / "cells.json"
     asked.write_text(json.dumps([{f: getattr(c, f) for f in Cell.__slots__} for c in CELLS]))
+    results.touch()
     for _ in range(STARTS):
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(asked), str(results)], start_new_session=True
         )
         deadline = time.monotonic() + 240
-        while process.poll() is None and (not results.exists() or results.stat().st_size == 0):
+        while process.poll() is None and results.stat().st_size == 0:
             assert time.monotonic() < deadline, "no row was written"
             time.sleep(0.02)
         was_running = process.poll() is None
-        if was_running or (results.exists() and results.stat().st_size > 0):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if results.stat().st_size > 0:
             break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
     assert was_running, "the sweep ended before it could be killed"
     with results.open("ab") as file:
         file.write(b'{"key": "half a li')
